@@ -1,0 +1,111 @@
+"""The `tcsae` program: one chained group. It knows the stages as strings and imports one when it is asked for."""
+
+import importlib
+import sys
+
+import click
+
+from tcsae import __version__
+from tcsae.shared.config import parse_count
+from tcsae.shared.errors import ConfigError, TcsaeError, unknown
+
+STAGES = {
+    "harvest": "tcsae.harvest.command:harvest",
+    "train": "tcsae.train.command:train",
+    "eval": "tcsae.evaluate.command:evaluate",
+    "inspect": "tcsae.shared.inspection:inspect",
+}
+GROUP_OPTIONS = ("--store", "--runs")
+
+
+class Place:
+    """Where a chain of commands works: the store and the folder of runs."""
+
+    def __init__(self, store: str, runs: str) -> None:
+        self.store = store
+        self.runs = runs
+
+
+class StageCommand(click.Command):
+    """A command that says where --store and --runs belong when they are given to it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in GROUP_OPTIONS:
+                where = f"tcsae {error.option_name} PATH {ctx.info_name} ..."
+                raise click.UsageError(f"{error.option_name} belongs before the command: {where}", ctx) from error
+            raise
+
+
+class StageGroup(click.Group):
+    """Imports a stage on demand; strings keep `shared` free of the other rooms."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(STAGES)  # the order the data flows in, not the alphabet's
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in STAGES:
+            return None
+        module, _, name = STAGES[cmd_name].partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in STAGES and not args[0].startswith("-"):
+            raise click.UsageError(unknown("command", args[0], STAGES), ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except TcsaeError as error:  # the user can cure it: one line, exit code 1, no traceback
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. The same command goes on from what is on disk.", err=True)
+            sys.exit(130)
+
+
+class Count(click.ParamType):
+    """A count on the command line: 300, 40K, 1.5M, 2G."""
+
+    name = "count"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_count(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.group(cls=StageGroup, chain=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--store", default="data/activations.zarr", show_default=True, metavar="STORE", help="The activation store."
+)
+@click.option(
+    "--runs",
+    default="data/runs",
+    show_default=True,
+    metavar="PATH",
+    help="The folder of trained SAEs.",
+)
+@click.version_option(__version__, prog_name="tcsae")
+@click.pass_context
+def cli(ctx: click.Context, store: str, runs: str) -> None:
+    """Harvest a language model's activations once, train many sparse autoencoders on them, evaluate them again and
+    again without the language model. Commands chain:
+
+    \b
+      tcsae harvest train eval          the embedded model and corpus, no network
+      tcsae harvest --model EleutherAI/pythia-70m --dataset openwebtext --tokens 50M
+      tcsae train --preset topk --preset written-run3
+      tcsae eval
+    """
+    ctx.obj = Place(store, runs)
+
+
+def main() -> None:
+    """Entry point of the `tcsae` script and of `python -m tcsae`."""
+    cli(prog_name="tcsae")

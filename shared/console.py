@@ -1,0 +1,112 @@
+"""What people see: progress on stderr, tables on stdout, so that `tcsae eval > table.txt` holds results only."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+PLAIN_EVERY_S = 30.0
+
+
+def say(text: str) -> None:
+    """One line about what is going on, on stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str = "tokens", done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar with rate and time left; on a stderr that is no terminal, a plain line every 30 s and one at the end.
+
+    Yields advance(n, note=""): n more units are done. `done` units were done before (a resumed stage).
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    manager = _bar(console, title, total, unit, done) if console.is_terminal else _lines(title, total, unit, done)
+    with manager as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(console: object, title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=console) as bar:  # type: ignore[arg-type]
+        task = bar.add_task(title, total=total, completed=done, rate="", note="")
+
+        def advance(n: int, note: str = "") -> None:
+            new = bar.tasks[0].completed + n - done
+            rate = f"{_si(new / max(time.monotonic() - start, 1e-9))} {unit}/s"
+            bar.update(task, advance=n, rate=rate, note=note)
+
+        yield advance
+
+
+@contextmanager
+def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    start = last = time.monotonic()
+    now_done, last_note = done, ""
+
+    def line() -> None:
+        seconds = max(time.monotonic() - start, 1e-9)
+        rate = (now_done - done) / seconds
+        left = f", {(total - now_done) / rate:.0f} s left" if rate and now_done < total else ""
+        note = f", {last_note}" if last_note else ""
+        say(f"{title}: {_si(now_done)} of {_si(total)} {unit}, {_si(rate)} {unit}/s, {seconds:.0f} s{left}{note}")
+
+    def advance(n: int, note: str = "") -> None:
+        nonlocal now_done, last_note, last
+        now_done, last_note = now_done + n, note or last_note
+        if time.monotonic() - last >= PLAIN_EVERY_S:
+            last = time.monotonic()
+            line()
+
+    yield advance
+    line()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout: the first column left, numbers right; floats with 4 significant digits, None as a dash."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        grid.add_row(*map(_cell, row))
+    console = Console(highlight=False)
+    # A pipe has no width: never cut a column there.
+    Console(highlight=False, width=None if console.is_terminal else 200).print(grid, markup=False)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _si(value: float) -> str:
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for people: 3.4 MB (powers of 1000)."""
+    return f"{_si(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"

@@ -1,0 +1,174 @@
+"""What a store says of itself: attributes["tcsae"] of its root group. data/README.md states the format."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tcsae.shared.config import from_dict, to_dict
+from tcsae.shared.files import json_digest
+from tcsae.shared.statistics import N_NORM_BINS
+
+FORMAT = "tcsae-activations"
+VERSION = 1
+SPLITS = ("train", "eval")
+SEALED = "sealed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecipe:
+    """The language model, as far as it determines the activations."""
+
+    name: str
+    revision: str
+    """A commit of the Hub, or "sha256:..." of a local folder's files."""
+    dtype: str = "float32"
+    device: str = "cpu"
+    """Kind of device ("cpu", "cuda"): other kinds round differently."""
+    attention: str = "eager"
+    weight_processing: str = "none"
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusRecipe:
+    """The text, and how its documents are found."""
+
+    name: str
+    revision: str
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    seed: int = 0
+    """0: the corpus's own order. Otherwise documents are shuffled in a buffer with this seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceRecipe:
+    """How documents become sequences, and which split they belong to."""
+
+    length: int = 128
+    """Positions of a sequence, at most."""
+    min_length: int = 3
+    """A document's last piece is dropped if it is shorter."""
+    prepend_bos: bool = False
+    pad_id: int = 0
+    eval_every: int = 20
+    """A document is eval iff int(sha256(text)) % eval_every == 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HookRecipe:
+    """One place in the model whose output is stored."""
+
+    requested: str
+    canonical: str
+    d_model: int
+    """Width of the stored vectors (heads flattened)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All that determines a store's bytes; compared when a harvest is resumed."""
+
+    model: ModelRecipe
+    corpus: CorpusRecipe
+    sequences: SequenceRecipe
+    hooks: tuple[HookRecipe, ...]
+    codec: str = "float16"
+    n_tokens: int
+    """Valid tokens asked for, over both splits."""
+    libraries: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How rows are cut into objects."""
+
+    sequences_per_chunk: int
+    """Of an activation array; a shard of the harvest is one chunk of every hook's array."""
+    sequences_per_token_chunk: int = 4096
+    """Of tokens, lengths, documents and starts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything needed to trust a store and to make it again."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    state: str
+    """"harvesting" until all is written, then "sealed"."""
+    recipe: Recipe
+    layout: Layout
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Per split: sequences, tokens, documents; and what was read, kept and left out on the way."""
+    tails: dict[str, Any] = field(default_factory=dict)
+    """Per hook: {"layers": n, "max_difference": nats}, or {"none": why}."""
+    files: tuple[str, ...] = ()
+    """Keys of the objects that belong to no array: tails and tokenizer."""
+    content: str = ""
+    """sha256 of the checksum array's bytes: what is in the store, cited by runs and evaluations."""
+    times: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    """sha256 of this manifest as canonical JSON, with this field blank."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as dictionaries, with its digest filled in."""
+        blank = to_dict(dataclasses.replace(self, digest=""))
+        return blank | {"digest": json_digest(blank)}
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Every array of the store but `checksums`: path -> (shape, rows per object)."""
+        length, layout = self.recipe.sequences.length, self.layout
+        found: dict[str, tuple[tuple[int, ...], int]] = {}
+        for split in SPLITS:
+            n = self.counts[split]["sequences"]
+            rows = layout.sequences_per_token_chunk
+            found[f"{split}/tokens"] = ((n, length), rows)
+            for name in ("lengths", "documents", "starts"):
+                found[f"{split}/{name}"] = ((n,), rows)
+            for hook in self.recipe.hooks:
+                shape = (n, length, hook.d_model)
+                found[f"{split}/activations/{hook.requested}"] = (shape, layout.sequences_per_chunk)
+        for hook in self.recipe.hooks:
+            for name, n in statistics_sizes(hook.d_model).items():
+                found[f"statistics/{hook.requested}/{name}"] = ((n,), n)
+        return found
+
+    def groups(self) -> list[str]:
+        """Every group below the root, parents first."""
+        hooks = [hook.requested for hook in self.recipe.hooks]
+        splits = [group for split in SPLITS for group in (split, f"{split}/activations")]
+        return [*splits, "statistics", *(f"statistics/{hook}" for hook in hooks)]
+
+    def objects(self) -> list[str]:
+        """Keys of all objects but the root's zarr.json and `checksums`, in the order of the checksum array's rows."""
+        keys = [f"{group}/zarr.json" for group in self.groups()]
+        for path, (shape, rows) in self.arrays().items():
+            keys.append(f"{path}/zarr.json")
+            rest = "/0" * (len(shape) - 1)
+            keys += [f"{path}/c/{i}{rest}" for i in range(-(-shape[0] // rows))]
+        return keys + list(self.files)
+
+
+def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
+    """Rebuild a manifest. Raises ConfigError if a field is unknown or missing."""
+    return from_dict(Manifest, values)
+
+
+def is_intact(values: Mapping[str, Any]) -> bool:
+    """Whether a manifest's own digest fits it."""
+    return json_digest({**values, "digest": ""}) == values.get("digest")
+
+
+def content_digest(checksums: bytes) -> str:
+    """The store's content digest from the bytes of its checksum array."""
+    return hashlib.sha256(checksums).hexdigest()
+
+
+def statistics_sizes(d_model: int) -> dict[str, int]:
+    """The arrays of statistics/<hook>/ and their lengths."""
+    return {"mean": d_model, "variance": d_model, "norm_histogram": N_NORM_BINS}

@@ -1,0 +1,22 @@
+"""Sums over tokens that add up, shard by shard, to the statistics of a whole split."""
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+N_NORM_BINS = 322
+"""Bin 0: norms below 2**-20. Bin i: [2**((i - 1) / 8 - 20), 2**(i / 8 - 20)). The last: all from 2**20 on."""
+
+
+def partial_sums(x: Float[ndarray, "n d_model"]) -> Float[ndarray, " n_sums"]:
+    """float64 [1 + 2 d_model + n_bins]: count, sum, sum of squares, norm histogram; partial sums add up."""
+    wide = x.astype(np.float64)
+    norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    bins = np.clip(np.floor((np.log2(np.maximum(norms, 2.0**-30)) + 20) * 8).astype(np.int64) + 1, 0, N_NORM_BINS - 1)
+    histogram = np.bincount(bins, minlength=N_NORM_BINS).astype(np.float64)
+    return np.concatenate([[len(x)], wide.sum(0), np.square(wide).sum(0), histogram])
+
+
+def split_sums(sums: Float[ndarray, " n_sums"], d_model: int) -> tuple[float, ndarray, ndarray, ndarray]:
+    """(count, sum [d_model], sum of squares [d_model], norm histogram) from `partial_sums`."""
+    return float(sums[0]), sums[1 : 1 + d_model], sums[1 + d_model : 1 + 2 * d_model], sums[1 + 2 * d_model :]

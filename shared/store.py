@@ -1,0 +1,200 @@
+"""Reading an activation store: the manifest, the sequences, their activations. See data/README.md for the format."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from tcsae.shared.errors import StoreError, unknown
+from tcsae.shared.files import PARTIAL
+from tcsae.shared.journal import LOCK
+from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
+from tcsae.shared.storage import DurableStore, local_root
+
+
+class Split:
+    """The sequences of one split, in corpus order.
+
+    tokens     int32 [n_sequences, sequence_length]; beyond a sequence's length: the pad id
+    lengths    int32 [n_sequences]; valid tokens, left-aligned
+    documents  int64 [n_sequences]; number of the document in the corpus
+    starts     int32 [n_sequences]; first token of the sequence within its document
+    """
+
+    def __init__(self, store: "Store", name: str) -> None:
+        self.store = store
+        self.name = name
+        self.n_sequences: int = store.manifest.counts[name]["sequences"]
+        self.n_tokens: int = store.manifest.counts[name]["tokens"]
+        self.n_documents: int = store.manifest.counts[name]["documents"]
+
+    @cached_property
+    def tokens(self) -> Int[ndarray, "n_sequences sequence_length"]:
+        return np.asarray(self.store.array(f"{self.name}/tokens")[:])
+
+    @cached_property
+    def lengths(self) -> Int[ndarray, " n_sequences"]:
+        return np.asarray(self.store.array(f"{self.name}/lengths")[:])
+
+    @cached_property
+    def documents(self) -> Int[ndarray, " n_sequences"]:
+        return np.asarray(self.store.array(f"{self.name}/documents")[:])
+
+    @cached_property
+    def starts(self) -> Int[ndarray, " n_sequences"]:
+        return np.asarray(self.store.array(f"{self.name}/starts")[:])
+
+    def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
+        """Activations of sequences start..stop-1, as stored; zero beyond a sequence's length.
+
+        Cheapest along chunks: multiples of `store.sequences_per_chunk`.
+        Raises StoreError, naming the array, if stored bytes are missing or damaged.
+        """
+        path = f"{self.name}/activations/{hook}"
+        array = self.store.array(path)
+        try:
+            block = np.asarray(array[start:stop])
+        except Exception as error:
+            rows = f"sequences {start}..{stop - 1}"
+            raise StoreError(
+                f"{self.store.location}: {path}, {rows}, is damaged ({error}). Harvest it again."
+            ) from error
+        # A missing chunk reads as the fill value; NaN is never stored.
+        if np.isnan(block[..., 0]).any():
+            raise StoreError(f"{self.store.location}: {path} lacks a chunk in sequences {start}..{stop - 1}.")
+        return block
+
+
+class Store:
+    """A sealed activation store, read-only."""
+
+    def __init__(self, location: str, root: Path, manifest: Manifest) -> None:
+        self.location = location
+        self.root = root
+        self.manifest = manifest
+        self.train = Split(self, "train")
+        self.eval = Split(self, "eval")
+        self._group = zarr.open_group(DurableStore(root, read_only=True), mode="r")
+        self._arrays: dict[str, zarr.Array] = {}
+
+    @property
+    def content(self) -> str:
+        """sha256 of what is in the store; runs and evaluations cite it."""
+        return self.manifest.content
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the stored hooks, as they were asked for."""
+        return tuple(hook.requested for hook in self.manifest.recipe.hooks)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.manifest.recipe.sequences.length
+
+    @property
+    def sequences_per_chunk(self) -> int:
+        return self.manifest.layout.sequences_per_chunk
+
+    def hook(self, name: str | None = None) -> str:
+        """`name` if it is stored, or the only (else the first) hook. Raises StoreError for another name."""
+        if name is None:
+            return self.hooks[0]
+        if name not in self.hooks:
+            raise StoreError(f"{self.location}: " + unknown("hook", name, self.hooks))
+        return name
+
+    def d_model(self, hook: str) -> int:
+        """Width of a hook's activations."""
+        return next(one.d_model for one in self.manifest.recipe.hooks if one.requested == self.hook(hook))
+
+    def split(self, name: str) -> Split:
+        if name not in SPLITS:
+            raise StoreError(unknown("split", name, SPLITS))
+        return self.train if name == "train" else self.eval
+
+    def array(self, path: str) -> zarr.Array:
+        """A Zarr array of the store by its path. Raises StoreError if it is missing."""
+        if path not in self._arrays:
+            try:
+                array = self._group[path]
+            except KeyError as error:
+                raise StoreError(f"{self.location} has no {path}: it is damaged. Harvest it again.") from error
+            assert isinstance(array, zarr.Array)
+            self._arrays[path] = array
+        return self._arrays[path]
+
+    def tail_path(self, hook: str) -> Path:
+        """Folder of the tail after `hook`. Raises StoreError, saying why, if the store has none."""
+        tail = self.manifest.tails.get(hook, {"none": "none was saved"})
+        if "none" in tail:
+            raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
+        return self.root / "tail" / hook
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Folder of the tokenizer, if one was saved."""
+        path = self.root / "tokenizer"
+        return path if path.is_dir() else None
+
+    def n_bytes(self) -> dict[str, int]:
+        """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest."""
+        parts: dict[str, int] = {}
+        for file in self.root.rglob("*"):
+            if file.is_file():
+                pieces = file.relative_to(self.root).parts
+                hook = len(pieces) > 3 and pieces[1] == "activations"
+                part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
+                parts[part] = parts.get(part, 0) + file.stat().st_size
+        return parts
+
+
+def open_store(location: str | Path) -> Store:
+    """Open a sealed activation store, read-only. Only its manifest is read.
+
+    Raises StoreError if there is none, an unfinished one, something else, or one that a newer version wrote.
+    """
+    location = str(location)
+    root = local_root(location)
+    values = read_attributes(root)
+    if values is None:
+        raise StoreError(f"No activation store at {location}. Make one: tcsae --store {location} harvest")
+    manifest = check_manifest(location, values)
+    if manifest.state != SEALED:
+        raise StoreError(f"{location} is unfinished. Start the same harvest again: it goes on where it stopped.")
+    return Store(location, root, manifest)
+
+
+def read_attributes(root: Path) -> Mapping[str, Any] | None:
+    """attributes["tcsae"] of the group at `root` ({} if it is another Zarr group), or None if nothing is there.
+
+    Raises StoreError if something else is there.
+    """
+    if not root.exists() or (root.is_dir() and all(is_leftover(path) for path in root.iterdir())):
+        return None
+    try:
+        return json.loads((root / "zarr.json").read_text())["attributes"].get("tcsae", {})
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{root} is not an activation store. Give another --store, or move it away.") from error
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a writer that was killed before its first object left this."""
+    return path.name == LOCK or path.name.endswith(PARTIAL)
+
+
+def check_manifest(location: str, values: Mapping[str, Any]) -> Manifest:
+    """The manifest, if this version can read it. Raises StoreError otherwise."""
+    found, version = values.get("format"), values.get("version", 0)
+    if found != FORMAT:
+        raise StoreError(f"{location} has format {found!r}; this program reads {FORMAT!r}. Give another --store.")
+    if version > VERSION:
+        raise StoreError(f"{location} has version {version}; this program reads up to {VERSION}. Update tcsae.")
+    if not is_intact(values):
+        raise StoreError(f"{location}: the manifest in zarr.json is damaged: its digest does not fit. Harvest again.")
+    return manifest_from_json(values)

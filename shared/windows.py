@@ -1,0 +1,73 @@
+"""Index arithmetic of sequences, segments and sliding windows. Integers only; no data is touched here.
+
+A window is w consecutive positions of one segment, so it never crosses from one sequence into another. The window
+loss sums over the adjacent pairs of each window; since neighbouring windows share pairs, it is a weighted sum over
+pairs, each weighted by the number of windows that hold it (`pair_weights`). Nothing is ever unfolded.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+
+def n_windows(lengths: Int[ndarray, " n"], window: int) -> Int[ndarray, " n"]:
+    """How many windows of `window` positions lie in runs of these lengths: length - window + 1, at least 0."""
+    return np.maximum(np.asarray(lengths) - window + 1, 0)
+
+
+def pair_weights(lengths: Int[ndarray, " n_segments"], window: int, lag: int = 1) -> Int[ndarray, " n_tokens"]:
+    """In how many windows the pair (i, i + lag) lies, for every token i of segments laid end to end.
+
+    A run of l positions has l - w + 1 windows; the pair at 0-based positions (p, p + lag) is in those that start at
+    max(0, p + lag - w + 1) .. min(p, l - w). Zero where p + lag is beyond the run, so no pair crosses into the next.
+    Sum over tokens: (w - lag) * number of windows.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    position = positions(lengths)
+    length = np.repeat(lengths, lengths)
+    first = np.maximum(0, position + lag - window + 1)
+    last = np.minimum(position, length - window)
+    return np.where(position + lag < length, np.maximum(last - first + 1, 0), 0)
+
+
+def pair_weights_masked(
+    valid: Bool[ndarray, "n position"], window: int, lag: int = 1, documents: Int[ndarray, "n position"] | None = None
+) -> Int[ndarray, "n position"]:
+    """`pair_weights` for any mask, left or right padded or with holes: a window counts only if it is valid throughout.
+
+    With `documents`, a window that holds more than one document does not count either (packed sequences).
+    Column t is the pair (t, t + lag); the last `lag` columns are zero.
+    """
+    n, width = valid.shape
+    weights = np.zeros((n, width), dtype=np.int64)
+    starts = width - window + 1
+    if starts < 1:
+        return weights
+    whole = np.lib.stride_tricks.sliding_window_view(valid, window, axis=1).all(axis=-1)
+    if documents is not None:
+        held = np.lib.stride_tricks.sliding_window_view(documents, window, axis=1)
+        whole &= (held == held[..., :1]).all(axis=-1)
+    for shift in range(window - lag):  # the pair stands `shift` positions after its window's start
+        weights[:, shift : shift + starts] += whole
+    return weights
+
+
+def positions(lengths: Int[ndarray, " n"]) -> Int[ndarray, " n_tokens"]:
+    """0-based position of every token within its run, for runs of these lengths laid end to end."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def segments(
+    lengths: Int[ndarray, " n_sequences"], segment_length: int, skip_first: int = 0
+) -> tuple[Int[ndarray, " n_segments"], Int[ndarray, " n_segments"], Int[ndarray, " n_segments"]]:
+    """Tile every sequence with segments of consecutive positions, from `skip_first` on; the last may be shorter.
+
+    Returns (sequence, start, length) of each segment: every position from `skip_first` to the sequence's end lies in
+    exactly one of them.
+    """
+    usable = np.maximum(np.asarray(lengths, dtype=np.int64) - skip_first, 0)
+    per_sequence = -(-usable // segment_length)
+    sequence = np.repeat(np.arange(len(usable)), per_sequence)
+    offset = positions(per_sequence) * segment_length
+    return sequence, offset + skip_first, np.minimum(usable[sequence] - offset, segment_length)
