@@ -1,0 +1,169 @@
+"""The sparse autoencoder: one module, whatever the activation function. Training and evaluation live elsewhere."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tcsae.shared.codes import SparseCode, decode, positive_code, topk_code
+from tcsae.shared.config import to_dict
+from tcsae.shared.errors import ConfigError, RunError
+from tcsae.shared.files import write_folder, write_json
+
+WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
+SAELENS_LAYOUT = "6.0.0"
+"""The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaeConfig:
+    """What one sparse autoencoder is: enough to rebuild it, nothing about how it was trained."""
+
+    d_model: int
+    """Width of the activations it reads."""
+    d_sae: int = 4096
+    """Number of latents."""
+    activation: Literal["gelu", "relu", "topk"] = "topk"
+    k: int = 32
+    """Latents kept per token (topk only)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
+        if self.activation == "topk" and not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
+
+
+class SparseAutoencoder(nn.Module):
+    """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
+
+    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model], all float32.
+    """
+
+    def __init__(self, config: SaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Latent by latent in memory, as gradients of sparse codes arrive; `W_enc` shows it the field's way round.
+        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_model d_sae"]:
+        return self.W_enc_rows.T
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x - b_dec) W_enc + b_enc."""
+        return nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """The code, as a dense tensor."""
+        pre = self.pre_activations(x)
+        match self.config.activation:
+            case "gelu":
+                return nn.functional.gelu(pre)
+            case "relu":
+                return pre.relu()
+            case "topk":
+                top = pre.topk(self.config.k, dim=-1)
+                return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+
+    def encode_sparse(self, x: Float[Tensor, "n d_model"]) -> SparseCode:
+        """The code's non-zero entries; the same values as `encode`."""
+        if self.config.activation == "topk":
+            return topk_code(self.pre_activations(x), self.config.k)
+        return positive_code(self.encode(x))
+
+    def decode(self, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction from a dense code."""
+        return code @ self.W_dec + self.b_dec
+
+    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_model"]:
+        """The reconstruction from a sparse code."""
+        return decode(code, self.W_dec, self.b_dec)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of x."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Take up an input scaling: afterwards the SAE reads x where it read scale * x before, and answers in x.
+
+        Where the activation is positively homogeneous the code shrinks with x and the decoder keeps its norms; gelu is
+        not, so there the code stays and the weights take the scale.
+        """
+        self.b_dec.div_(scale)
+        if self.config.activation == "gelu":
+            self.W_enc_rows.mul_(scale)
+            self.W_dec.div_(scale)
+        else:
+            self.b_enc.div_(scale)
+
+
+def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Write an SAE folder, whole or not at all: SAELens' cfg.json and sae_weights.safetensors, and our tcsae.json.
+
+    `record` is ours (config, store content, steps, tokens, versions); `metadata` is SAELens' (model_name ...).
+    """
+
+    def fill(folder: Path) -> None:
+        tensors = {name: getattr(sae, name).detach().contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        safetensors.torch.save_file(tensors, folder / WEIGHTS)
+        write_json(folder / CONFIG, saelens_config(sae.config, metadata))
+        write_json(folder / RECORD, {"sae": to_dict(sae.config), **record})
+
+    write_folder(path, fill)
+
+
+def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    """cfg.json as SAELens 6 reads it. gelu has no form there: its architecture stays "gelu", which SAELens refuses."""
+    names = {"relu": "standard", "topk": "topk", "gelu": "gelu"}
+    special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
+    return {
+        "architecture": names[config.activation],
+        "d_in": config.d_model,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **special,
+        "metadata": {"sae_lens_version": SAELENS_LAYOUT, **metadata},
+    }
+
+
+def load_record(path: str | Path) -> dict[str, Any]:
+    """tcsae.json of an SAE folder. Raises RunError if it is missing or cannot be read."""
+    file = Path(path) / RECORD
+    if not file.is_file():
+        raise RunError(f"{path} has no {RECORD}: no trained SAE is there. Train one: tcsae train")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(f"{file} is no JSON ({error}). Train that run again.") from error
+
+
+def load_sae(path: str | Path) -> SparseAutoencoder:
+    """Load a trained SAE from its folder, in evaluation mode, on the CPU.
+
+    Raises RunError if the folder holds none, or its weights do not fit its config.
+    """
+    record = load_record(path)
+    sae = SparseAutoencoder(SaeConfig(**record["sae"]))
+    file = Path(path) / WEIGHTS
+    try:
+        tensors = safetensors.torch.load_file(file)
+        tensors["W_enc_rows"] = tensors.pop("W_enc").T.contiguous()
+        sae.load_state_dict(tensors)
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise RunError(f"{file} does not hold this SAE's weights ({error}). Train that run again.") from error
+    return sae.eval()
