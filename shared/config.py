@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from tcsae.shared.errors import ConfigError, unknown
@@ -27,7 +28,7 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip().replace("_", ""))
     if match:
-        value = float(match[1]) * _SCALE[match[2].upper()]
+        value = Decimal(match[1]) * _SCALE[match[2].upper()]
         if value == int(value):
             return int(value)
     raise ConfigError(f"{text!r} is not a count. Write a whole number, or one with K, M or G: 300, 40K, 1.5M, 2G.")
@@ -100,6 +101,8 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(i): item for i, item in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
@@ -136,18 +139,24 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is int:
-            return parse_count(value) if isinstance(value, str) and not value.startswith("-") else _whole(value)
+            return _whole_text(value) if isinstance(value, str) else _whole(value)
         if kind is float:
             return float(value)
         if kind is str and isinstance(value, str):
             return value
-    except (KeyError, ValueError, TypeError):
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (KeyError, ValueError, TypeError, OverflowError):
         pass
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     raise ConfigError(f"{where}={value!r} is not {wanted}.")
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
+    if isinstance(value, bool) or int(value) != value:
         raise ValueError(value)
     return int(value)
+
+
+def _whole_text(text: str) -> int:
+    return int(text) if text.startswith("-") else parse_count(text)

@@ -23,11 +23,11 @@ class Journal:
     def __init__(self, root: Path, location: str) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(root / LOCK, os.O_CREAT | os.O_RDWR)
+        self._lock: int | None = os.open(root / LOCK, os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
+            self.release()
             raise StoreError(
                 f"Another process harvests into {location}. Wait for it, or give another --store."
             ) from error
@@ -45,8 +45,10 @@ class Journal:
         return self._path(name).exists()
 
     def release(self) -> None:
-        """Let other writers in."""
-        os.close(self._lock)
+        """Let other writers in. Once is enough, twice does no harm."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _path(self, name: str) -> Path:
         return self.root / FOLDER / f"{name}.json"

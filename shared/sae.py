@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tcsae.shared.codes import SparseCode, decode, positive_code, topk_code
 from tcsae.shared.config import to_dict
 from tcsae.shared.errors import ConfigError, RunError
-from tcsae.shared.files import write_folder, write_json
+from tcsae.shared.files import write_atomic, write_json
 
 WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
 SAELENS_LAYOUT = "6.0.0"
@@ -109,18 +109,16 @@ class SparseAutoencoder(nn.Module):
 
 
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Write an SAE folder, whole or not at all: SAELens' cfg.json and sae_weights.safetensors, and our tcsae.json.
+    """Write an SAE's files into its run folder: SAELens' cfg.json and sae_weights.safetensors, then our tcsae.json.
 
-    `record` is ours (config, store content, steps, tokens, versions); `metadata` is SAELens' (model_name ...).
+    tcsae.json comes last: a folder without it holds no finished SAE. `record` is ours (settings, store content, steps,
+    tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
     """
-
-    def fill(folder: Path) -> None:
-        tensors = {name: getattr(sae, name).detach().contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        safetensors.torch.save_file(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, saelens_config(sae.config, metadata))
-        write_json(folder / RECORD, {"sae": to_dict(sae.config), **record})
-
-    write_folder(path, fill)
+    (path / RECORD).unlink(missing_ok=True)
+    tensors = {name: getattr(sae, name).detach().contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
+    write_json(path / CONFIG, saelens_config(sae.config, metadata))
+    write_json(path / RECORD, {"sae": to_dict(sae.config), **record})
 
 
 def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:

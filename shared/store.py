@@ -14,7 +14,7 @@ from numpy import ndarray
 from tcsae.shared.errors import StoreError, unknown
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.journal import LOCK
-from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
+from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, Recipe, is_intact, manifest_from_json
 from tcsae.shared.storage import DurableStore, local_root
 
 
@@ -62,9 +62,7 @@ class Split:
             block = np.asarray(array[start:stop])
         except Exception as error:
             rows = f"sequences {start}..{stop - 1}"
-            raise StoreError(
-                f"{self.store.location}: {path}, {rows}, is damaged ({error}). Harvest it again."
-            ) from error
+            raise StoreError(f"{self.store.location}: {path}, {rows}: damaged ({error}). Harvest it again.") from error
         # A missing chunk reads as the fill value; NaN is never stored.
         if np.isnan(block[..., 0]).any():
             raise StoreError(f"{self.store.location}: {path} lacks a chunk in sequences {start}..{stop - 1}.")
@@ -168,6 +166,15 @@ def open_store(location: str | Path) -> Store:
     if manifest.state != SEALED:
         raise StoreError(f"{location} is unfinished. Start the same harvest again: it goes on where it stopped.")
     return Store(location, root, manifest)
+
+
+def read_recipe(location: str) -> Recipe | None:
+    """The recipe of the store at `location`, sealed or not; None if there is none.
+
+    Raises StoreError if something else is there, or a store that a newer version wrote.
+    """
+    values = read_attributes(local_root(location))
+    return None if values is None else check_manifest(location, values).recipe
 
 
 def read_attributes(root: Path) -> Mapping[str, Any] | None:

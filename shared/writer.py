@@ -7,11 +7,12 @@ written only after the bytes that it speaks of are on disk.
 """
 
 import base64
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import zarr
@@ -63,7 +64,7 @@ def layout_for(recipe: Recipe) -> Layout:
 
 
 class StoreWriter:
-    """The one writer of a store. Use `open_writer`."""
+    """The one writer of a store: use `open_writer`, and `with`, which releases its lock at the end."""
 
     def __init__(self, location: str, root: Path, manifest: Manifest) -> None:
         self.location = location
@@ -72,9 +73,17 @@ class StoreWriter:
         self._store = DurableStore(root)
         self._journal = Journal(root, location)
         self._arrays: dict[str, zarr.Array] = {}
+        self._lengths: dict[str, ndarray] = {}
         sweep_partials(root)
         if not (root / "zarr.json").exists():
             self._write_root(manifest)
+        self._load_plan()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # Phase 1: sequences
 
@@ -86,7 +95,7 @@ class StoreWriter:
     @property
     def planned(self) -> bool:
         """Whether phase 1 is done."""
-        return bool(self.manifest.counts) or self._load_plan()
+        return bool(self.manifest.counts)
 
     def commit(self, rows: Mapping[str, Rows], progress: dict[str, Any]) -> None:
         """Append rows to the splits, durably, then record `progress`; a restart goes on from that record."""
@@ -111,14 +120,21 @@ class StoreWriter:
         for split in SPLITS:
             assert self.progress["n_sequences"][split] == counts[split]["sequences"], "counts in = counts out"
         self._journal.write("plan", {"counts": counts})
-        assert self._load_plan()
+        self._load_plan()
 
-    def tokens(self, shard: Shard) -> tuple[Int[ndarray, "n sequence_length"], Int[ndarray, " n"]]:
-        """Tokens and lengths of a shard's sequences."""
+    def tokens(self, shard: Shard) -> Int[ndarray, "n sequence_length"]:
+        """Tokens of a shard's sequences."""
         length = self.manifest.recipe.sequences.length
         tokens = self._token_array(f"{shard.split}/tokens", np.dtype("int32"), (length,))
-        lengths = self._token_array(f"{shard.split}/lengths", np.dtype("int32"), ())
-        return np.asarray(tokens[shard.start : shard.stop]), np.asarray(lengths[shard.start : shard.stop])
+        return np.asarray(tokens[shard.start : shard.stop])
+
+    def lengths(self, shard: Shard) -> Int[ndarray, " n"]:
+        """Lengths of a shard's sequences."""
+        assert self.planned, "lengths are read once, so phase 1 must be done"
+        if shard.split not in self._lengths:
+            array = self._token_array(f"{shard.split}/lengths", np.dtype("int32"), ())
+            self._lengths[shard.split] = np.asarray(array[:])
+        return self._lengths[shard.split][shard.start : shard.stop]
 
     # Phase 2: shards
 
@@ -140,8 +156,7 @@ class StoreWriter:
 
         Raises DataError, naming sequence and hook, for NaN, infinity, or a value that the codec cannot hold.
         """
-        _, lengths = self.tokens(shard)
-        valid = np.arange(self.manifest.recipe.sequences.length) < lengths[:, None]
+        valid = np.arange(self.manifest.recipe.sequences.length) < self.lengths(shard)[:, None]
         objects, partials = {}, {}
         for hook in self.manifest.recipe.hooks:
             values = activations[hook.requested]
@@ -177,6 +192,8 @@ class StoreWriter:
         """
         if missing := self.missing_shards():
             raise StoreError(f"{self.location} lacks {len(missing)} shards, first {missing[0].name}. Harvest again.")
+        for split, hook in itertools.product(SPLITS, self.manifest.recipe.hooks):
+            self._activation_array(f"{split}/activations/{hook.requested}", hook.d_model)  # also of an empty split
         self._write_statistics()
         manifest = replace(self.manifest, tails=tails, files=tuple(sorted(files)), times=times, state=SEALED)
         recorded = {key: digest for shard in self.shards() for key, digest in self._objects_of(shard).items()}
@@ -217,11 +234,9 @@ class StoreWriter:
         assert record is not None, shard
         return record["objects"]
 
-    def _load_plan(self) -> bool:
-        plan = self._journal.read("plan")
-        if plan:
+    def _load_plan(self) -> None:
+        if plan := self._journal.read("plan"):
             self.manifest = replace(self.manifest, counts=plan["counts"])
-        return bool(plan)
 
     def _write_root(self, manifest: Manifest) -> None:
         root = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": manifest.to_json()}}
@@ -246,15 +261,18 @@ class StoreWriter:
         return self._arrays[path]
 
 
-def open_writer(location: str, recipe: Recipe) -> StoreWriter | None:
+def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> StoreWriter | None:
     """A writer for a new store, or for an unfinished one of the same recipe; None if it is sealed already.
+
+    `layout` is for a new store (default: chunks of about 4 MiB); an unfinished one keeps its own.
 
     Raises StoreError, naming each difference, if a store of another recipe is there; or if another process writes it.
     """
     root = local_root(location)
     values = read_attributes(root)
     if values is None:
-        return StoreWriter(location, root, Manifest(state="harvesting", recipe=recipe, layout=layout_for(recipe)))
+        manifest = Manifest(state="harvesting", recipe=recipe, layout=layout or layout_for(recipe))
+        return StoreWriter(location, root, manifest)
     manifest = check_manifest(location, values)
     if differing := differences(manifest.recipe, recipe):
         found = "; ".join(differing)

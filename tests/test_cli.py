@@ -1,0 +1,71 @@
+"""Promise: the command line says what is wrong in one line, with the right exit code, on the right stream."""
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+import tcsae
+from tcsae.shared.cli import STAGES, cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli, list(arguments), prog_name="tcsae")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in STAGES)])
+def test_help_teaches_and_is_fast(run, command):
+    done = run(*command, "--help")
+    assert done.exit_code == 0
+    assert len(done.output.splitlines()) > 8
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "tcsae", *command, "--help"], check=True, capture_output=True)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_option_has_help(name):
+    command = cli.get_command(None, name)
+    assert command.help
+    assert not [option.name for option in command.params if not option.help]
+
+
+def test_version(run):
+    assert run("--version").output.split()[-1] == tcsae.__version__ == importlib.metadata.version("tcsae")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["train", "--store", "x"], 2, "--store belongs before the command: tcsae --store PATH train ..."),
+        (["eval", "--runs", "x"], 2, "--runs belongs before the command: tcsae --runs PATH eval ..."),
+        (["harvst"], 2, "Unknown command 'harvst'. Did you mean 'harvest'? There is: harvest, train, eval, inspect."),
+        (["train", "--sted", "3"], 2, "No such option"),
+        (["harvest", "--tokens", "lots"], 2, "'lots' is not a count"),
+        (["train"], 1, "No activation store at data/activations.zarr. Make one: tcsae --store"),
+        (["eval"], 1, "No activation store at data/activations.zarr"),
+        (["inspect"], 1, "No activation store at data/activations.zarr"),
+        (["--store", "s3://b/a", "eval"], 1, "'s3://b/a' is a URL; a store lies in a local folder"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, code, message):
+    done = run(*arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.output
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
+
+
+def test_module_is_the_same_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tcsae", "train"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: No activation store at data/activations.zarr")

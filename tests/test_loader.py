@@ -1,0 +1,128 @@
+"""Promise: every valid token once an epoch, in an order that is a function of the seed, resumable at any batch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tcsae
+from tcsae.shared.errors import StoreError
+from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store import Store, open_store
+from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.config import DataConfig
+from tcsae.train.loader import SegmentLoader
+
+HOOK, LENGTH = "blocks.0.hook_resid_post", 7
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """23 sequences of 1 to 7 positions; every vector says (sequence, position)."""
+    path = str(tmp_path_factory.mktemp("loader") / "a.zarr")
+    recipe = Recipe(
+        model=ModelRecipe(name="toy", revision="1"),
+        corpus=CorpusRecipe(name="numbers", revision="1"),
+        sequences=SequenceRecipe(length=LENGTH),
+        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=2),),
+        n_tokens=1,
+    )
+    writer = open_writer(path, recipe, Layout(sequences_per_chunk=3))
+    lengths = np.random.default_rng(0).integers(1, LENGTH + 1, 23).astype(np.int32)
+    rows = Rows(np.zeros((23, LENGTH), np.int32), lengths, np.arange(23), np.zeros(23, np.int32))
+    writer.commit({"train": rows, "eval": rows}, {})
+    writer.finish_sequences({s: {"sequences": 23, "tokens": int(lengths.sum()), "documents": 23} for s in SPLITS})
+    for shard in writer.missing_shards():
+        sequence, position = np.mgrid[shard.start : shard.stop, 0:LENGTH]
+        writer.write_shard(shard, {HOOK: np.stack([sequence, position], -1).astype(np.float32)})
+    writer.seal({}, [], {})
+    return open_store(path)
+
+
+def take(loader: SegmentLoader, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(batch.x.numpy().copy(), batch.lengths.copy()) for batch in itertools.islice(loader, n)]
+
+
+def segments_of(batches) -> list[list[tuple[int, int]]]:
+    parts = [part for x, lengths in batches for part in np.split(x, np.cumsum(lengths)[:-1])]
+    return [[tuple(map(int, row)) for row in part] for part in parts]
+
+
+@given(
+    n_segments=st.integers(1, 9),
+    segment_length=st.integers(1, 8),
+    skip_first=st.integers(0, 3),
+    buffer_sequences=st.integers(1, 30),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_each_epoch_hands_out_every_token_once_in_whole_segments(store, **options):
+    config = DataConfig(**options)
+    loader = SegmentLoader(store, config)
+    n_batches = -(-2 * loader.n_segments // config.n_segments)
+    stream = segments_of(take(loader, n_batches))
+    expected = {(s, p) for s, length in enumerate(store.train.lengths) for p in range(config.skip_first, int(length))}
+    for epoch in (0, 1):
+        part = stream[epoch * loader.n_segments : (epoch + 1) * loader.n_segments]
+        tokens = [token for segment in part for token in segment]
+        assert len(tokens) == loader.n_tokens == len(expected)
+        assert set(tokens) == expected
+    for segment in stream:
+        assert len({sequence for sequence, _ in segment}) == 1
+        assert [p for _, p in segment] == list(range(segment[0][1], segment[0][1] + len(segment)))
+        assert (segment[0][1] - config.skip_first) % config.segment_length == 0
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_resumed_anywhere_the_next_batch_is_the_same(store, n_segments, n_done, buffer_sequences):
+    config = DataConfig(n_segments=n_segments, segment_length=3, buffer_sequences=buffer_sequences)
+    straight = take(SegmentLoader(store, config), n_done + 2)[n_done:]
+    loader = SegmentLoader(store, config, n_batches_done=n_done)
+    for (x, lengths), (again, again_lengths) in zip(straight, take(loader, 2), strict=True):
+        np.testing.assert_array_equal(x, again)
+        np.testing.assert_array_equal(lengths, again_lengths)
+    assert loader.n_batches_done == n_done + 2
+
+
+def test_order_is_shuffled_by_seed_and_epoch(store):
+    def order(seed: int, epoch: int) -> list:
+        loader = SegmentLoader(store, DataConfig(n_segments=1, segment_length=3, seed=seed))
+        stream = segments_of(take(loader, loader.n_segments * (epoch + 1)))
+        return stream[epoch * loader.n_segments :]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != sorted(order(0, 0))
+
+
+def test_sample_does_not_depend_on_progress(store):
+    config = DataConfig(segment_length=3)
+    sample = SegmentLoader(store, config).sample(20)
+    assert 20 <= len(sample) <= 22
+    torch.testing.assert_close(SegmentLoader(store, config, n_batches_done=9).sample(20), sample)
+
+
+def test_no_token_left_is_said(store):
+    with pytest.raises(StoreError, match="no train sequence is longer than data.skip_first=7. Lower it"):
+        SegmentLoader(store, DataConfig(skip_first=7))
+
+
+def test_public_iterators(store):
+    x, valid = next(tcsae.iterate_segments(store, n_segments=5, segment_length=4, skip_first=0))
+    assert x.shape == (5, 4, 2)
+    assert x.dtype == torch.float32
+    assert valid.dtype == torch.bool
+    assert not x[~valid].any()
+    for segment, mask in zip(x, valid, strict=True):
+        n = int(mask.sum())
+        assert mask[:n].all()
+        assert segment[:n, 1].diff().eq(1).all()
+    tokens = list(itertools.islice(tcsae.iterate_tokens(store, batch_tokens=11, skip_first=2), 3))
+    assert [tuple(batch.shape) for batch in tokens] == [(11, 2)] * 3
+    assert all((batch[:, 1] >= 2).all() for batch in tokens)
+    assert not torch.equal(tokens[0], tokens[1])

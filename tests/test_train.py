@@ -1,0 +1,182 @@
+"""Promise: training learns, keeps the decoder's norms, repeats itself bit for bit, and leaves a folder that says all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tcsae.shared.config import with_settings
+from tcsae.shared.errors import ConfigError, RunError
+from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.sae import SaeConfig, load_sae
+from tcsae.shared.store import Store, open_store
+from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.config import TrainConfig
+from tcsae.train.loader import Batch
+from tcsae.train.plan import plan_runs, run_name
+from tcsae.train.presets import preset
+from tcsae.train.run import Run, train_runs
+from tcsae.train.trainer import Trainer, Workspace, initial_sae
+
+HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 12, 16
+
+
+def planted(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Sequences of sparse mixtures of 24 directions, on an offset, in units far from 1."""
+    directions = np.random.default_rng(1).normal(size=(24, WIDTH))
+    code = rng.random((n, LENGTH, 24)) * (rng.random((n, LENGTH, 24)) < 0.12)
+    return (20 * code @ directions + 5).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    path = str(tmp_path_factory.mktemp("train") / "a.zarr")
+    recipe = Recipe(
+        model=ModelRecipe(name="toy", revision="1"),
+        corpus=CorpusRecipe(name="numbers", revision="1"),
+        sequences=SequenceRecipe(length=LENGTH),
+        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=WIDTH),),
+        n_tokens=1,
+    )
+    writer = open_writer(path, recipe, Layout(sequences_per_chunk=64))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, LENGTH + 1, 400).astype(np.int32)
+    rows = Rows(np.zeros((400, LENGTH), np.int32), lengths, np.arange(400), np.zeros(400, np.int32))
+    writer.commit({"train": rows, "eval": rows}, {})
+    writer.finish_sequences({s: {"sequences": 400, "tokens": int(lengths.sum()), "documents": 400} for s in SPLITS})
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, {HOOK: planted(rng, shard.stop - shard.start)})
+    writer.seal({}, [], {})
+    return open_store(path)
+
+
+SMALL = ("sae.d_sae=32", "sae.k=4", "steps=60", "data.n_segments=32", "data.segment_length=6", "log_every=20")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path / "sae_weights.safetensors")
+
+
+def test_a_run_is_a_folder_that_says_everything(store, tmp_path):
+    (record,) = train_runs(store, tmp_path, plan_runs(store, ["topk"], SMALL))
+    path = tmp_path / record["name"]
+    assert {file.name for file in path.iterdir()} == {
+        "cfg.json", "sae_weights.safetensors", "tcsae.json", "metrics.jsonl"
+    }  # fmt: skip
+    assert record["store"]["content"] == store.content
+    assert (record["hook"], record["steps"], record["preset"]) == (HOOK, 60, "topk")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 60]
+    assert lines[-1]["tokens"] == record["tokens"]
+    assert lines[-1]["explained_variance"] > lines[0]["explained_variance"]
+    assert lines[-1]["l0"] <= 4
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights(path).items()}
+    assert shapes == {"W_enc": (WIDTH, 32), "b_enc": (32,), "W_dec": (32, WIDTH), "b_dec": (WIDTH,)}
+    assert all(tensor.dtype == torch.float32 for tensor in weights(path).values())
+    config = json.loads((path / "cfg.json").read_text())
+    assert (config["architecture"], config["d_in"], config["d_sae"], config["k"]) == ("topk", WIDTH, 32, 4)
+    assert config["metadata"]["hook_name"] == HOOK
+
+
+def test_it_learns_and_reads_unscaled_activations(store, tmp_path):
+    (record,) = train_runs(store, tmp_path, plan_runs(store, ["topk"], [*SMALL, "steps=400", "optimizer.lr=0.01"]))
+    sae = load_sae(tmp_path / record["name"])
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    lengths = store.eval.lengths
+    x = torch.from_numpy(store.eval.read(HOOK, 0, 400)).float()[torch.arange(LENGTH) < torch.tensor(lengths)[:, None]]
+    with torch.no_grad():
+        error, dense = sae(x) - x, sae.encode(x)
+        code = sae.encode_sparse(x)
+        torch.testing.assert_close(code.dense(), dense)
+        torch.testing.assert_close(sae.decode_sparse(code), sae.decode(dense))
+    assert 1 - error.square().sum() / (x - x.mean(0)).square().sum() > 0.8
+    assert ((dense > 0).sum(1) <= 4).all()
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "gelu"])
+def test_folding_the_input_scale_changes_no_reconstruction(activation):
+    torch.manual_seed(0)
+    config = TrainConfig(sae=SaeConfig(d_model=6, d_sae=10, k=3, activation=activation))
+    sae = initial_sae(config, torch.randn(50, 6))
+    sae.b_enc.data.normal_()
+    x = torch.randn(9, 6) * 7
+    expected = sae(x * 0.2) / 0.2
+    sae.fold_scale(0.2)
+    torch.testing.assert_close(sae(x), expected)
+
+
+def test_same_seeds_same_weights_and_another_seed_others(store, tmp_path):
+    for name in ("a", "b"):
+        train_runs(store, tmp_path / name, plan_runs(store, ["topk"], SMALL))
+    train_runs(store, tmp_path / "a", plan_runs(store, ["topk"], [*SMALL, "init_seed=1"]))
+    train_runs(store, tmp_path / "a", plan_runs(store, ["topk"], [*SMALL, "data.seed=1"]))
+    name = run_name("topk", SMALL)
+    first, again = weights(tmp_path / "a" / name), weights(tmp_path / "b" / name)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    for suffix in ("-init_seed1", "-seed1"):
+        assert not torch.equal(first["W_dec"], weights(tmp_path / "a" / (name + suffix))["W_dec"])
+
+
+def test_runs_of_one_pass_equal_themselves_alone(store, tmp_path):
+    both = plan_runs(store, ["topk", "written-run3"], ("steps=30", "data.n_segments=16", "data.segment_length=8"))
+    train_runs(store, tmp_path / "both", both)
+    for run in both:
+        train_runs(store, tmp_path / "alone", [run])
+        one, other = weights(tmp_path / "both" / run.name), weights(tmp_path / "alone" / run.name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, capsys):
+    runs = plan_runs(store, ["topk"], SMALL)
+    train_runs(store, tmp_path, runs)
+    before = (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns
+    train_runs(store, tmp_path, runs)
+    assert (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns == before
+    assert "trained already, reused" in capsys.readouterr().err
+    longer = [run._replace(config=with_settings(run.config, ["steps=61"])) for run in runs]
+    with pytest.raises(RunError, match=r"trained otherwise \(train.steps: 60, not 61\). Use --fresh"):
+        train_runs(store, tmp_path, longer)
+    train_runs(store, tmp_path, longer, fresh=True)
+    with pytest.raises(RunError, match="Two runs would be named"):
+        train_runs(store, tmp_path, [*runs, *runs])
+
+
+def test_loss_that_is_not_finite_stops_before_any_weight_moves():
+    config = with_settings(preset("topk", WIDTH), SMALL)
+    sample = torch.randn(100, WIDTH)
+    trainer = Trainer(config, sample, Workspace())
+    before = {name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()}
+    sample[3, 1] = float("inf")
+    with pytest.raises(RunError, match=r"Step 0: the loss is (nan|inf).*The weights were not touched"):
+        trainer.step(Batch(sample, np.array([100])))
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.sae.state_dict().items())
+
+
+def test_decoder_keeps_unit_rows_and_gets_no_parallel_gradient():
+    config = with_settings(preset("topk", WIDTH), SMALL)
+    trainer = Trainer(config, torch.randn(100, WIDTH), Workspace())
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
+    before = trainer.sae.W_dec.detach().clone()
+    trainer.step(Batch(torch.randn(40, WIDTH), np.array([40])))
+    torch.testing.assert_close((trainer.sae.W_dec.grad * before).sum(1), torch.zeros(32), atol=1e-6, rtol=0)
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
+
+
+def test_paper_preset_is_the_paper_s():
+    config = preset("written-run3", 512)
+    assert (config.l1, config.temporal.weight, config.temporal.window) == (0.1, 0.01, 3)
+    assert (config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.decay) == (3e-4, 1000, "cosine")
+    assert (config.data.n_segments, config.data.segment_length, config.data.buffer_sequences) == (32, 128, 2048)
+    assert (config.sae.activation, config.sae.d_sae, config.input_norm) == ("gelu", 512, "none")
+
+
+def test_plans_name_runs_and_refuse_unknown_words(store):
+    names = [run.name for run in plan_runs(store, ["topk", "written-run3"], ["sae.k=8", "steps=3", "data.seed=0"])]
+    assert names == ["topk-k8", "written-run3-k8"]
+    assert plan_runs(store, [], [])[0].preset == "topk"
+    with pytest.raises(ConfigError, match=r"Unknown setting 'sae.kk'. Did you mean 'sae.k'\?"):
+        plan_runs(store, [], ["sae.kk=3"])
+    assert isinstance(plan_runs(store, [], [])[0], Run)

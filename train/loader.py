@@ -1,0 +1,175 @@
+"""Batches of whole segments from a store, in an order that is a function of the seed alone.
+
+An epoch visits the chunks in random order. Consecutive chunks form a block of about `buffer_sequences` sequences; the
+segments of a block are shuffled, and the blocks' segments laid end to end make one endless stream. Batch i is segments
+i * n_segments .. (i + 1) * n_segments of it, so the number of batches handed out is all the state there is. While one
+block is used up, a thread reads the next: two blocks are in memory, whatever the size of the store.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from tcsae.shared.errors import StoreError
+from tcsae.shared.store import Store
+from tcsae.shared.windows import positions, segments
+from tcsae.train.config import DataConfig
+
+
+class Batch(NamedTuple):
+    """Segments packed end to end, without padding."""
+
+    x: Float[Tensor, "n d_model"]
+    """float32; the loader's own buffer, overwritten by the next batch."""
+    lengths: Int[ndarray, " n_segments"]
+
+
+class Block(NamedTuple):
+    """What is in memory at a time: the sequences of some chunks, and their segments in shuffled order."""
+
+    values: Tensor
+    """[n_sequences * sequence_length, d_model], as stored."""
+    rows: Int[ndarray, " n_segments"]
+    """First row of each segment in `values`."""
+    lengths: Int[ndarray, " n_segments"]
+
+
+class SegmentLoader:
+    """Endless batches of the train split's segments (see the module's docstring).
+
+    Raises StoreError if the store has no such hook, or no position beyond `skip_first`.
+    """
+
+    def __init__(self, store: Store, config: DataConfig, n_batches_done: int = 0) -> None:
+        self.store = store
+        self.config = config
+        self.hook = store.hook(config.hook)
+        self.n_batches_done = n_batches_done
+        """The loader's state."""
+        split = store.train
+        self._sequence, self._start, self._length = segments(split.lengths, config.segment_length, config.skip_first)
+        if not len(self._sequence):
+            raise StoreError(
+                f"{store.location}: no train sequence is longer than data.skip_first={config.skip_first}. Lower it."
+            )
+        n_chunks = -(-split.n_sequences // store.sequences_per_chunk)
+        self._chunks_per_block = max(1, config.buffer_sequences // store.sequences_per_chunk)
+        self._n_blocks = -(-n_chunks // self._chunks_per_block)
+        self._n_chunks = n_chunks
+        self._first_of_chunk = np.searchsorted(
+            self._sequence, np.arange(n_chunks + 1) * store.sequences_per_chunk, side="left"
+        )
+        self._buffer = torch.empty(config.n_segments * config.segment_length, store.d_model(self.hook))
+
+    @property
+    def n_segments(self) -> int:
+        """Segments in an epoch."""
+        return len(self._sequence)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in an epoch: every valid position from `skip_first` on, once."""
+        return int(self._length.sum())
+
+    def __iter__(self) -> Iterator[Batch]:
+        want = self.config.n_segments
+        stream = self._blocks(self.n_batches_done * want)
+        block, at = next(stream)
+        while True:
+            n_rows, lengths = 0, np.zeros(0, np.int64)
+            while (missing := want - len(lengths)) > 0:
+                if at == len(block.rows):
+                    block, at = next(stream)
+                taken = slice(at, at + missing)
+                lengths = np.concatenate([lengths, block.lengths[taken]])
+                n_rows += self._gather(block, taken, n_rows)
+                at = min(taken.stop, len(block.rows))
+            self.n_batches_done += 1
+            yield Batch(self._buffer[:n_rows], lengths)
+
+    def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
+        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
+        block = self._read_block(0, 0)
+        keep = int(np.searchsorted(np.cumsum(block.lengths), n_tokens)) + 1
+        return block.values[_token_rows(block.rows[:keep], block.lengths[:keep])].float()
+
+    def _gather(self, block: Block, taken: slice, start: int) -> int:
+        """Copy segments into the batch buffer from row `start` on; returns how many rows."""
+        index = _token_rows(block.rows[taken], block.lengths[taken])
+        self._buffer[start : start + len(index)].copy_(torch.index_select(block.values, 0, index))
+        return len(index)
+
+    def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
+        """The stream's blocks from its segment number `skip` on, each with the first segment to use."""
+        epoch, skip = divmod(skip, self.n_segments)
+        number = 0
+        while skip >= (n := self._n_segments_of(epoch, number)):
+            number, skip = number + 1, skip - n
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
+            pending: Future[Block] = reader.submit(self._read_block, epoch, number)
+            while True:
+                block = pending.result()
+                epoch, number = (epoch, number + 1) if number + 1 < self._n_blocks else (epoch + 1, 0)
+                pending = reader.submit(self._read_block, epoch, number)
+                yield block, skip
+                skip = 0
+
+    def _chunks(self, epoch: int, number: int) -> Int[ndarray, " n_chunks"]:
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(self._n_chunks)
+        return order[number * self._chunks_per_block : (number + 1) * self._chunks_per_block]
+
+    def _n_segments_of(self, epoch: int, number: int) -> int:
+        chunks = self._chunks(epoch, number)
+        return int((self._first_of_chunk[chunks + 1] - self._first_of_chunk[chunks]).sum())
+
+    def _read_block(self, epoch: int, number: int) -> Block:
+        store, per_chunk = self.store, self.store.sequences_per_chunk
+        length = store.sequence_length
+        values, rows, lengths, n_rows = [], [], [], 0
+        for chunk in self._chunks(epoch, number):
+            first = chunk * per_chunk
+            stop = min(first + per_chunk, store.train.n_sequences)
+            values.append(store.train.read(self.hook, int(first), int(stop)))
+            of_chunk = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
+            rows.append((self._sequence[of_chunk] - first) * length + self._start[of_chunk] + n_rows)
+            lengths.append(self._length[of_chunk])
+            n_rows += (stop - first) * length
+        order = np.random.default_rng([self.config.seed, epoch, number]).permutation(sum(map(len, rows)))
+        flat = torch.from_numpy(np.concatenate(values)).view(n_rows, -1)
+        return Block(flat, np.concatenate(rows)[order], np.concatenate(lengths)[order])
+
+
+def _token_rows(rows: Int[ndarray, " n_segments"], lengths: Int[ndarray, " n_segments"]) -> Int[Tensor, " n"]:
+    return torch.from_numpy(np.repeat(rows, lengths) + positions(lengths))
+
+
+def iterate_segments(
+    store: Store, *, n_segments: int = 256, segment_length: int = 16, **options: int | str
+) -> Iterator[tuple[Float[Tensor, "n_segments segment_length d_model"], Bool[Tensor, "n_segments segment_length"]]]:
+    """Endless shuffled batches for anybody's own trainer: (x, valid).
+
+    x float32 [n_segments, segment_length, d_model], consecutive positions of one sequence each, zero where not valid;
+    valid bool [n_segments, segment_length], left-aligned. `options`: hook, skip_first (1), buffer_sequences (2048) and
+    seed (0), as in `tcsae.train.config.DataConfig`.
+    """
+    config = DataConfig(n_segments=n_segments, segment_length=segment_length, **options)  # type: ignore[arg-type]
+    for batch in SegmentLoader(store, config):
+        valid = torch.from_numpy(np.arange(segment_length) < batch.lengths[:, None])
+        x = torch.zeros(n_segments, segment_length, batch.x.shape[1])
+        x[valid] = batch.x
+        yield x, valid
+
+
+def iterate_tokens(
+    store: Store, *, batch_tokens: int = 4096, **options: int | str
+) -> Iterator[Float[Tensor, "n d_model"]]:
+    """Endless shuffled batches of exactly `batch_tokens` single tokens, float32 [n, d_model]; options as above."""
+    config = DataConfig(n_segments=batch_tokens, segment_length=1, **options)  # type: ignore[arg-type]
+    for batch in SegmentLoader(store, config):
+        yield batch.x.clone()
