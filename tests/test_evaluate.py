@@ -1,0 +1,418 @@
+"""Promise: `eval` gives the figures that a plain recomputation gives, once per SAE, without the language model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from tcsae.evaluate import metrics, one_pass
+from tcsae.evaluate.run import evaluate_runs
+from tcsae.shared.cli import cli
+from tcsae.shared.errors import RunError, StoreError
+from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
+from tcsae.shared.store import Split, Store, open_store
+from tcsae.shared.tail import make_tail, save_tail
+from tcsae.shared.writer import Rows, open_writer
+
+LAYER, HOOK = 1, "blocks.1.hook_resid_post"
+LENGTH, WIDTH, VOCABULARY, LATENTS = 12, 16, 61, 40
+N_SEQUENCES = {"train": 30, "eval": 20}
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+        initializer_range=0.4,
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def residual(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    kept = []
+    layer = model.gpt_neox.layers[LAYER]
+    handle = layer.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
+    model(torch.from_numpy(tokens).long())
+    handle.remove()
+    return (kept[0] if torch.is_tensor(kept[0]) else kept[0][0]).numpy()
+
+
+def write_store(path: Path, model: GPTNeoXForCausalLM, n_sequences: dict[str, int], with_tail: bool = True) -> Store:
+    recipe = Recipe(
+        model=ModelRecipe(name="toy", revision="1"),
+        corpus=CorpusRecipe(name="numbers", revision="1"),
+        sequences=SequenceRecipe(length=LENGTH),
+        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=WIDTH),),
+        n_tokens=1,
+    )
+    writer = open_writer(str(path), recipe, Layout(sequences_per_chunk=8))
+    assert writer is not None
+    rng = np.random.default_rng(0)
+    rows = {}
+    for split in SPLITS:
+        n = n_sequences[split]
+        tokens = rng.integers(0, VOCABULARY, (n, LENGTH)).astype(np.int32)
+        lengths = rng.integers(1, LENGTH + 1, n).astype(np.int32)
+        rows[split] = Rows(tokens, lengths, np.arange(n) // 2, np.zeros(n, np.int32))
+    writer.commit(rows, {})
+    counts = {s: {"sequences": len(r.lengths), "tokens": int(r.lengths.sum())} for s, r in rows.items()}
+    writer.finish_sequences({s: one | {"documents": one["sequences"] // 2} for s, one in counts.items()})
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, {HOOK: residual(model, writer.tokens(shard))})
+    tail = {"none": "the hook is no residual stream"}
+    files = []
+    if with_tail:
+        folder = path.with_name(f"{path.name}-tail")
+        save_tail(make_tail(model, LAYER + 1), folder)
+        files, tail = writer.add_folder(f"tail/{HOOK}", folder), {"layers": 1, "max_difference": 0.0}
+    writer.seal({HOOK: tail}, files, {})
+    return open_store(path)
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory) -> Store:
+    return write_store(tmp_path_factory.mktemp("store") / "a.zarr", model, N_SEQUENCES)
+
+
+def make_sae(activation: str = "topk", d_model: int = WIDTH, seed: int = 0, **more: object) -> SparseAutoencoder:
+    generator = torch.Generator().manual_seed(seed)
+    sae = SparseAutoencoder(SaeConfig(d_model=d_model, d_sae=LATENTS, activation=activation, k=5, **more))
+    for tensor in sae.parameters():
+        tensor.data = torch.randn(tensor.shape, generator=generator) / d_model**0.5
+    sae.b_enc.data[3] = -1e6  # dead
+    return sae
+
+
+def make_run(runs: Path, name: str, sae: SparseAutoencoder, store: Store, **changes: object) -> Path:
+    record = {
+        "name": name,
+        "preset": "topk",
+        "hook": HOOK,
+        "train": {"data": {"skip_first": 1, "hook": None}},
+        "store": {"content": store.content},
+        "steps": 7,
+        "tokens": 700,
+    }
+    save_sae(sae, runs / name, record | changes, {})
+    return runs / name
+
+
+def naive(store: Store, sae: SparseAutoencoder, model: GPTNeoXForCausalLM, skip_first: int) -> dict[str, float]:
+    """Dense codes, one sequence at a time without padding, and the whole language model with its residual replaced."""
+    split, mean = store.eval, store.array(f"statistics/{HOOK}/mean")[:].astype(np.float32)
+    seen: list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]] = []
+    losses: dict[str, list[float]] = {name: [] for name in ("clean", "sae", "zero", "mean")}
+    for i, length in enumerate(split.lengths):
+        x = split.read(HOOK, i, i + 1)[0, :length].astype(np.float32)
+        with torch.no_grad():
+            f = sae.encode(torch.from_numpy(x))
+            x_hat = sae.decode(f, torch.from_numpy(x)).numpy()
+        seen += [(x[p], x_hat[p], f[p].numpy(), p >= skip_first) for p in range(length)]
+        keep = np.arange(length)[:, None] < skip_first
+        spliced = {"clean": x, "sae": np.where(keep, x, x_hat), "zero": 0 * x, "mean": np.where(keep, x, mean)}
+        for name, values in spliced.items():
+            losses[name] += full_model_losses(model, split.tokens[i, :length], values)[skip_first:]
+    x, x_hat, f, counted = (np.array(one, np.float64) for one in zip(*seen, strict=True))
+    counted = counted.astype(bool)
+    ev = {
+        name: 1 - ((x[rows] - x_hat[rows]) ** 2).sum() / ((x[rows] - x[rows].mean(0)) ** 2).sum()
+        for name, rows in (("explained_variance", counted), ("explained_variance_all_positions", counted | True))
+    }
+    x, x_hat, f = x[counted], x_hat[counted], f[counted]
+    norms = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
+    ce = {name: float(np.mean(values)) for name, values in losses.items()}
+    return ev | {
+        "mse": ((x - x_hat) ** 2).sum(1).mean(),
+        "cossim": ((x * x_hat).sum(1) / (norms[0] * norms[1])).mean(),
+        "l2_norm_in": norms[0].mean(),
+        "l2_norm_out": norms[1].mean(),
+        "l2_ratio": (norms[1] / norms[0]).mean(),
+        "relative_reconstruction_bias": (x_hat**2).sum() / (x * x_hat).sum(),
+        "l0": (f > 0).sum(1).mean(),
+        "l1": np.abs(f).sum(1).mean(),
+        "dead_fraction": (~(f > 0).any(0)).mean(),
+        "ce_loss_without_sae": ce["clean"],
+        "ce_loss_with_sae": ce["sae"],
+        "ce_loss_with_ablation": ce["zero"],
+        "ce_loss_with_mean": ce["mean"],
+        "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+    }
+
+
+@torch.no_grad()
+def full_model_losses(model: GPTNeoXForCausalLM, tokens: np.ndarray, residual: np.ndarray) -> list[float]:
+    replacement = torch.from_numpy(residual)[None]
+    layer = model.gpt_neox.layers[LAYER]
+    handle = layer.register_forward_hook(
+        lambda _module, _inputs, out: replacement if torch.is_tensor(out) else (replacement, *out[1:])
+    )
+    logits = model(torch.from_numpy(tokens).long()[None]).logits[0].double()
+    handle.remove()
+    return [float(-logits[p].log_softmax(-1)[int(tokens[p + 1])]) for p in range(len(tokens) - 1)]
+
+
+@pytest.mark.parametrize("skip_first", [0, 1, 3])
+@pytest.mark.parametrize("activation", ["topk", "relu", "gelu", "jumprelu"])
+def test_figures_equal_a_plain_recomputation(store, model, tmp_path, activation, skip_first):
+    sae = make_sae(activation)
+    path = make_run(tmp_path, "one", sae, store, train={"data": {"skip_first": skip_first}})
+    evaluations, refused = evaluate_runs(store, tmp_path)
+    assert not refused
+    assert evaluations == [json.loads((path / "eval.json").read_text())]
+    found = evaluations[0]
+    assert found["metrics"] == pytest.approx(naive(store, sae, model, skip_first), rel=1e-4)
+    assert found["n_tokens"] == np.maximum(store.eval.lengths - skip_first, 0).sum()
+    assert found["n_predictions"] == np.maximum(store.eval.lengths - 1 - skip_first, 0).sum()
+    assert set(found["metrics"]) | set(found["baselines"]) == set(found["definitions"])
+
+
+@pytest.mark.parametrize("activation", ["topk", "gelu"])
+def test_a_layer_norm_is_undone_by_the_statistics_of_x(store, model, tmp_path, activation):
+    sae = make_sae(activation, layer_norm="in_out")
+    make_run(tmp_path, "one", sae, store)
+    assert evaluate_runs(store, tmp_path)[0][0]["metrics"] == pytest.approx(naive(store, sae, model, 1), rel=1e-4)
+
+
+def test_baselines_are_scored_as_saes_that_output_them(store, model, tmp_path):
+    mean = torch.from_numpy(store.array(f"statistics/{HOOK}/mean")[:]).float()
+    constant = {"zero_output": torch.zeros(WIDTH), "mean_output": mean}
+    make_run(tmp_path, "one", make_sae(), store)
+    baselines = evaluate_runs(store, tmp_path)[0][0]["baselines"]
+    for name, value in constant.items():
+        sae = make_sae("relu")
+        sae.b_enc.data[:] = -1e6
+        sae.b_dec.data = value
+        with np.errstate(invalid="ignore"):
+            expected = naive(store, sae, model, 1)
+        found = baselines[name]
+        assert found["dead_fraction"] is None, "a constant has no latents"
+        undefined = {"dead_fraction"}
+        if name == "zero_output":  # 0 / 0 in the plain recomputation
+            assert (found["cossim"], found["relative_reconstruction_bias"]) == (0.0, None)
+            undefined |= {"cossim", "relative_reconstruction_bias"}
+        kept = expected.keys() - undefined
+        assert {key: found[key] for key in kept} == pytest.approx({key: expected[key] for key in kept}, rel=1e-4)
+
+
+def test_batches_change_nothing(store, tmp_path, monkeypatch):
+    for activation in ("topk", "relu", "gelu"):
+        make_run(tmp_path, activation, make_sae(activation), store)
+    before = evaluate_runs(store, tmp_path)[0]
+    monkeypatch.setattr(one_pass, "BATCH_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(one_pass, "BATCH_CODE_ENTRIES", 7 * LATENTS)
+    after = evaluate_runs(store, tmp_path, force=True)[0]
+    for one, other in zip(before, after, strict=True):
+        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[int, int]]:
+    """The ranges of sequences read so far."""
+    seen: list[tuple[int, int]] = []
+    read = Split.read
+
+    def counting(self: Split, hook: str, start: int, stop: int) -> np.ndarray:
+        seen.append((start, stop))
+        return read(self, hook, start, stop)
+
+    monkeypatch.setattr(Split, "read", counting)
+    return seen
+
+
+def test_many_saes_read_the_split_once(store, tmp_path, reads):
+    for seed in range(4):
+        make_run(tmp_path, f"run{seed}", make_sae(seed=seed), store)
+    together, _ = evaluate_runs(store, tmp_path)
+    assert reads == [(0, 8), (8, 16), (16, 20)]
+    alone, _ = evaluate_runs(store, tmp_path, ["run2"], force=True)
+    assert alone[0]["metrics"] == together[2]["metrics"]
+
+
+def test_what_is_evaluated_is_kept_until_something_differs(store, model, tmp_path, reads, monkeypatch):
+    def redone(**options: bool) -> bool:
+        reads.clear()
+        evaluations, _ = evaluate_runs(store, tmp_path, **options)
+        assert evaluations[0] == json.loads((path / "eval.json").read_text())
+        return bool(reads)
+
+    path = make_run(tmp_path, "one", make_sae(), store)
+    assert redone()
+    assert not redone()
+    assert redone(force=True)
+    weights, evaluation = (path / "sae_weights.safetensors").read_bytes(), (path / "eval.json").read_bytes()
+
+    make_run(tmp_path, "one", make_sae(seed=5), store)
+    (path / "eval.json").write_bytes(evaluation)
+    assert redone(), "other weights"
+    (path / "sae_weights.safetensors").write_bytes(weights)
+    assert redone(), "the first weights again"
+
+    for damage in (b"", b"[]", evaluation.replace(b'"skip_first": 1', b'"skip_first": 2')):
+        (path / "eval.json").write_bytes(damage)
+        assert redone(), damage[:20]
+    monkeypatch.setattr(metrics, "DEFINITION_VERSION", metrics.DEFINITION_VERSION + 1)
+    assert redone(), "other definitions"
+    assert not redone()
+
+    other = write_store(tmp_path.parent / f"{tmp_path.name}.zarr", model, {"train": 9, "eval": 9})
+    reads.clear()
+    assert evaluate_runs(other, tmp_path)[0][0]["store"]["content"] == other.content != store.content
+    assert reads, "another store"
+
+
+def test_a_renamed_run_goes_by_its_new_name(store, tmp_path, reads):
+    make_run(tmp_path, "old", make_sae(), store)
+    evaluate_runs(store, tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    reads.clear()
+    assert [one["name"] for one in evaluate_runs(store, tmp_path)[0]] == ["new"]
+    assert not reads
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(path / "sae_weights.safetensors")
+    tensors[name].view(-1)[1] = value
+    safetensors.torch.save_file(tensors, path / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("width", f"its SAE reads d_model 24, but {HOOK} in {{store}} has d_model 16"),
+        ("steps", "0 optimiser steps"),
+        ("nan", "1 values of W_dec in sae_weights.safetensors are NaN or infinite"),
+        ("infinite", "1 values of W_enc in sae_weights.safetensors are NaN or infinite"),
+        ("hook", "Unknown hook 'blocks.2.hook_resid_post'. Did you mean 'blocks.1.hook_resid_post'?"),
+        ("record", "tcsae.json lacks 'hook'"),
+        ("weights", "does not hold this SAE's weights"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(store, tmp_path, kind, message):
+    changes = {"steps": {"steps": 0}, "hook": {"hook": "blocks.2.hook_resid_post"}}.get(kind, {})
+    bad = make_run(tmp_path, "bad", make_sae(d_model=24 if kind == "width" else WIDTH), store, **changes)
+    if kind in ("nan", "infinite"):
+        spoil(bad, *{"nan": ("W_dec", np.nan), "infinite": ("W_enc", np.inf)}[kind])
+    if kind == "record":
+        record = json.loads((bad / "tcsae.json").read_text())
+        (bad / "tcsae.json").write_text(json.dumps({key: value for key, value in record.items() if key != "hook"}))
+    if kind == "weights":
+        (bad / "sae_weights.safetensors").unlink()
+    make_run(tmp_path, "good", make_sae(), store)
+    done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path), "eval"])
+    assert done.exit_code == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: bad: ")
+    assert message.format(store=store.location) in last
+    assert "│ good " in done.stdout
+    assert "│ bad " not in done.stdout
+    assert (tmp_path / "good" / "eval.json").exists()
+    assert not (tmp_path / "bad" / "eval.json").exists()
+
+
+def test_only_a_logged_preset_may_be_untrained(store, tmp_path):
+    make_run(tmp_path, "one", make_sae(), store, steps=0, preset="logged-run2")
+    evaluations, refused = evaluate_runs(store, tmp_path)
+    assert [one["steps"] for one in evaluations] == [0]
+    assert not refused
+
+
+def test_without_a_tail_all_but_the_cross_entropies(store, model, tmp_path):
+    bare = write_store(tmp_path / "bare.zarr", model, N_SEQUENCES, with_tail=False)
+    make_run(tmp_path / "runs", "one", make_sae(), store)
+    with_tail = evaluate_runs(store, tmp_path / "runs")[0][0]
+    done = CliRunner().invoke(cli, ["--store", bare.location, "--runs", str(tmp_path / "runs"), "eval"])
+    assert done.exit_code == 0, done.output
+    assert "No tail, so no cross-entropies" in done.stdout
+    assert "the hook is no residual stream" in done.stdout
+    without = json.loads((tmp_path / "runs" / "one" / "eval.json").read_text())
+    assert "the hook is no residual stream" in without["no_tail"]
+    ce = {key for key in without["metrics"] if key.startswith("ce_")}
+    assert {without["metrics"][key] for key in ce} == {None}
+    assert without["metrics"] == with_tail["metrics"] | dict.fromkeys(ce)
+    assert "trained on another store" in done.stderr
+
+
+def test_a_tail_that_is_put_back_is_used(store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store.root, copy)
+    (copy / "tail").rename(tmp_path / "away")
+    make_run(tmp_path / "runs", "one", make_sae(), store)
+    assert evaluate_runs(open_store(copy), tmp_path / "runs")[0][0]["metrics"]["ce_loss_score"] is None
+    (tmp_path / "away").rename(copy / "tail")
+    assert evaluate_runs(open_store(copy), tmp_path / "runs")[0][0]["metrics"]["ce_loss_score"] is not None
+
+
+def test_runs_that_are_not_there(store, tmp_path):
+    with pytest.raises(RunError, match=r"No runs in .*nothing. Train one: tcsae --runs .*nothing train"):
+        evaluate_runs(store, tmp_path / "nothing")
+    make_run(tmp_path, "topk-1", make_sae(), store)
+    (tmp_path / "going").mkdir()
+    (tmp_path / "topk-2.abc.partial").mkdir()
+    with pytest.raises(RunError, match=r"Unknown run 'topk1'. Did you mean 'topk-1'\? There is: going, topk-1\."):
+        evaluate_runs(store, tmp_path, ["topk1"])
+    with pytest.raises(RunError, match="going has no tcsae.json: its training is unfinished"):
+        evaluate_runs(store, tmp_path, ["going"])
+    done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path), "eval"])
+    assert done.exit_code == 0
+    assert "going: skipped, its training is unfinished" in done.stderr
+
+
+@pytest.mark.parametrize("n_eval, skip_first", [(0, 1), (20, LENGTH)])
+def test_nothing_to_score_on(model, store, tmp_path, n_eval, skip_first):
+    empty = write_store(tmp_path / "empty.zarr", model, {"train": 5, "eval": n_eval})
+    make_run(tmp_path / "runs", "one", make_sae(), store, train={"data": {"skip_first": skip_first}})
+    with pytest.raises(StoreError, match=f"no position from {skip_first} on in {n_eval} sequences. Harvest more"):
+        evaluate_runs(empty, tmp_path / "runs")
+    assert not (tmp_path / "runs" / "one" / "eval.json").exists()
+
+
+def test_a_damaged_chunk_is_named(store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store.root, copy)
+    chunk = copy / "eval" / "activations" / HOOK / "c" / "1" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    make_run(tmp_path / "runs", "one", make_sae(), store)
+    with pytest.raises(StoreError, match=r"eval/activations/.*sequences 8\.\.15.*damaged"):
+        evaluate_runs(open_store(copy), tmp_path / "runs")
+
+
+def test_no_language_model_is_needed(store, tmp_path):
+    """No transformer_lens, no datasets, and nothing of the rooms that hold or run the language model."""
+    make_run(tmp_path, "one", make_sae(), store)
+    program = (
+        "import sys\n"
+        "blocked = ('transformer_lens', 'datasets', 'tcsae.data', 'tcsae.harvest', 'tcsae.train')\n"
+        "sys.modules.update(dict.fromkeys(blocked))\n"
+        "from tcsae.shared.cli import cli\n"
+        f"cli(['--store', {store.location!r}, '--runs', {str(tmp_path)!r}, 'eval'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "│ zero output" in done.stdout
+    assert "│ one " in done.stdout
+    assert json.loads((tmp_path / "one" / "eval.json").read_text())["metrics"]["ce_loss_score"] is not None
+    blocked = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['datasets'] = None; import datasets"],
+        capture_output=True,
+        check=False,
+    )
+    assert blocked.returncode, "the block itself has to work"
