@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SELECT_GROUPS = 16
+SAMPLE = 65_536
+"""Entries that a batch's lower bound is estimated from."""
 
 
 class SparseCode(NamedTuple):
@@ -38,6 +40,16 @@ class SparseCode(NamedTuple):
         """The same code as a matrix."""
         return self.values.new_zeros(self.n_tokens, self.d_sae).index_put_((self.rows, self.latents), self.values)
 
+    def part(self, first: int, stop: int) -> tuple["SparseCode", Int[Tensor, " n_part"] | slice]:
+        """The code of latents first..stop-1 alone, numbered from 0, and where its entries stand in this one."""
+        if (first, stop) == (0, self.d_sae):
+            return self, slice(None)
+        at = ((self.latents >= first) & (self.latents < stop)).nonzero().squeeze(1)
+        counts = torch.bincount(self.rows[at], minlength=self.n_tokens)
+        offsets = torch.zeros_like(self.offsets)
+        offsets[1:] = counts.cumsum(0)
+        return SparseCode(self.values[at], self.latents[at] - first, offsets, stop - first), at
+
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest entries of each row, exactly, in no particular order: (values, latents).
@@ -64,12 +76,46 @@ def topk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
     return SparseCode(values.relu().flatten(), latents.flatten(), offsets, pre.shape[1])
 
 
+def batchtopk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
+    """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the n * k largest positive entries of the whole batch.
+
+    Exactly n * k entries, fewer only where fewer are positive. In two stages: a bound estimated from a strided sample
+    leaves some 1.3 n k candidates, among which the last one kept is found exactly.
+    """
+    want, flat = len(pre) * k, pre.view(-1)
+    candidates = _above(flat, _sampled_bound(flat, want))
+    if len(candidates) < want:
+        candidates = _above(flat, 0.0)
+    values = flat[candidates]
+    if len(values) > want:
+        last = values.kthvalue(len(values) - want + 1).values
+        keep = values > last
+        # Of several entries that equal the last one, the first are kept.
+        ties = (values == last).nonzero().squeeze(1)[: want - int(keep.sum())]
+        keep[ties] = True
+        candidates, values = candidates[keep], values[keep]
+    return _from_flat(candidates, values, pre.shape)
+
+
+def threshold_code(
+    pre: Float[Tensor, "n d_sae"], threshold: Float[Tensor, "*d_sae"], margin: float = 0.0
+) -> SparseCode:
+    """JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435): pre-activations above their latent's threshold.
+
+    With a `margin`, entries up to that far below a threshold are explicit zeros (their gradient moves the threshold).
+    """
+    at = (pre > threshold - margin).view(-1).nonzero().squeeze(1)
+    values = pre.view(-1)[at]
+    if margin:
+        limit = threshold.expand(pre.shape[1])[at % pre.shape[1]]
+        values = torch.where(values > limit, values, 0.0)
+    return _from_flat(at, values, pre.shape)
+
+
 def positive_code(activations: Float[Tensor, "n d_sae"]) -> SparseCode:
     """The non-zero entries of a dense code."""
-    rows, latents = activations.nonzero(as_tuple=True)
-    offsets = torch.zeros(len(activations) + 1, dtype=torch.int64, device=activations.device)
-    offsets[1:] = torch.bincount(rows, minlength=len(activations)).cumsum(0)
-    return SparseCode(activations[rows, latents], latents, offsets, activations.shape[1])
+    at = activations.reshape(-1).nonzero().squeeze(1)
+    return _from_flat(at, activations.reshape(-1)[at], activations.shape)
 
 
 def decode(
@@ -80,3 +126,27 @@ def decode(
         code.latents, W_dec, code.offsets, per_sample_weights=code.values, mode="sum", include_last_offset=True
     )
     return out.add_(b_dec)
+
+
+def _above(flat: Float[Tensor, " n_entries"], bound: float) -> Int[Tensor, " n_above"]:
+    return (flat > bound).nonzero().squeeze(1)
+
+
+def _sampled_bound(flat: Float[Tensor, " n_entries"], want: int) -> float:
+    """A value that surely (not certainly) at least `want` entries exceed; never below 0."""
+    stride = max(1, flat.numel() // SAMPLE)
+    stride += 1 - stride % 2  # odd, so that it walks through all columns
+    sample = flat[::stride]
+    share = min(1.0, 1.3 * want / flat.numel() + 1e-4)
+    return max(0.0, float(sample.kthvalue(max(1, int((1 - share) * sample.numel()))).values))
+
+
+def _from_flat(
+    at: Int[Tensor, " n_entries"], values: Float[Tensor, " n_entries"], shape: tuple[int, ...]
+) -> SparseCode:
+    """A code from ascending positions in its flattened dense form."""
+    n, d_sae = shape
+    rows = torch.div(at, d_sae, rounding_mode="floor")
+    offsets = torch.zeros(n + 1, dtype=torch.int64, device=at.device)
+    offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
+    return SparseCode(values, at - rows * d_sae, offsets, d_sae)

@@ -85,9 +85,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*map(_cell, row))
-    console = Console(highlight=False)
-    # A pipe has no width: never cut a column there.
-    Console(highlight=False, width=None if console.is_terminal else 200).print(grid, markup=False)
+    # A pipe has no width: never cut a column there. Names are data, not markup.
+    width = None if Console().is_terminal else 200
+    Console(highlight=False, markup=False, width=width).print(grid)
 
 
 def _cell(value: object) -> str:

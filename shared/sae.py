@@ -1,6 +1,8 @@
 """The sparse autoencoder: one module, whatever the activation function. Training and evaluation live elsewhere."""
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tcsae.shared.codes import SparseCode, decode, positive_code, topk_code
-from tcsae.shared.config import to_dict
+from tcsae.shared.codes import SparseCode, decode, positive_code, threshold_code, topk_code
+from tcsae.shared.config import from_dict, to_dict
 from tcsae.shared.errors import ConfigError, RunError
 from tcsae.shared.files import write_atomic, write_json
 
 WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
 SAELENS_LAYOUT = "6.0.0"
 """The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
+
+
+Activation = Literal["gelu", "relu", "topk", "batchtopk", "jumprelu"]
+THRESHOLDED = ("batchtopk", "jumprelu")
+"""Activations that infer with a threshold per latent; a batchtopk's is found after training, from its last weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,22 +35,37 @@ class SaeConfig:
     """Width of the activations it reads."""
     d_sae: int = 4096
     """Number of latents."""
-    activation: Literal["gelu", "relu", "topk"] = "topk"
+    activation: Activation = "topk"
     k: int = 32
-    """Latents kept per token (topk only)."""
+    """Latents kept per token: exactly (topk), on average (batchtopk), or aimed at (jumprelu)."""
+    groups: tuple[float, ...] = (1.0,)
+    """Shares of the latents, first to last; with several, each prefix learns to reconstruct alone (matryoshka)."""
+    layer_norm: Literal["none", "in", "in_out"] = "none"
+    """in: the encoder reads layer-normed x (the paper's run 4); in_out: the decoder's output is also scaled back."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_sae"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
-        if self.activation == "topk" and not 1 <= self.k <= self.d_sae:
+        if self.activation in ("topk", "batchtopk", "jumprelu") and not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
+        sizes = [stop - first for first, stop in self.group_ranges()]
+        if min(sizes, default=0) < 1 or not math.isclose(sum(self.groups), 1.0, abs_tol=1e-6):
+            raise ConfigError(
+                f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
+            )
+
+    def group_ranges(self) -> list[tuple[int, int]]:
+        """(first, stop) of each group's latents."""
+        ends = [round(self.d_sae * share) for share in itertools.accumulate(self.groups)]
+        return list(itertools.pairwise([0, *ends]))
 
 
 class SparseAutoencoder(nn.Module):
     """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
 
-    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model], all float32.
+    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model] and, where the activation has one,
+    threshold [d_sae]; all float32. With a layer norm, x is normed before b_dec is taken away.
     """
 
     def __init__(self, config: SaeConfig) -> None:
@@ -54,13 +76,22 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        if config.activation in THRESHOLDED:
+            self.threshold = nn.Parameter(torch.zeros(config.d_sae))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model d_sae"]:
         return self.W_enc_rows.T
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by the names they are saved under, the field's way round."""
+        names = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if self.config.activation in THRESHOLDED else [])]
+        return {name: getattr(self, name).detach() for name in names}
+
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x - b_dec) W_enc + b_enc."""
+        """(x - b_dec) W_enc + b_enc, after the layer norm if there is one."""
+        if self.config.layer_norm != "none":
+            x = layer_normed(x)[0]
         return nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
@@ -74,24 +105,41 @@ class SparseAutoencoder(nn.Module):
             case "topk":
                 top = pre.topk(self.config.k, dim=-1)
                 return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            case "batchtopk" | "jumprelu":
+                return torch.where(pre > self.threshold, pre, 0.0)
 
     def encode_sparse(self, x: Float[Tensor, "n d_model"]) -> SparseCode:
         """The code's non-zero entries; the same values as `encode`."""
-        if self.config.activation == "topk":
-            return topk_code(self.pre_activations(x), self.config.k)
-        return positive_code(self.encode(x))
+        match self.config.activation:
+            case "topk":
+                return topk_code(self.pre_activations(x), self.config.k)
+            case "batchtopk" | "jumprelu":
+                return threshold_code(self.pre_activations(x), self.threshold)
+            case _:
+                return positive_code(self.encode(x))
 
-    def decode(self, code: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
-        """The reconstruction from a dense code."""
-        return code @ self.W_dec + self.b_dec
+    def decode(
+        self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction from a dense code. With layer_norm "in_out" it needs the `x` that was encoded."""
+        return self._scaled_back(code @ self.W_dec + self.b_dec, x)
 
-    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_model"]:
-        """The reconstruction from a sparse code."""
-        return decode(code, self.W_dec, self.b_dec)
+    def decode_sparse(
+        self, code: SparseCode, x: Float[Tensor, "n d_model"] | None = None
+    ) -> Float[Tensor, "n d_model"]:
+        """The reconstruction from a sparse code; `x` as in `decode`."""
+        return self._scaled_back(decode(code, self.W_dec, self.b_dec), x)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of x."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
+
+    def _scaled_back(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        if self.config.layer_norm != "in_out":
+            return x_hat
+        assert x is not None, "layer_norm in_out decodes with the statistics of x"
+        _, mean, deviation = layer_normed(x)
+        return x_hat * deviation + mean
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
@@ -100,12 +148,22 @@ class SparseAutoencoder(nn.Module):
         Where the activation is positively homogeneous the code shrinks with x and the decoder keeps its norms; gelu is
         not, so there the code stays and the weights take the scale.
         """
+        assert scale == 1.0 or self.config.layer_norm == "none", "a layer norm undoes any scale"
         self.b_dec.div_(scale)
         if self.config.activation == "gelu":
             self.W_enc_rows.mul_(scale)
             self.W_dec.div_(scale)
-        else:
-            self.b_enc.div_(scale)
+            return
+        self.b_enc.div_(scale)
+        if self.config.activation in THRESHOLDED:
+            self.threshold.div_(scale)
+
+
+def layer_normed(x: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+    """((x - mean) / deviation, mean, deviation), over the last axis, without learned weights."""
+    mean = x.mean(-1, keepdim=True)
+    deviation = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return (x - mean) / deviation, mean, deviation
 
 
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -115,18 +173,22 @@ def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadat
     tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
     """
     (path / RECORD).unlink(missing_ok=True)
-    tensors = {name: getattr(sae, name).detach().contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = {name: tensor.contiguous() for name, tensor in sae.tensors().items()}
     write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
     write_json(path / CONFIG, saelens_config(sae.config, metadata))
     write_json(path / RECORD, {"sae": to_dict(sae.config), **record})
 
 
 def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json as SAELens 6 reads it. gelu has no form there: its architecture stays "gelu", which SAELens refuses."""
-    names = {"relu": "standard", "topk": "topk", "gelu": "gelu"}
+    """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
+
+    gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
+    """
+    names = {"relu": "standard", "topk": "topk", "gelu": "gelu", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
     special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
+    suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
     return {
-        "architecture": names[config.activation],
+        "architecture": names[config.activation] + suffix,
         "d_in": config.d_model,
         "d_sae": config.d_sae,
         "dtype": "float32",
@@ -135,7 +197,7 @@ def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any
         "normalize_activations": "none",
         "reshape_activations": "none",
         **special,
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, **metadata},
+        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "training_architecture": config.activation, **metadata},
     }
 
 
@@ -156,7 +218,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     Raises RunError if the folder holds none, or its weights do not fit its config.
     """
     record = load_record(path)
-    sae = SparseAutoencoder(SaeConfig(**record["sae"]))
+    sae = SparseAutoencoder(from_dict(SaeConfig, record["sae"]))
     file = Path(path) / WEIGHTS
     try:
         tensors = safetensors.torch.load_file(file)

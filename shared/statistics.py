@@ -6,6 +6,8 @@ from numpy import ndarray
 
 N_NORM_BINS = 322
 """Bin 0: norms below 2**-20. Bin i: [2**((i - 1) / 8 - 20), 2**(i / 8 - 20)). The last: all from 2**20 on."""
+NORM_EDGES = 2.0 ** (np.arange(N_NORM_BINS) / 8 - 20)
+"""Upper edge of each bin (the last bin has none)."""
 
 
 def partial_sums(x: Float[ndarray, "n d_model"]) -> Float[ndarray, " n_sums"]:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from tcsae.shared.config import differences, from_dict, parse_count, to_dict, with_settings
 from tcsae.shared.errors import ConfigError
 from tcsae.shared.sae import SaeConfig
-from tcsae.train.config import DataConfig, OptimizerConfig, TemporalConfig, TrainConfig
+from tcsae.train.config import (
+    DataConfig,
+    DeadConfig,
+    GuardConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TemporalConfig,
+    TrainConfig,
+)
 from tcsae.train.presets import PRESETS, preset
 
 
@@ -121,7 +129,23 @@ SAE = SaeConfig(d_model=8, d_sae=16, k=4)
         (lambda: TemporalConfig(window=1), "temporal.window=1: must be at least 2"),
         (lambda: TemporalConfig(weight=-1), "temporal.weight=-1: must be at least 0"),
         (lambda: TrainConfig(sae=SAE, steps=-1), "steps=-1: must be at least 0"),
-        (lambda: TrainConfig(sae=SAE, l1=-0.1), "l1=-0.1: must be at least 0"),
+        (lambda: SparsityConfig(l1=-0.1), "sparsity.l1=-0.1: must be at least 0"),
+        (lambda: DataConfig(max_norm=0.0), "data.max_norm=0.0: must be above 0, or none"),
+        (lambda: TemporalConfig(warmup=2), "temporal.warmup=2: must lie in 0..1, a share of the run"),
+        (lambda: TemporalConfig(kind="contrastive", pairs="all"), "it takes adjacent pairs only"),
+        (lambda: DeadConfig(after_share=0), "dead.after_share=0: must lie in 0..1, above 0"),
+        (lambda: GuardConfig(explode=1), "guard.explode=1: must be above 1"),
+        (lambda: SaeConfig(d_model=8, d_sae=16, k=4, groups=(0.5, 0.6)), "that sum to 1"),
+        (lambda: SaeConfig(d_model=8, d_sae=16, k=4, groups=(0.01, 0.99)), "each at least one latent"),
+        (
+            lambda: TrainConfig(sae=SAE, group_weights=(1.0, 1.0)),
+            r"one weight, at least 0, for each of sae.groups=\(1.0,",
+        ),
+        (lambda: TrainConfig(sae=SAE, sparsity=SparsityConfig(l0=1.0)), "Set sparsity.l0=0"),
+        (
+            lambda: TrainConfig(sae=SaeConfig(d_model=8, d_sae=16, k=4, layer_norm="in")),
+            "undoes init.input_scale='unit'. Set init.input_scale=none",
+        ),
         (
             lambda: TrainConfig(sae=SAE, data=DataConfig(segment_length=2), temporal=TemporalConfig(weight=1.0)),
             "data.segment_length=2 holds no window of temporal.window=3. Raise the first or lower",

@@ -6,13 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.codes import SparseCode, decode, positive_code, select_topk, topk_code
+from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, select_topk, threshold_code, topk_code
 from tcsae.shared.sae import SaeConfig
-from tcsae.shared.windows import pair_weights
-from tcsae.train.config import DataConfig, TemporalConfig, TrainConfig
+from tcsae.train.buffers import Workspace
+from tcsae.train.config import (
+    DataConfig,
+    DeadConfig,
+    InitConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TemporalConfig,
+    TrainConfig,
+)
 from tcsae.train.loader import Batch
-from tcsae.train.losses import Pairs, l1_dense, l1_sparse, temporal_dense, temporal_sparse
-from tcsae.train.trainer import Trainer, Workspace
+from tcsae.train.losses import l1_dense, l1_sparse
+from tcsae.train.temporal import dense_term, info_nce, partners, sparse_term
+from tcsae.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -22,42 +31,111 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def windows_loss(code: torch.Tensor, lengths: list[int], window: int) -> torch.Tensor:
-    """Eq. 3 of the paper, window by window."""
-    losses, offset = [], 0
+def batch_of(x: torch.Tensor, lengths: list[int]) -> Batch:
+    n = len(lengths)
+    return Batch(x, np.array(lengths), np.arange(n) % 3, np.arange(n) // 2)
+
+
+def windows_loss(config: TemporalConfig, code: torch.Tensor, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Eq. 3 of the paper and its kin, window by window."""
+    losses, energies, offset, w = [], [], 0, config.window
     for length in lengths:
-        for start in range(offset, offset + length - window + 1):
-            pairs = [(code[i + 1] - code[i]).square().sum() for i in range(start, start + window - 1)]
-            losses.append(sum(pairs) / (window - 1))
+        for start in range(offset, offset + length - w + 1):
+            pairs = [(i, j) for i in range(start, start + w) for j in range(i + 1, start + w)]
+            pairs = [(i, j) for i, j in pairs if config.pairs == "all" or j == i + 1]
+            gates = [
+                torch.cosine_similarity(x[i], x[j], dim=0).clamp(min=0) if config.kind == "gated" else 1.0
+                for i, j in pairs
+            ]
+            squares = [g * (code[j] - code[i]).square().sum() for (i, j), g in zip(pairs, gates, strict=True)]
+            losses.append(sum(squares) / len(pairs))
+            energies.append(sum(code[i].square().sum() + code[j].square().sum() for i, j in pairs) / len(pairs))
         offset += length
-    return torch.stack(losses).mean() if losses else code.sum() * 0
+    if not losses:
+        return code.sum() * 0
+    mean = torch.stack(losses).mean()
+    return mean / torch.stack(energies).mean() if config.kind == "relative" else mean
 
 
-def pairs_of(lengths: list[int], window: int) -> Pairs:
-    weights = torch.from_numpy(pair_weights(np.array(lengths), window)).double()
-    return Pairs(weights / max(1.0, float(weights.sum())))
+def contrastive_loss(config: TemporalConfig, code: torch.Tensor, batch: Batch, seed: int) -> torch.Tensor:
+    """InfoNCE, pair by pair."""
+    first, second, others = partners(batch, seed)
+    a, b = code[first], code[second]
+    losses = []
+    for rows, columns in ((a, b), (b, a)):
+        for i in range(len(rows)):
+            scores = [
+                torch.cosine_similarity(rows[i], columns[j], dim=0, eps=1e-12) / config.temperature
+                for j in range(len(rows))
+                if j == i or others[i, j]
+            ]
+            own = torch.cosine_similarity(rows[i], columns[i], dim=0, eps=1e-12) / config.temperature
+            losses.append(torch.logsumexp(torch.stack(scores), 0) - own)
+    return torch.stack(losses).mean()
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(2, 4), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_temporal_terms_equal_autograd_over_windows(lengths, window, seed):
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(2, 4),
+    st.sampled_from(["difference", "relative", "gated"]),
+    st.sampled_from(["adjacent", "all"]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_temporal_terms_equal_autograd_over_windows(lengths, window, kind, pairs, seed):
     torch.manual_seed(seed)
     n, d_sae = sum(lengths), 7
+    config = TemporalConfig(weight=1.0, window=window, kind=kind, pairs=pairs)
     dense = torch.randn(n, d_sae).relu() * (torch.rand(n, d_sae) < 0.6)
+    batch, workspace = batch_of(torch.randn(n, 3), lengths), Workspace()
     leaf = dense.clone().requires_grad_()
-    expected = 0.3 * windows_loss(leaf, lengths, window)
+    expected = windows_loss(config, leaf, batch.x, lengths)
+    if not expected.isfinite():  # relative slowness of a code that is zero wherever a window lies
+        return
     expected.backward()
-    grad = torch.zeros(n, d_sae)
-    value = temporal_dense(dense, pairs_of(lengths, window), 0.3, grad)
-    torch.testing.assert_close(value, expected.detach())
+    value, grad = dense_term(config, dense, batch, workspace, 0)
+    assert value == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(grad, leaf.grad)
-
     code = positive_code(dense)
-    entries, zeros = torch.zeros_like(code.values), torch.zeros(n, d_sae)
-    value = temporal_sparse(code, pairs_of(lengths, window), 0.3, entries, zeros)
-    torch.testing.assert_close(value, expected.detach())
+    value, entries = sparse_term(config, code, batch, workspace, 0)
+    assert value == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(entries, leaf.grad[code.rows, code.latents])
-    assert not zeros.any()
+    assert not workspace.zeros(n, d_sae).any()
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=7), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):
+    torch.manual_seed(seed)
+    config = TemporalConfig(weight=1.0, kind="contrastive")
+    dense = (torch.rand(sum(lengths), 6) + 0.1) * (torch.rand(sum(lengths), 6) < 0.8)
+    dense[:, 0] = 1.0
+    batch = batch_of(torch.zeros(sum(lengths), 3), lengths)
+    if sum(length >= 2 for length in lengths) < 2:
+        return
+    leaf = dense.clone().requires_grad_()
+    expected = contrastive_loss(config, leaf, batch, seed)
+    expected.backward()
+    value, grad = dense_term(config, dense, batch, Workspace(), seed)
+    assert value == pytest.approx(expected.item())
+    torch.testing.assert_close(grad, leaf.grad)
+    code = positive_code(dense)
+    value, entries = sparse_term(config, code, batch, Workspace(), seed)
+    assert value == pytest.approx(expected.item())
+    torch.testing.assert_close(entries, leaf.grad[code.rows, code.latents])
+
+
+def test_partners_are_adjacent_and_negatives_of_other_documents():
+    batch = batch_of(torch.zeros(14, 1), [3, 1, 4, 2, 4])
+    first, second, others = partners(batch, 5)
+    assert (second - first).tolist() == [1, 1, 1, 1]
+    segment = np.repeat(np.arange(5), batch.lengths)
+    assert segment[first].tolist() == segment[second].tolist() == [0, 2, 3, 4]
+    assert others.tolist() == [[i // 2 != j // 2 for j in (0, 2, 3, 4)] for i in (0, 2, 3, 4)]
+    everywhere = {int(partners(batch, seed)[0][1]) for seed in range(40)}
+    assert everywhere == {4, 5, 6}
+    alone = torch.zeros(2, 2, dtype=torch.bool)
+    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1) == 0
 
 
 def test_l1_terms_equal_autograd():
@@ -78,43 +156,138 @@ def test_l1_terms_equal_autograd():
 CASES = {
     "topk": {"activation": "topk", "k": 3, "d_sae": 64},
     "topk in two stages": {"activation": "topk", "k": 2, "d_sae": 96},
+    "batchtopk": {"activation": "batchtopk", "k": 3, "d_sae": 64},
+    "jumprelu": {"activation": "jumprelu", "k": 3, "d_sae": 64},
     "relu, dense path": {"activation": "relu", "d_sae": 40},
     "relu, sparse path": {"activation": "relu", "d_sae": 40},
     "gelu": {"activation": "gelu", "d_sae": 40},
 }
+TERMS = {
+    "reconstruction": {},
+    "l1": {"sparsity": SparsityConfig(l1=0.2)},
+    "eq. 3": {"sparsity": SparsityConfig(l1=0.05), "temporal": TemporalConfig(weight=0.3, window=3)},
+    "relative on the first group": {"temporal": TemporalConfig(weight=0.3, kind="relative", scope="first")},
+}
+SHAPES = {
+    "plain": {},
+    "groups": {"groups": (0.25, 0.75)},
+    "layer norm in": {"layer_norm": "in"},
+    "layer norm in and out": {"layer_norm": "in_out"},
+}
+
+
+def reference_loss(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, code) by the textbook: dense, with autograd."""
+    sae, config = trainer.sae, trainer.config
+    x = batch.x * trainer.scale
+    pre = sae.pre_activations(x)
+    match config.sae.activation:
+        case "batchtopk":
+            last = pre.relu().flatten().topk(config.sae.k * len(x)).values[-1]
+            code = torch.where(pre >= last, pre, 0.0).relu()
+        case _:
+            code = sae.encode(x)
+    loss = torch.zeros(())
+    for (_, stop), weight in zip(config.sae.group_ranges(), config.group_weights, strict=True):
+        prefix = torch.where(torch.arange(config.sae.d_sae) < stop, code, 0.0)
+        loss = loss + weight * (sae.decode(prefix, x) - x).square().sum(1).mean()
+    loss = loss + config.sparsity.l1 * code.abs().sum(1).mean()
+    scope = code[:, slice(*trainer.scope)]
+    if config.temporal.active:
+        loss = loss + config.temporal.weight * windows_loss(config.temporal, scope, batch.x, list(batch.lengths))
+    return loss, code
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("l1, temporal", [(0.0, 0.0), (0.2, 0.0), (0.05, 0.3)])
-def test_all_parameter_gradients_equal_autograd(case, l1, temporal):
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_parameter_gradients_equal_autograd(case, term, shape):
     d_model, lengths = 12, [5, 1, 7, 3, 2, 6]
+    sae = SaeConfig(d_model=d_model, **CASES[case], **SHAPES[shape])
     config = TrainConfig(
-        sae=SaeConfig(d_model=d_model, **CASES[case]),
+        sae=sae,
         data=DataConfig(segment_length=7),
-        temporal=TemporalConfig(weight=temporal, window=3),
-        l1=l1,
-        init="xavier",
+        dead=DeadConfig(aux_weight=0.0),
+        init=InitConfig(weights="xavier", input_scale="unit" if sae.layer_norm == "none" else "none"),
+        group_weights=(0.3, 0.7)[: len(sae.groups)] if len(sae.groups) > 1 else (1.0,),
+        **TERMS[term],
     )
     torch.manual_seed(1)
-    x = torch.randn(sum(lengths), d_model) + 0.5
-    trainer = Trainer(config, x, Workspace())
+    batch = batch_of(torch.randn(sum(lengths), d_model) + 0.5, lengths)
+    trainer = Trainer(config, batch.x, Workspace())
     for parameter in trainer.parameters:  # away from the symmetric start
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     if case == "relu, sparse path":
-        trainer.sae.b_enc.data.sub_(3.0)
-    result = trainer.gradients(Batch(x, np.array(lengths)))
-    density = result.l0 / config.sae.d_sae
-    assert (density < 0.1) == (case == "relu, sparse path" or case.startswith("topk")), density
+        trainer.sae.b_enc.data.sub_(4.0)
+    if case == "jumprelu":
+        trainer.sae.threshold.data.fill_(2.0)
+    result = trainer.gradients(batch)
+    assert isinstance(result.state.code, SparseCode) == (case not in ("relu, dense path", "gelu"))
 
+    weights = [
+        parameter for parameter in trainer.parameters if parameter is not getattr(trainer.sae, "threshold", None)
+    ]
+    ours = [parameter.grad.clone() for parameter in weights]
+    for parameter in weights:
+        parameter.grad = None
+    loss, code = reference_loss(trainer, batch)
+    loss.backward()
+    assert (code > 0).any()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-9)
+    for mine, parameter in zip(ours, weights, strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_jumprelu_thresholds_learn_through_the_kernel():
+    """Entry by entry: the straight-through estimator of Rajamanoharan et al. 2024, eqs. 11-12."""
+    epsilon, lengths = 0.4, [4, 5]
+    sae = SaeConfig(d_model=6, d_sae=20, activation="jumprelu", k=2)
+    config = TrainConfig(sae=sae, sparsity=SparsityConfig(l0=3.0, bandwidth=epsilon), dead=DeadConfig(aux_weight=0.0))
+    torch.manual_seed(2)
+    batch = batch_of(torch.randn(9, 6), lengths)
+    trainer = Trainer(config, batch.x, Workspace())
+    trainer.sae.threshold.data.uniform_(0.3, 1.0)
+    result = trainer.gradients(batch)
+    with torch.no_grad():
+        x = batch.x * trainer.scale
+        pre, theta = trainer.sae.pre_activations(x), trainer.sae.threshold
+        code = torch.where(pre > theta, pre, 0.0)
+        upstream = 2 / 9 * (trainer.sae.decode(code) - x) @ trainer.sae.W_dec.T
+        off = (code > 0).sum() / 9 / 2 - 1
+    expected = torch.zeros(20)
+    for i in range(9):
+        for j in range(20):
+            if abs(pre[i, j] - theta[j]) < epsilon / 2:
+                expected[j] -= theta[j] / epsilon * upstream[i, j]
+                expected[j] -= 3.0 * 2 * off / 2 / 9 / epsilon
+    torch.testing.assert_close(trainer.sae.threshold.grad, expected)
+    assert result.losses["l0_loss"] == pytest.approx(3.0 * float(off) ** 2)
+
+
+@pytest.mark.parametrize("aux_k", [4, 64])
+def test_auxk_gradients_equal_autograd(aux_k):
+    sae = SaeConfig(d_model=8, d_sae=30, k=3)
+    config = TrainConfig(sae=sae, dead=DeadConfig(aux_weight=0.5, aux_k=aux_k), optimizer=OptimizerConfig())
+    torch.manual_seed(3)
+    batch = batch_of(torch.randn(12, 8), [12])
+    trainer = Trainer(config, batch.x, Workspace())
+    trainer.sae.b_enc.data.normal_()
+    trainer.progress.n_steps, trainer.progress.n_tokens = 1, 12
+    dead = torch.arange(30) % 3 == 0
+    trainer.tokens_since_fired = dead * 10**9
+    result = trainer.gradients(batch)
     ours = [parameter.grad.clone() for parameter in trainer.parameters]
     for parameter in trainer.parameters:
         parameter.grad = None
-    scaled = x * trainer.scale
-    code = trainer.sae.encode(scaled)
-    loss = (trainer.sae.decode(code) - scaled).square().sum(1).mean() + l1 * code.abs().sum(1).mean()
-    loss = loss + temporal * windows_loss(code, lengths, 3)
-    loss.backward()
-    assert result.loss == pytest.approx(loss.item(), rel=1e-9)
+    loss, _ = reference_loss(trainer, batch)
+    x = batch.x * trainer.scale
+    residual = (x - trainer.sae(x)).detach()
+    candidates = trainer.sae.pre_activations(x)[:, dead]
+    top = candidates.topk(min(aux_k, int(dead.sum())))
+    code = torch.zeros_like(candidates).scatter(1, top.indices, top.values.relu())
+    aux = 0.5 * (residual - code @ trainer.sae.W_dec[dead]).square().sum(1).mean()
+    (loss + aux).backward()
+    assert result.losses["aux"] == pytest.approx(aux.item())
     for mine, parameter in zip(ours, trainer.parameters, strict=True):
         torch.testing.assert_close(mine, parameter.grad)
 
@@ -136,3 +309,31 @@ def test_sparse_and_dense_decode_agree():
     torch.testing.assert_close(decode(code, W_dec, b_dec), code.dense() @ W_dec + b_dec)
     empty = SparseCode(pre.new_zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), 32)
     torch.testing.assert_close(decode(empty, W_dec, b_dec), b_dec.expand(3, 4))
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 5), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_batchtopk_keeps_exactly_the_largest_positive_entries(n, d_sae, k, ties, seed):
+    pre = torch.randn(n, d_sae, generator=torch.Generator().manual_seed(seed))
+    pre = pre.round() if ties else pre
+    k = min(k, d_sae)
+    code = batchtopk_code(pre, k)
+    expected = pre.flatten().sort(descending=True).values[: n * k]
+    expected = expected[expected > 0]
+    torch.testing.assert_close(code.values.sort(descending=True).values, expected, rtol=0, atol=0)
+    torch.testing.assert_close(pre[code.rows, code.latents], code.values, rtol=0, atol=0)
+    assert len(set(zip(code.rows.tolist(), code.latents.tolist(), strict=True))) == len(expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_threshold_codes_and_parts(n, d_sae, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pre, threshold = torch.randn(n, d_sae, generator=generator), torch.rand(d_sae, generator=generator)
+    code = threshold_code(pre, threshold, margin=0.3)
+    torch.testing.assert_close(code.dense(), torch.where(pre > threshold, pre, 0.0))
+    assert len(code.values) == int((pre > threshold - 0.3).sum())
+    first, stop = d_sae // 3, d_sae
+    part, at = code.part(first, stop)
+    torch.testing.assert_close(part.dense(), code.dense()[:, first:stop])
+    torch.testing.assert_close(part.values, code.values[at])

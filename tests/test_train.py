@@ -1,4 +1,4 @@
-"""Promise: training learns, keeps the decoder's norms, repeats itself bit for bit, and leaves a folder that says all."""
+"""Promise: training learns, keeps decoder norms, repeats itself bit for bit, and leaves a folder that says all."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,14 @@ from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, Mode
 from tcsae.shared.sae import SaeConfig, load_sae
 from tcsae.shared.store import Store, open_store
 from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
+from tcsae.train.initial import geometric_median, initial_sae
 from tcsae.train.loader import Batch
-from tcsae.train.plan import plan_runs, run_name
-from tcsae.train.presets import preset
-from tcsae.train.run import Run, train_runs
-from tcsae.train.trainer import Trainer, Workspace, initial_sae
+from tcsae.train.plan import Run, plan_runs, run_name
+from tcsae.train.presets import PRESETS, preset
+from tcsae.train.run import train_runs
+from tcsae.train.trainer import Trainer
 
 HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 12, 16
 
@@ -54,6 +56,10 @@ def store(tmp_path_factory) -> Store:
 
 
 SMALL = ("sae.d_sae=32", "sae.k=4", "steps=60", "data.n_segments=32", "data.segment_length=6", "log_every=20")
+
+
+def batch_of(x: torch.Tensor) -> Batch:
+    return Batch(x, np.array([len(x)]), np.zeros(1, np.int64), np.zeros(1, np.int64))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -96,12 +102,14 @@ def test_it_learns_and_reads_unscaled_activations(store, tmp_path):
     assert ((dense > 0).sum(1) <= 4).all()
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["topk", "relu", "gelu", "batchtopk", "jumprelu"])
 def test_folding_the_input_scale_changes_no_reconstruction(activation):
     torch.manual_seed(0)
     config = TrainConfig(sae=SaeConfig(d_model=6, d_sae=10, k=3, activation=activation))
     sae = initial_sae(config, torch.randn(50, 6))
     sae.b_enc.data.normal_()
+    if activation in ("batchtopk", "jumprelu"):
+        sae.threshold.data.uniform_(0.1, 0.5)
     x = torch.randn(9, 6) * 7
     expected = sae(x * 0.2) / 0.2
     sae.fold_scale(0.2)
@@ -150,9 +158,17 @@ def test_loss_that_is_not_finite_stops_before_any_weight_moves():
     trainer = Trainer(config, sample, Workspace())
     before = {name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()}
     sample[3, 1] = float("inf")
-    with pytest.raises(RunError, match=r"Step 0: the loss is (nan|inf).*The weights were not touched"):
-        trainer.step(Batch(sample, np.array([100])))
+    with pytest.raises(RunError, match=r"step 0: loss (nan|inf).*No weight was touched; lower optimizer.lr"):
+        trainer.step(batch_of(sample))
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.sae.state_dict().items())
+
+
+def test_exploding_loss_stops_too():
+    trainer = Trainer(with_settings(preset("topk", WIDTH), SMALL), torch.randn(100, WIDTH), Workspace())
+    for _ in range(3):
+        trainer.step(batch_of(torch.randn(50, WIDTH)))
+    with pytest.raises(RunError, match=r"100 times that is allowed \(guard.explode\)"):
+        trainer.step(batch_of(50 * torch.randn(50, WIDTH)))
 
 
 def test_decoder_keeps_unit_rows_and_gets_no_parallel_gradient():
@@ -160,17 +176,54 @@ def test_decoder_keeps_unit_rows_and_gets_no_parallel_gradient():
     trainer = Trainer(config, torch.randn(100, WIDTH), Workspace())
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
     before = trainer.sae.W_dec.detach().clone()
-    trainer.step(Batch(torch.randn(40, WIDTH), np.array([40])))
+    trainer.step(batch_of(torch.randn(40, WIDTH)))
     torch.testing.assert_close((trainer.sae.W_dec.grad * before).sum(1), torch.zeros(32), atol=1e-6, rtol=0)
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
 
 
-def test_paper_preset_is_the_paper_s():
+def test_paper_presets_are_the_paper_s():
     config = preset("written-run3", 512)
-    assert (config.l1, config.temporal.weight, config.temporal.window) == (0.1, 0.01, 3)
+    assert (config.sparsity.l1, config.temporal.weight, config.temporal.window) == (0.1, 0.01, 3)
     assert (config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.decay) == (3e-4, 1000, "cosine")
     assert (config.data.n_segments, config.data.segment_length, config.data.buffer_sequences) == (32, 128, 2048)
-    assert (config.sae.activation, config.sae.d_sae, config.input_norm) == ("gelu", 512, "none")
+    assert (config.sae.activation, config.sae.d_sae, config.init.input_scale) == ("gelu", 512, "none")
+    assert all(preset(name, 8).steps == 0 for name in PRESETS if name.startswith("logged-"))
+    assert all(preset(name, 8).steps > 0 for name in PRESETS if not name.startswith("logged-"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
+    settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
+    steps = preset(name, WIDTH).steps and 10
+    (record,) = train_runs(store, tmp_path, plan_runs(store, [name], [*settings, f"steps={steps}"]))
+    sae = load_sae(tmp_path / record["name"])
+    x = torch.randn(7, WIDTH)
+    with torch.no_grad():
+        assert sae(x).isfinite().all()
+        torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
+    lines = [json.loads(line) for line in (tmp_path / record["name"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == ([5, 10] if steps else [])
+    assert record["ended"] == ""
+    if name == "logged-run0":
+        assert not sae(x).any()
+
+
+def test_batchtopk_infers_with_the_average_l0_it_was_trained_for(store, tmp_path):
+    (record,) = train_runs(store, tmp_path, plan_runs(store, ["batchtopk"], SMALL))
+    sae = load_sae(tmp_path / record["name"])
+    valid = torch.arange(LENGTH) < torch.tensor(store.eval.lengths)[:, None]
+    x = torch.from_numpy(store.eval.read(HOOK, 0, 400)).float()[valid]
+    assert float((sae.encode(x) > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.15)
+    config = json.loads((tmp_path / record["name"] / "cfg.json").read_text())
+    assert config["architecture"] == "jumprelu"
+    assert weights(tmp_path / record["name"])["threshold"].shape == (32,)
+
+
+def test_geometric_median_resists_outliers():
+    x = torch.randn(200, 4)
+    x[:20] += 1000
+    assert geometric_median(x).norm() < 1
+    assert x.mean(0).norm() > 50
 
 
 def test_plans_name_runs_and_refuse_unknown_words(store):

@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.shared.errors import StoreError
+from tcsae.shared.statistics import NORM_EDGES
 from tcsae.shared.store import Store
 from tcsae.shared.windows import positions, segments
 from tcsae.train.config import DataConfig
@@ -28,6 +29,9 @@ class Batch(NamedTuple):
     x: Float[Tensor, "n d_model"]
     """float32; the loader's own buffer, overwritten by the next batch."""
     lengths: Int[ndarray, " n_segments"]
+    starts: Int[ndarray, " n_segments"]
+    """Position of each segment's first token in its sequence."""
+    documents: Int[ndarray, " n_segments"]
 
 
 class Block(NamedTuple):
@@ -35,9 +39,8 @@ class Block(NamedTuple):
 
     values: Tensor
     """[n_sequences * sequence_length, d_model], as stored."""
-    rows: Int[ndarray, " n_segments"]
-    """First row of each segment in `values`."""
-    lengths: Int[ndarray, " n_segments"]
+    segments: Int[ndarray, "n_segments 4"]
+    """Each segment's first row in `values`, length, position in its sequence, and document."""
 
 
 class SegmentLoader:
@@ -65,6 +68,7 @@ class SegmentLoader:
         self._first_of_chunk = np.searchsorted(
             self._sequence, np.arange(n_chunks + 1) * store.sequences_per_chunk, side="left"
         )
+        self._norm_limit = config.max_norm and config.max_norm * norm_median(store, self.hook)
         self._buffer = torch.empty(config.n_segments * config.segment_length, store.d_model(self.hook))
 
     @property
@@ -77,33 +81,54 @@ class SegmentLoader:
         """Tokens in an epoch: every valid position from `skip_first` on, once."""
         return int(self._length.sum())
 
+    def block_bytes(self) -> int:
+        """Of one block in memory, at most."""
+        n = min(self._chunks_per_block * self.store.sequences_per_chunk, self.store.train.n_sequences)
+        itemsize = self.store.array(f"train/activations/{self.hook}").dtype.itemsize
+        return n * self.store.sequence_length * self._buffer.shape[1] * itemsize
+
     def __iter__(self) -> Iterator[Batch]:
         want = self.config.n_segments
         stream = self._blocks(self.n_batches_done * want)
         block, at = next(stream)
         while True:
-            n_rows, lengths = 0, np.zeros(0, np.int64)
-            while (missing := want - len(lengths)) > 0:
-                if at == len(block.rows):
+            taken = []
+            n_rows = n_taken = 0
+            while n_taken < want:
+                if at == len(block.segments):
                     block, at = next(stream)
-                taken = slice(at, at + missing)
-                lengths = np.concatenate([lengths, block.lengths[taken]])
-                n_rows += self._gather(block, taken, n_rows)
-                at = min(taken.stop, len(block.rows))
+                taken.append(block.segments[at : at + want - n_taken])
+                n_rows += self._gather(block, taken[-1], n_rows)
+                n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
-            yield Batch(self._buffer[:n_rows], lengths)
+            _, lengths, starts, documents = np.concatenate(taken).T
+            yield self._without_outliers(Batch(self._buffer[:n_rows], lengths, starts, documents))
 
     def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
         block = self._read_block(0, 0)
-        keep = int(np.searchsorted(np.cumsum(block.lengths), n_tokens)) + 1
-        return block.values[_token_rows(block.rows[:keep], block.lengths[:keep])].float()
+        keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
+        lengths, starts, documents = keep[:, 1], keep[:, 2], keep[:, 3]
+        x = block.values[_token_rows(keep)].float()
+        return self._without_outliers(Batch(x, lengths, starts, documents)).x
 
-    def _gather(self, block: Block, taken: slice, start: int) -> int:
+    def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""
-        index = _token_rows(block.rows[taken], block.lengths[taken])
+        index = _token_rows(chosen)
         self._buffer[start : start + len(index)].copy_(torch.index_select(block.values, 0, index))
         return len(index)
+
+    def _without_outliers(self, batch: Batch) -> Batch:
+        """The batch without the segments that hold a norm above the limit."""
+        if self._norm_limit is None:
+            return batch
+        outliers = (batch.x.norm(dim=1) > self._norm_limit).numpy()
+        segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+        keep = np.bincount(segment, outliers, len(batch.lengths)) == 0
+        if not keep.any():
+            raise StoreError(f"data.max_norm={self.config.max_norm} leaves no segment of a batch. Raise it.")
+        x = batch.x[torch.from_numpy(keep[segment])]
+        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep])
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""
@@ -129,24 +154,31 @@ class SegmentLoader:
         return int((self._first_of_chunk[chunks + 1] - self._first_of_chunk[chunks]).sum())
 
     def _read_block(self, epoch: int, number: int) -> Block:
-        store, per_chunk = self.store, self.store.sequences_per_chunk
-        length = store.sequence_length
-        values, rows, lengths, n_rows = [], [], [], 0
+        store, per_chunk, length = self.store, self.store.sequences_per_chunk, self.store.sequence_length
+        values, found, n_rows = [], [], 0
         for chunk in self._chunks(epoch, number):
-            first = chunk * per_chunk
+            first = int(chunk) * per_chunk
             stop = min(first + per_chunk, store.train.n_sequences)
-            values.append(store.train.read(self.hook, int(first), int(stop)))
-            of_chunk = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
-            rows.append((self._sequence[of_chunk] - first) * length + self._start[of_chunk] + n_rows)
-            lengths.append(self._length[of_chunk])
+            values.append(store.train.read(self.hook, first, stop))
+            here = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
+            sequence, start = self._sequence[here], self._start[here]
+            rows = (sequence - first) * length + start + n_rows
+            found.append(np.stack([rows, self._length[here], start, store.train.documents[sequence]], axis=1))
             n_rows += (stop - first) * length
-        order = np.random.default_rng([self.config.seed, epoch, number]).permutation(sum(map(len, rows)))
-        flat = torch.from_numpy(np.concatenate(values)).view(n_rows, -1)
-        return Block(flat, np.concatenate(rows)[order], np.concatenate(lengths)[order])
+        table = np.concatenate(found)
+        order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
+        return Block(torch.from_numpy(np.concatenate(values)).view(n_rows, -1), table[order])
 
 
-def _token_rows(rows: Int[ndarray, " n_segments"], lengths: Int[ndarray, " n_segments"]) -> Int[Tensor, " n"]:
-    return torch.from_numpy(np.repeat(rows, lengths) + positions(lengths))
+def norm_median(store: Store, hook: str) -> float:
+    """Median norm of the train split's tokens, from its histogram: exact within the bin's 9%."""
+    histogram = np.asarray(store.array(f"statistics/{hook}/norm_histogram")[:])
+    return float(NORM_EDGES[np.searchsorted(np.cumsum(histogram), histogram.sum() / 2)])
+
+
+def _token_rows(chosen: Int[ndarray, "n_segments 4"]) -> Int[Tensor, " n"]:
+    first, lengths = chosen[:, 0], chosen[:, 1]
+    return torch.from_numpy(np.repeat(first, lengths) + positions(lengths))
 
 
 def iterate_segments(

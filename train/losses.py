@@ -1,9 +1,10 @@
 """Loss terms of a code. Each returns its value and adds its gradient, with respect to the code, to `grad`.
 
-Tokens lie packed: the segments of a batch end to end, so a pair (i, i + 1) is adjacent unless token i ends a segment,
-where its pair weight is 0. Weights count the windows that hold a pair (tcsae.shared.windows.pair_weights).
+Tokens lie packed: the segments of a batch end to end, so a pair (i, i + lag) is real unless it leaves its segment,
+where its weight is 0. Weights count the windows that hold a pair (tcsae.shared.windows.pair_weights).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,67 +18,75 @@ ROWS = 128
 
 
 class Pairs(NamedTuple):
-    """The adjacent pairs of a batch, as eq. 3 of the paper weighs them."""
+    """The pairs (i, i + lag) of a batch."""
 
+    lag: int
     weights: Float[Tensor, " n"]
-    """In how many windows the pair (i, i + 1) lies, over the total (window - 1) * n_windows: sums to 1, or to 0."""
+    """Share of pair (i, i + lag) in the mean over windows and their pairs: over all lags they sum to 1, or to 0."""
 
 
-def l1_dense(activations: Float[Tensor, "n d_sae"], weight: float, grad: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
+def l1_dense(activations: Float[Tensor, "n d_sae"], weight: float, grad: Float[Tensor, "n d_sae"]) -> Tensor:
     """weight * mean over tokens of sum |f| (eq. 4, second term)."""
     scale = weight / len(activations)
-    grad.add_(torch.sign(activations), alpha=scale)
-    return activations.abs().sum() * scale
+    for start in range(0, len(activations), ROWS):
+        grad[start : start + ROWS].add_(torch.sign(activations[start : start + ROWS]), alpha=scale)
+    return torch.linalg.vector_norm(activations, 1) * scale
 
 
-def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]) -> Float[Tensor, ""]:
+def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]) -> Tensor:
     """As `l1_dense`, for the non-negative entries of a sparse code; the caller masks entries that are 0."""
     scale = weight / max(1, code.n_tokens)
     grad.add_(scale)
     return code.values.sum() * scale
 
 
-def temporal_dense(
-    activations: Float[Tensor, "n d_sae"], pairs: Pairs, weight: float, grad: Float[Tensor, "n d_sae"]
-) -> Float[Tensor, ""]:
-    """weight * mean over windows of 1/(w-1) sum ||f_{t+1} - f_t||^2 (eq. 3), without building a window.
+def difference_dense(activations: Float[Tensor, "n d"], pairs: Sequence[Pairs], grad: Float[Tensor, "n d"]) -> Tensor:
+    """Mean over windows and their pairs of ||f_j - f_i||^2 (eq. 3), without building a window.
 
-    d/df_i = 2 weight [ c_{i-1} (f_i - f_{i-1}) - c_i (f_{i+1} - f_i) ], c = the pair weights.
+    d/df_i = 2 [ c_{i-lag} (f_i - f_{i-lag}) - c_i (f_{i+lag} - f_i) ], c = the pair weights.
     """
     value = activations.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(activations) - 1, ROWS):
-        stop = min(start + ROWS, len(activations) - 1)
-        difference = activations[start + 1 : stop + 1] - activations[start:stop]
-        weighted = difference * pairs.weights[start:stop, None]
-        value += torch.dot(difference.flatten(), weighted.flatten())
-        grad[start + 1 : stop + 1].add_(weighted, alpha=2 * weight)
-        grad[start:stop].sub_(weighted, alpha=2 * weight)
-    return weight * value.to(activations.dtype)
+    n = len(activations)
+    for lag, weights in pairs:
+        for start in range(0, n - lag, ROWS):
+            stop = min(start + ROWS, n - lag)
+            difference = activations[start + lag : stop + lag] - activations[start:stop]
+            weighted = difference * weights[start:stop, None]
+            value += torch.dot(difference.flatten(), weighted.flatten())
+            grad[start + lag : stop + lag].add_(weighted, alpha=2)
+            grad[start:stop].sub_(weighted, alpha=2)
+    return value
 
 
-def temporal_sparse(
-    code: SparseCode,
-    pairs: Pairs,
-    weight: float,
-    grad: Float[Tensor, " n_entries"],
-    zeros: Float[Tensor, "n d_sae"],
-) -> Float[Tensor, ""]:
-    """As `temporal_dense`, at a sparse code's entries only: cost of the entries, not of the latents.
+def difference_sparse(
+    code: SparseCode, pairs: Sequence[Pairs], grad: Float[Tensor, " n_entries"], zeros: Float[Tensor, "n d_sae"]
+) -> Tensor:
+    """As `difference_dense`, at a sparse code's entries only: cost of the entries, not of the latents.
 
     `zeros` is an all-zero buffer of the code's dense shape; it is all zero again on return.
     """
-    rows, flat = code.rows, zeros.view(-1)
+    rows, flat, v = code.rows, zeros.view(-1), code.values
     at = rows * code.d_sae + code.latents
-    flat.index_put_((at,), code.values)
-    # Neighbours of the first and last row are never used: their pair weight is 0.
-    previous = flat[(at - code.d_sae).clamp_(min=0)]
-    following = flat[(at + code.d_sae).clamp_(max=zeros.numel() - 1)]
+    flat[at] = v
+    squares = v.double().square()
+    value = squares.new_zeros(())
+    for lag, weights in pairs:
+        # Neighbours beyond the first and last row are never used: their pair weight is 0.
+        previous = flat[(at - lag * code.d_sae).clamp_(min=0)]
+        following = flat[(at + lag * code.d_sae).clamp_(max=zeros.numel() - 1)]
+        after = weights[rows]
+        before = torch.where(rows >= lag, weights[(rows - lag).clamp_(min=0)], 0.0)
+        grad.add_(before * (v - previous) - after * (following - v), alpha=2)
+        # ||f_{i+lag} - f_i||^2: over entries of i, v^2 - 2 v v', and over entries of i + lag, v'^2.
+        value += (after * (squares - 2 * v * following)).sum() + (before * squares).sum()
     flat.index_fill_(0, at, 0.0)
-    after = pairs.weights[rows]
-    before = torch.where(rows > 0, pairs.weights[rows - 1], 0.0)
-    ahead, behind = following - code.values, code.values - previous
-    grad.add_(before * behind - after * ahead, alpha=2 * weight)
-    # ||f_{i+1} - f_i||^2 = sum over entries of i of (v^2 - 2 v v') plus sum over entries of i + 1 of v'^2.
-    squares = code.values.double().square()
-    value = (after * (squares - 2 * code.values * following)).sum() + (before * squares).sum()
-    return weight * value.to(code.values.dtype)
+    return value
+
+
+def energy_share(pairs: Sequence[Pairs]) -> Float[Tensor, " n"]:
+    """Weight of each token's ||f_i||^2 in the mean over windows and their pairs of ||f_i||^2 + ||f_j||^2."""
+    share = torch.zeros_like(pairs[0].weights)
+    for lag, weights in pairs:
+        share += weights
+        share[lag:] += weights[: len(share) - lag]
+    return share

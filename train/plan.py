@@ -1,14 +1,25 @@
 """From what was asked on the command line to the runs to train."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tcsae.shared.config import with_settings
 from tcsae.shared.store import Store
+from tcsae.train.config import TrainConfig
 from tcsae.train.presets import DEFAULT, preset
-from tcsae.train.run import Run
 
 UNNAMED = ("steps", "data.seed=0")
 """Settings that a run's name leaves out."""
+
+
+class Run(NamedTuple):
+    """One SAE to train, and the folder name it gets."""
+
+    name: str
+    preset: str
+    config: TrainConfig
+    init_from: str | None = None
+    """Name of the run whose weights it starts from."""
 
 
 def plan_runs(store: Store, presets: Sequence[str], settings: Sequence[str]) -> list[Run]:

@@ -1,11 +1,23 @@
-"""Named settings: ours, and the paper's as written."""
+"""Named settings: ours, and the paper's in two families.
+
+`logged-run*` are what the paper's printed figures are: networks that took no optimiser step. `written-run*` are the
+paper's equations and hyperparameters, trained.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.sae import SaeConfig
-from tcsae.train.config import DataConfig, OptimizerConfig, TemporalConfig, TrainConfig
+from tcsae.train.config import (
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TemporalConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -16,29 +28,78 @@ class Preset:
     make: Callable[[int], TrainConfig]
 
 
-def _topk(d_model: int) -> TrainConfig:
-    return TrainConfig(sae=SaeConfig(d_model=d_model, d_sae=4096, activation="topk", k=32))
+D_SAE, K = 4096, 32
+PAPER_INIT = InitConfig(weights="xavier", b_dec="zero", input_scale="none")
+PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
 
 
-def _written_run3(d_model: int) -> TrainConfig:
-    return TrainConfig(
-        sae=SaeConfig(d_model=d_model, d_sae=512, activation="gelu"),
-        data=DataConfig(n_segments=32, segment_length=128, skip_first=1),
-        optimizer=OptimizerConfig(lr=3e-4, warmup_steps=1000, decay="cosine"),
-        temporal=TemporalConfig(weight=0.01, window=3),
-        l1=0.1,
-        init="xavier",
-        input_norm="none",
-    )
+def _ours(activation: Any, sae: dict[str, Any] | None = None, **settings: Any) -> Callable[[int], TrainConfig]:
+    def make(d_model: int) -> TrainConfig:
+        shape = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=activation, k=K, **(sae or {}))
+        return TrainConfig(sae=shape, **settings)
+
+    return make
+
+
+def _logged(
+    activation: Any = "relu", layer_norm: Any = "none", weights: Any = "xavier"
+) -> Callable[[int], TrainConfig]:
+    def make(d_model: int) -> TrainConfig:
+        return TrainConfig(
+            sae=SaeConfig(d_model=d_model, d_sae=512, activation=activation, layer_norm=layer_norm),
+            data=PAPER_DATA,
+            # The logged code normed its decoder only after a step, and took none.
+            optimizer=OptimizerConfig(lr=3e-4, decay="cosine", unit_decoder=False),
+            init=replace(PAPER_INIT, weights=weights),
+            steps=0,
+        )
+
+    return make
+
+
+def _written(lambda_2: float, decay: Any = "cosine", layer_norm: Any = "none") -> Callable[[int], TrainConfig]:
+    def make(d_model: int) -> TrainConfig:
+        return TrainConfig(
+            sae=SaeConfig(d_model=d_model, d_sae=512, activation="gelu", layer_norm=layer_norm),
+            data=PAPER_DATA,
+            optimizer=OptimizerConfig(lr=3e-4, warmup_steps=1000, decay=decay),
+            temporal=TemporalConfig(weight=lambda_2, window=3),
+            sparsity=SparsityConfig(l1=0.1),
+            init=PAPER_INIT,
+        )
+
+    return make
 
 
 PRESETS = {
-    "topk": Preset("TopK, 4096 latents, 32 active: the recommended one for now", _topk),
-    "written-run3": Preset(
-        "the paper's equations 1-4 and hyperparameters of its run 3, trained: GELU, 512 latents, lambda_1 0.1, "
-        "lambda_2 0.01, windows of 3, batches of 32 sequences",
-        _written_run3,
+    "topk": Preset("TopK, 4096 latents, 32 active; the recommended one for now", _ours("topk")),
+    "batchtopk": Preset("BatchTopK, 32 active on average", _ours("batchtopk")),
+    "jumprelu": Preset(
+        "JumpReLU, thresholds learned for about 32 active", _ours("jumprelu", sparsity=SparsityConfig(l0=10.0))
     ),
+    "relu-l1": Preset("ReLU with an L1 penalty", _ours("relu", sparsity=SparsityConfig(l1=1.0))),
+    "temporal-topk": Preset(
+        "TopK with relative slowness on all latents, over windows of 3",
+        _ours("topk", temporal=TemporalConfig(kind="relative", weight=10.0)),
+    ),
+    "temporal-matryoshka": Preset(
+        "T-SAE-like: matryoshka BatchTopK, the first fifth contrasted with other documents",
+        _ours(
+            "batchtopk",
+            {"groups": (0.2, 0.8)},
+            group_weights=(0.2, 0.8),
+            temporal=TemporalConfig(kind="contrastive", scope="first", weight=1.0),
+        ),
+    ),
+    "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
+    "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),
+    "logged-run3": Preset("its run 3 as logged: the same network as run 2, no step", _logged()),
+    "logged-run4": Preset("its run 4 as logged: layer norm before the encoder, no step", _logged(layer_norm="in")),
+    "logged-run5": Preset("its unreported run 5 as logged: GELU, no step", _logged(activation="gelu")),
+    "written-run0": Preset("equations 1-2 and 4 trained, without the temporal term", _written(0.0)),
+    "written-run2": Preset("equations 1-4 trained, lambda_2 = 0.1, no cosine decay", _written(0.1, decay="none")),
+    "written-run3": Preset("equations 1-4 trained, lambda_2 = 0.01, cosine decay", _written(0.01)),
+    "written-run4": Preset("run 3 with a layer norm before the encoder, trained", _written(0.01, layer_norm="in")),
 }
 DEFAULT = "topk"
 

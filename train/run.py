@@ -1,135 +1,216 @@
 """Train many runs from one pass over a store, and leave each as an SAE folder."""
 
-import importlib.metadata
-import itertools
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tcsae import __version__
 from tcsae.shared.config import differences, to_dict
-from tcsae.shared.console import progress, say
+from tcsae.shared.console import progress, say, size
 from tcsae.shared.errors import RunError
-from tcsae.shared.sae import RECORD, load_record, save_sae
+from tcsae.shared.sae import RECORD, load_record, load_sae
 from tcsae.shared.store import Store
-from tcsae.train.config import DataConfig, TrainConfig
-from tcsae.train.loader import SegmentLoader
-from tcsae.train.trainer import StepResult, Trainer, Workspace
+from tcsae.train.buffers import Workspace
+from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
+from tcsae.train.config import DataConfig
+from tcsae.train.finish import save_run
+from tcsae.train.loader import Batch, SegmentLoader
+from tcsae.train.plan import Run
+from tcsae.train.tracking import METRICS, RunLog, metrics_line, open_tracker
+from tcsae.train.trainer import Trainer
 
-METRICS = "metrics.jsonl"
 SAMPLE_TOKENS = 32_768
-"""Tokens that the input scale and the first decoder bias are taken from."""
+"""Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
+CHECKPOINT_EVERY_S = 600.0
+RESTORES = 2
+"""Instabilities that a run with guard.action=restore survives."""
 
 
-class Run(NamedTuple):
-    """One SAE to train, and the folder name it gets."""
-
-    name: str
-    preset: str
-    config: TrainConfig
-
-
-def train_runs(store: Store, runs_path: Path, runs: Sequence[Run], fresh: bool = False) -> list[dict[str, Any]]:
+def train_runs(
+    store: Store, runs_path: Path, runs: Sequence[Run], fresh: bool = False, tracker: str | None = None
+) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
-    Raises RunError if two runs have one name, or a finished run of that name had other settings or another store.
+    Raises RunError if two runs have one name, or what lies under a run's name had other settings or another store.
     """
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RunError(f"Two runs would be named {twice[0]!r}. Give each other settings, or ask for it once.")
-    todo = [run for run in runs if fresh or not _is_finished(store, runs_path / run.name, run)]
+    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh)]
     passes = {data: [run for run in todo if run.config.data == data] for data in {run.config.data: 0 for run in todo}}
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
-            say(f"Pass {number} of {len(passes)}: {', '.join(run.name for run in together)}")
-        _train_pass(store, runs_path, data, together)
+            say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
+        _Pass(store, runs_path, data, together, tracker).train()
     return [load_record(runs_path / name) for name in names]
 
 
-def _is_finished(store: Store, path: Path, run: Run) -> bool:
-    if not (path / RECORD).exists():
+def _is_finished(store: Store, path: Path, run: Run, fresh: bool) -> bool:
+    """Whether the run is there already; clears its folder if it is to be trained anew.
+
+    Raises RunError, naming the differences, if what is there is another run.
+    """
+    kept = checkpoints(path)
+    if not fresh and (path / RECORD).exists():
+        found = load_record(path)
+    elif not fresh and kept:
+        found = read_about(kept[-1])
+    else:
+        for file in (*kept, path / RECORD, path / METRICS):
+            file.unlink(missing_ok=True)
         return False
-    record = load_record(path)
-    asked = {"train": to_dict(run.config), "store": store.content}
-    found = {"train": record.get("train", {}), "store": record.get("store", {}).get("content")}
-    if differing := differences(found, asked):
+    told = {"train": found.get("train", {}), "store": found.get("store", {}).get("content"), "from": found.get("from")}
+    asked = {"train": to_dict(run.config), "store": store.content, "from": run.init_from}
+    if differing := differences(told, asked):
         raise RunError(
             f"{path} was trained otherwise ({'; '.join(differing)}). Use --fresh to train it again, or another --runs."
         )
-    say(f"{run.name}: trained already, reused ({path}). Train it again with --fresh.")
-    return True
+    if (path / RECORD).exists():
+        say(f"{run.name}: trained already, reused ({path}). Train it again with --fresh.")
+        return True
+    return False
 
 
-def _train_pass(store: Store, runs_path: Path, data: DataConfig, runs: Sequence[Run]) -> None:
-    loader = SegmentLoader(store, data)
-    sample, workspace = loader.sample(SAMPLE_TOKENS), Workspace()
-    live = []
-    for run in runs:
-        (runs_path / run.name).mkdir(parents=True, exist_ok=True)
-        (runs_path / run.name / RECORD).unlink(missing_ok=True)
-        (runs_path / run.name / METRICS).write_text("")
-        live.append((run, Trainer(run.config, sample, workspace)))
-    steps = max(run.config.steps for run in runs)
-    per_step = loader.n_tokens / loader.n_segments * data.n_segments
-    title = f"train {runs[0].name}" if len(runs) == 1 else f"train {len(runs)} runs"
-    start = time.monotonic()
-    with progress(title, total=round(steps * per_step)) as advance:
-        for batch in itertools.islice(loader, steps):
-            for run, trainer in live:
-                if trainer.n_steps < run.config.steps:
-                    _log(runs_path / run.name / METRICS, trainer, trainer.step(batch), time.monotonic() - start)
-            advance(len(batch.x))
-    for run, trainer in live:
-        _save(store, loader, runs_path / run.name, run, trainer, time.monotonic() - start)
+class _Member:
+    """A run of a pass: its trainer, its log, and what to do when it is interrupted or unstable."""
+
+    def __init__(self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None) -> None:
+        self.run, self.path, self.trainer, self.about = run, path, trainer, about
+        self.started, self.seconds = time.monotonic(), 0.0
+        n_bytes = 0
+        if kept := checkpoints(path):
+            told = read_about(kept[-1])
+            restore(kept[-1], trainer)
+            n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
+            say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
+            if told["threads"] != about["threads"]:
+                say(f"{run.name}: {about['threads']} threads now, {told['threads']} before: rounding will differ.")
+        config = run.config
+        self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+        self.bring_back = remember(trainer) if config.guard.action == "restore" else None
+
+    @property
+    def live(self) -> bool:
+        progress = self.trainer.progress
+        return not progress.ended and progress.n_steps < self.run.config.steps
+
+    def step(self, batch: Batch, number: int) -> None:
+        """Train on batch `number` of the pass, unless a checkpoint says that it has been trained on."""
+        trainer, config = self.trainer, self.run.config
+        if number < trainer.progress.n_steps or not self.live:
+            return
+        try:
+            result = trainer.step(batch)
+        except RunError as error:
+            self._unstable(str(error), batch, number)
+            return
+        n = trainer.progress.n_steps
+        if n % config.log_every == 0 or n == config.steps:
+            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
+        if config.guard.checkpoint_steps and n % config.guard.checkpoint_steps == 0 and self.live:
+            self.checkpoint()
+            if self.bring_back is not None:
+                self.bring_back = remember(trainer)
+
+    def _unstable(self, why: str, batch: Batch, number: int) -> None:
+        """End the run, or bring back its last good state and leave this batch out."""
+        progress = self.trainer.progress
+        why = f"Batch {number}, {why}"
+        if self.bring_back is None or progress.n_restored >= RESTORES:
+            progress.ended = why
+            self.log.write({"event": "ended", "step": progress.n_steps, "why": why})
+            say(f"{self.run.name}: ended. {why}")
+            return
+        self.bring_back()
+        progress.n_restored += 1
+        self.trainer.count(batch)
+        self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
+        say(f"{self.run.name}: brought back to its last good state. {why}")
+
+    def checkpoint(self) -> None:
+        told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
+        save_checkpoint(self.path, self.trainer, told)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
 
 
-def _log(path: Path, trainer: Trainer, result: StepResult, seconds: float) -> None:
-    config = trainer.config
-    if trainer.n_steps % config.log_every and trainer.n_steps != config.steps:
-        return
-    line = {
-        "step": trainer.n_steps,
-        "tokens": trainer.n_tokens,
-        "loss": result.loss,
-        **result.losses,
-        "explained_variance": result.explained_variance(),
-        "l0": result.l0,
-        "dead_fraction": trainer.dead_fraction(),
-        "grad_norm": result.grad_norm,
-        "lr": config.optimizer.learning_rate(trainer.n_steps - 1, config.steps),
-        "seconds": round(seconds, 3),
-    }
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+class _Pass:
+    """Runs that read the same batches."""
 
+    def __init__(
+        self, store: Store, runs_path: Path, data: DataConfig, runs: Sequence[Run], tracker: str | None
+    ) -> None:
+        self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
+        self.loader = SegmentLoader(store, data)
+        self.workspace = Workspace()
+        sample = self.loader.sample(SAMPLE_TOKENS)
+        self.members = [self._member(run, sample) for run in runs]
 
-def _save(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer: Trainer, seconds: float) -> None:
-    recipe = store.manifest.recipe
-    record = {
-        "name": run.name,
-        "preset": run.preset,
-        "train": to_dict(run.config),
-        "hook": loader.hook,
-        "store": {"location": store.location, "content": store.content},
-        "steps": trainer.n_steps,
-        "tokens": trainer.n_tokens,
-        "epochs": trainer.n_tokens / loader.n_tokens,
-        "input_scale": trainer.scale,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "finished": True,
-        "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
-    }
-    metadata = {
-        "model_name": recipe.model.name,
-        "hook_name": loader.hook,
-        "dataset_path": recipe.corpus.name,
-        "context_size": recipe.sequences.length,
-        "prepend_bos": recipe.sequences.prepend_bos,
-        "training_architecture": run.config.sae.activation,
-    }
-    save_sae(trainer.finished_sae(), path, record, metadata)
+    def _member(self, run: Run, sample: torch.Tensor) -> _Member:
+        path = self.runs_path / run.name
+        path.mkdir(parents=True, exist_ok=True)
+        initial = None
+        if run.init_from is not None:
+            initial = load_sae(self.runs_path / run.init_from)
+            if differing := differences(initial.config, run.config.sae):
+                raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
+        trainer = Trainer(run.config, sample, self.workspace, self.store.sequence_length, initial)
+        about = {
+            "train": to_dict(run.config),
+            "store": {"content": self.store.content},
+            "from": run.init_from,
+            "threads": torch.get_num_threads(),
+        }
+        return _Member(run, path, trainer, about, self.tracker)
+
+    def train(self) -> None:
+        """All steps of all runs; on an interruption each run leaves a checkpoint."""
+        done = min(member.trainer.progress.n_steps for member in self.members)
+        last = max(run.config.steps for run in self.runs)
+        self.loader.n_batches_done = done
+        self._announce()
+        title = f"train {self.runs[0].name}" if len(self.runs) == 1 else f"train {len(self.runs)} runs"
+        per_step = self.loader.n_tokens / self.loader.n_segments * self.loader.config.n_segments
+        with ExitStack() as stack:
+            advance = stack.enter_context(progress(title, round(last * per_step), done=round(done * per_step)))
+            for member in self.members:
+                stack.callback(member.log.close)
+            try:
+                for number, batch in self._batches(done, last):
+                    for member in self.members:
+                        member.step(batch, number)
+                    advance(len(batch.x))
+            except KeyboardInterrupt:
+                for member in self.members:
+                    if member.live and member.run.config.guard.checkpoint_steps:
+                        member.checkpoint()
+                raise
+        for member in self.members:
+            save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
+            for file in checkpoints(member.path):
+                file.unlink()
+
+    def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
+        """Numbered batches while any run wants them; a checkpoint of all every ten minutes."""
+        saved = time.monotonic()
+        for number, batch in zip(range(done, last), self.loader, strict=False):
+            if not any(member.live for member in self.members):
+                return
+            yield number, batch
+            if time.monotonic() - saved > CHECKPOINT_EVERY_S:
+                saved = time.monotonic()
+                for member in self.members:
+                    if member.live and member.run.config.guard.checkpoint_steps:
+                        member.checkpoint()
+
+    def _announce(self) -> None:
+        """Memory, before it is used: weights, gradients and two moments of each run, buffers, two blocks of data."""
+        weights = sum(parameter.numel() * 4 for one in self.members for parameter in one.trainer.sae.parameters())
+        n = self.loader.config.n_segments * self.loader.config.segment_length
+        buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
+        total = 4 * weights + buffers + 2 * self.loader.block_bytes()
+        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory")

@@ -1,42 +1,28 @@
 """One run in training: its weights, optimiser and step. The backward pass is written out; nothing builds a graph."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, decode, positive_code, topk_code
+from tcsae.shared.codes import SparseCode, batchtopk_code
 from tcsae.shared.errors import RunError
 from tcsae.shared.sae import SparseAutoencoder
-from tcsae.shared.windows import pair_weights
+from tcsae.train.auxk import auxk
+from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
+from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
-from tcsae.train.kernels import LatentOrder, entry_gradients, gelu_backward_, relu_backward_
+from tcsae.train.initial import initial_sae
 from tcsae.train.loader import Batch
-from tcsae.train.losses import Pairs, l1_dense, l1_sparse, temporal_dense, temporal_sparse
+from tcsae.train.losses import l1_dense, l1_sparse
+from tcsae.train.temporal import PositionPenalty, dense_term, sparse_term
 
-SPARSE_DENSITY = 0.10
-"""Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
-
-
-class Workspace:
-    """Code-sized buffers, made once and shared by all runs of a pass: a fresh one costs more than the work on it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, n: int, width: int) -> Float[Tensor, "n width"]:
-        """A contiguous [n, width] view of the buffer `name`, content undefined."""
-        if name not in self._buffers or self._buffers[name].numel() < n * width:
-            self._buffers[name] = torch.empty(n * width)
-        return self._buffers[name][: n * width].view(n, width)
-
-    def zeros(self, n: int, width: int) -> Float[Tensor, "n width"]:
-        """An all-zero view; whoever writes to it has to leave it all zero."""
-        if "zeros" not in self._buffers or self._buffers["zeros"].numel() < n * width:
-            self._buffers["zeros"] = torch.zeros(n * width)
-        return self._buffers["zeros"][: n * width].view(n, width)
+LOSS_DECAY = 0.98
+"""Of the running mean that a loss is held against."""
+CALIBRATION_TOKENS = 4096
 
 
 @dataclass
@@ -44,168 +30,191 @@ class StepResult:
     """What a step found out. Losses are means over the batch's tokens, in the units training sees."""
 
     losses: dict[str, float]
-    grad_norm: float
+    state: Pass
     l0: float
-    x: Float[Tensor, "n d_model"]
-    error: Float[Tensor, "n d_model"]
+    grad_norm: float = 0.0
+    temporal_weight: float = 0.0
 
     @property
     def loss(self) -> float:
         return sum(self.losses.values())
 
-    def explained_variance(self) -> float:
-        """Centred explained variance of this batch."""
-        total = (self.x - self.x.mean(0)).square().sum()
-        return float(1 - self.error.square().sum() / total)
+
+@dataclass
+class Progress:
+    """How far a run is, and what it remembers besides weights and moments."""
+
+    n_steps: int = 0
+    n_tokens: int = 0
+    mean_loss: float = 0.0
+    n_restored: int = 0
+    ended: str = ""
+    """Why the run ended before its last step, if it did."""
 
 
+@dataclass
 class Trainer:
     """Trains one SAE, a batch a step. `sample` [n, d_model] sets the input scale and the first decoder bias."""
 
-    def __init__(self, config: TrainConfig, sample: Float[Tensor, "n d_model"], workspace: Workspace) -> None:
-        self.config = config
-        self.workspace = workspace
-        self.scale = math.sqrt(1 / float(sample.square().mean())) if config.input_norm == "unit" else 1.0
-        self.sae = initial_sae(config, sample * self.scale)
-        self.parameters = [self.sae.W_enc_rows, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+    config: TrainConfig
+    sample: Float[Tensor, "n d_model"]
+    workspace: Workspace
+    n_positions: int = 128
+    """Positions of a sequence (for the position penalty)."""
+    initial: SparseAutoencoder | None = None
+    """Weights to start from, in the units of the data."""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        unit = config.init.input_scale == "unit"
+        self.scale = math.sqrt(1 / float(self.sample.square().mean())) if unit else 1.0
+        if self.initial is None:
+            self.sae = initial_sae(config, self.sample * self.scale)
+        else:
+            self.sae = self.initial
+            self.sae.fold_scale(1 / self.scale)
+        self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
-        self.n_steps = 0
-        self.n_tokens = 0
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64)
+        ranges = config.sae.group_ranges()
+        self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
+        penalised = config.temporal.position_penalty > 0
+        self.positions = PositionPenalty(self.n_positions, self.scope[1]) if penalised else None
+
+    def _learns(self, parameter: Tensor) -> bool:
+        """All but a batchtopk's threshold, which is found at the end."""
+        return self.config.sae.activation == "jumprelu" or parameter is not getattr(self.sae, "threshold", None)
 
     @torch.no_grad()
     def step(self, batch: Batch) -> StepResult:
-        """One optimiser step. Raises RunError, before any weight moves, if the loss or gradient is not finite."""
+        """One optimiser step.
+
+        Raises RunError, before any weight moves, if loss or gradient is not finite or the loss explodes.
+        """
+        config, progress = self.config, self.progress
         result = self.gradients(batch)
         W_dec = self.sae.W_dec
         assert W_dec.grad is not None
-        # Along a unit row the gradient would only be undone by the renormalisation, yet it would feed Adam's moments.
-        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
-        result.grad_norm = float(norm)
-        if not math.isfinite(result.loss + result.grad_norm):
-            raise RunError(
-                f"Step {self.n_steps}: the loss is {result.loss:g}, the gradient's norm {result.grad_norm:g}. "
-                "The weights were not touched; lower optimizer.lr."
-            )
+        if config.optimizer.unit_decoder:
+            # Along a unit row the gradient would only be undone by the norm, yet it would feed Adam's moments.
+            W_dec.grad.sub_(torch.linalg.vecdot(W_dec.grad, W_dec)[:, None] * W_dec)
+        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm))
+        self._guard(result)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.learning_rate(self.n_steps, self.config.steps)
+            group["lr"] = config.optimizer.learning_rate(progress.n_steps, config.steps)
         self.optimizer.step()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        self.n_steps += 1
-        self.n_tokens += len(batch.x)
+        if config.optimizer.unit_decoder:
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        if config.sae.activation == "jumprelu":
+            self.sae.threshold.clamp_(min=0)
+        self.count(batch)
         return result
+
+    def count(self, batch: Batch) -> None:
+        """A batch is done with, used or not: schedules and ends go by batches seen."""
+        self.progress.n_steps += 1
+        self.progress.n_tokens += len(batch.x)
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> StepResult:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
-        sae, n = self.sae, len(batch.x)
-        d_model, d_sae = self.config.sae.d_model, self.config.sae.d_sae
-        x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, d_model))
-        centred = torch.sub(x, sae.b_dec, out=self.workspace.get("centred", n, d_model))
-        pre = torch.addmm(sae.b_enc, centred, sae.W_enc_rows.T, out=self.workspace.get("pre", n, d_sae))
-        code = self._sparse_code(pre)
-        if code is None:
-            return self._dense_gradients(batch, x, centred, pre)
-        return self._sparse_gradients(batch, x, centred, code)
+        sae, config, n = self.sae, self.config, len(batch.x)
+        x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
+        jump = config.sae.activation == "jumprelu"
+        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0)
+        losses = {"reconstruction": reconstruct(sae, state, config.group_weights)}
+        grad = code_gradient(sae, state, self.workspace)
+        weight = self._add_terms(losses, state, batch, grad)
+        threshold_grad = None
+        if jump:
+            losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
+        dead = self.dead()
+        fired = set_gradients(sae, state, grad, threshold_grad)
+        self.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
+        if config.dead.aux_weight and config.sae.activation != "gelu":
+            aux_k = min(config.dead.aux_k, config.sae.d_sae)
+            losses["aux"] = auxk(sae, state.inputs, state.error, state.pre, dead, aux_k, config.dead.aux_weight)
+        return StepResult(losses, state, float(fired.sum()) / n, temporal_weight=weight)
 
-    def _sparse_code(self, pre: Float[Tensor, "n d_sae"]) -> SparseCode | None:
-        """The code where it is sparse (relu overwrites `pre`), else None."""
-        if self.config.sae.activation == "topk":
-            return topk_code(pre, self.config.sae.k)
-        if self.config.sae.activation == "relu" and int(pre.relu_().count_nonzero()) < SPARSE_DENSITY * pre.numel():
-            return positive_code(pre)
-        return None
+    def _add_terms(self, losses: dict[str, float], state: Pass, batch: Batch, grad: Tensor) -> float:
+        """L1, temporal term and position penalty: values into `losses`, gradients onto `grad`."""
+        config, code, weight = self.config, state.code, 0.0
+        if config.temporal.active:
+            value, unit, target = self._temporal(code, batch, grad)
+            weight = self._temporal_weight(target, unit)
+            losses["temporal"] = weight * value
+            self._add(grad, unit, weight, code)
+        if self.positions is not None:
+            if isinstance(code, SparseCode):
+                value, unit = self.positions.sparse(code.part(*self.scope)[0], batch)
+            else:
+                value, unit = self.positions.dense(code[:, slice(*self.scope)], batch)
+            losses["position"] = config.temporal.position_penalty * value
+            self._add(grad, unit, config.temporal.position_penalty, code)
+        if config.sparsity.l1:
+            add: Callable[..., Tensor] = l1_sparse if isinstance(code, SparseCode) else l1_dense
+            losses["l1"] = float(add(code, config.sparsity.l1, grad))
+        return weight
 
-    def _sparse_gradients(self, batch: Batch, x: Tensor, centred: Tensor, code: SparseCode) -> StepResult:
-        sae, config, n = self.sae, self.config, len(x)
-        error = decode(code, sae.W_dec, sae.b_dec).sub_(x)
-        losses = {"reconstruction": float(error.square().sum()) / n}
-        grad_x_hat = error * (2 / n)
-        grad = entry_gradients(code, grad_x_hat, sae.W_dec)
-        if config.l1:
-            losses["l1"] = float(l1_sparse(code, config.l1, grad))
-        if config.temporal.weight:
-            zeros = self.workspace.zeros(n, code.d_sae)
-            losses["temporal"] = float(temporal_sparse(code, self._pairs(batch), config.temporal.weight, grad, zeros))
-        active = code.values > 0
-        grad.mul_(active)  # relu's own gradient: explicit zeros do not move
-        order = LatentOrder(code)
-        self._set_gradients(
-            grad_x_hat,
-            order.weighted_rows(code.values, grad_x_hat),
-            order.weighted_rows(grad, centred),
-            torch.zeros_like(sae.b_enc).index_add_(0, code.latents, grad),
-        )
-        fired = torch.bincount(code.latents[active], minlength=code.d_sae) > 0
-        self._note_fired(fired, n)
-        return StepResult(losses, 0.0, float(active.sum()) / n, x, error)
+    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Value and gradient at weight 1 over the scope, and the reconstruction's gradient over the same."""
+        config, seed = self.config.temporal, hash((self.config.init_seed, self.progress.n_steps)) % 2**32
+        if isinstance(code, SparseCode):
+            part, at = code.part(*self.scope)
+            value, unit = sparse_term(config, part, batch, self.workspace, seed)
+            return value, unit, grad[at]
+        columns = slice(*self.scope)
+        value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed)
+        return value, unit, grad[:, columns]
 
-    def _dense_gradients(self, batch: Batch, x: Tensor, centred: Tensor, pre: Tensor) -> StepResult:
-        sae, config, n = self.sae, self.config, len(x)
-        gelu = config.sae.activation == "gelu"
-        code = torch.ops.aten.gelu.out(pre, out=self.workspace.get("code", *pre.shape)) if gelu else pre
-        error = torch.addmm(sae.b_dec, code, sae.W_dec).sub_(x)
-        losses = {"reconstruction": float(error.square().sum()) / n}
-        grad_x_hat = error * (2 / n)
-        grad = torch.mm(grad_x_hat, sae.W_dec.T, out=self.workspace.get("grad", *pre.shape))
-        if config.l1:
-            losses["l1"] = float(l1_dense(code, config.l1, grad))
-        if config.temporal.weight:
-            losses["temporal"] = float(temporal_dense(code, self._pairs(batch), config.temporal.weight, grad))
-        active = (code > 0).sum(0)
-        if gelu:
-            gelu_backward_(grad, pre)
+    def _temporal_weight(self, target: Tensor, unit: Tensor) -> float:
+        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up."""
+        config = self.config.temporal
+        weight = config.weight
+        if config.budget:
+            norm = float(unit.norm())
+            weight = config.budget * float(target.norm()) / norm if norm else 0.0
+        risen = (self.progress.n_steps + 1) / max(1.0, config.warmup * self.config.steps)
+        return weight * min(1.0, risen)
+
+    def _add(self, grad: Tensor, unit: Tensor, weight: float, code: SparseCode | Tensor) -> None:
+        if isinstance(code, SparseCode):
+            _, at = code.part(*self.scope)
+            grad[at] += weight * unit
         else:
-            relu_backward_(grad, code)
-        self._set_gradients(grad_x_hat, code.T @ grad_x_hat, grad.T @ centred, grad.sum(0))
-        self._note_fired(active > 0, n)
-        return StepResult(losses, 0.0, float(active.sum()) / n, x, error)
+            grad[:, slice(*self.scope)].add_(unit, alpha=weight)
 
-    def _set_gradients(self, grad_x_hat: Tensor, grad_W_dec: Tensor, grad_W_enc: Tensor, grad_b_enc: Tensor) -> None:
-        self.sae.W_dec.grad = grad_W_dec
-        self.sae.W_enc_rows.grad = grad_W_enc
-        self.sae.b_enc.grad = grad_b_enc
-        # b_dec is added to the reconstruction and taken from the encoder's input.
-        self.sae.b_dec.grad = grad_x_hat.sum(0) - grad_b_enc @ self.sae.W_enc_rows
+    def _guard(self, result: StepResult) -> None:
+        progress, limit = self.progress, self.config.guard.explode
+        finite = math.isfinite(result.loss + result.grad_norm)
+        if not finite or (progress.mean_loss and result.loss > limit * progress.mean_loss):
+            raise RunError(
+                f"step {progress.n_steps}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}, the mean loss "
+                f"so far {progress.mean_loss:.4g} and {limit:g} times that is allowed (guard.explode). "
+                "No weight was touched; lower optimizer.lr."
+            )
+        decay = LOSS_DECAY if progress.mean_loss else 0.0
+        progress.mean_loss = decay * progress.mean_loss + (1 - decay) * result.loss
 
-    def _pairs(self, batch: Batch) -> Pairs:
-        window = self.config.temporal.window
-        weights = pair_weights(batch.lengths, window)
-        return Pairs(torch.from_numpy(weights / max(1, weights.sum())).to(batch.x.dtype))
+    def dead(self) -> Tensor:
+        """Latents that have not fired for so long that they count as dead."""
+        config, progress = self.config.dead, self.progress
+        per_step = progress.n_tokens / max(1, progress.n_steps)
+        limit = min(config.after_tokens, config.after_share * per_step * self.config.steps)
+        return self.tokens_since_fired > limit if progress.n_steps else torch.zeros_like(self.tokens_since_fired).bool()
 
-    def dead_fraction(self) -> float:
-        """Share of latents that have not fired for a tenth of the run's tokens, or 10M if that is less."""
-        per_step = self.n_tokens / max(1, self.n_steps)
-        limit = min(10_000_000, 0.1 * per_step * self.config.steps)
-        return float((self.tokens_since_fired > limit).float().mean())
-
-    def _note_fired(self, fired: Tensor, n: int) -> None:
-        self.tokens_since_fired.add_(n).masked_fill_(fired, 0)
-
+    @torch.no_grad()
     def finished_sae(self) -> SparseAutoencoder:
-        """A copy that reads unscaled activations."""
+        """A copy that reads unscaled activations; a batchtopk gets the threshold at which L0 is k on the sample."""
         sae = SparseAutoencoder(self.config.sae)
         sae.load_state_dict(self.sae.state_dict())
+        if self.config.sae.activation == "batchtopk":
+            parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
+            last = [batchtopk_code(sae.pre_activations(part), self.config.sae.k).values for part in parts]
+            lowest = [float(values.min()) for values in last if len(values)]
+            # The last entry kept has to stay above the threshold: fires on strict >.
+            sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
         return sae.eval()
-
-
-@torch.no_grad()
-def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> SparseAutoencoder:
-    """The SAE before the first step; `sample` is in the units that training sees. Decoder rows have norm 1."""
-    sae = SparseAutoencoder(config.sae)
-    generator = torch.Generator().manual_seed(config.init_seed)
-    if config.init == "xavier":
-        torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
-        torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
-    else:
-        sae.W_dec.normal_(generator=generator)
-        sae.b_dec.copy_(sample.mean(0))
-    sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-    if config.init == "transpose":
-        sae.W_enc_rows.copy_(sae.W_dec)
-    return sae

@@ -1,0 +1,255 @@
+"""Promise: a run that was killed goes on as if it had not been, and one run's trouble is nobody else's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import tcsae.train.run as run_module
+from tcsae.shared.config import with_settings
+from tcsae.shared.errors import RunError
+from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store import Store, open_store
+from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.plan import Run
+from tcsae.train.presets import preset
+from tcsae.train.run import train_runs
+
+HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 10, 8
+SETTINGS = (
+    "sae.d_sae=48", "sae.k=3", "steps=60", "data.n_segments=24", "data.segment_length=5", "log_every=7",
+    "guard.checkpoint_steps=13", "dead.after_share=0.05", "dead.aux_k=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    path = str(tmp_path_factory.mktemp("resume") / "a.zarr")
+    recipe = Recipe(
+        model=ModelRecipe(name="toy", revision="1"),
+        corpus=CorpusRecipe(name="numbers", revision="1"),
+        sequences=SequenceRecipe(length=LENGTH),
+        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=WIDTH),),
+        n_tokens=1,
+    )
+    writer = open_writer(path, recipe, Layout(sequences_per_chunk=16))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, LENGTH + 1, 200).astype(np.int32)
+    rows = Rows(np.zeros((200, LENGTH), np.int32), lengths, np.arange(200), np.zeros(200, np.int32))
+    writer.commit({"train": rows, "eval": rows}, {})
+    writer.finish_sequences({s: {"sequences": 200, "tokens": int(lengths.sum()), "documents": 200} for s in SPLITS})
+    directions = rng.normal(size=(12, WIDTH))
+    for shard in writer.missing_shards():
+        n = shard.stop - shard.start
+        code = rng.random((n, LENGTH, 12)) * (rng.random((n, LENGTH, 12)) < 0.2)
+        writer.write_shard(shard, {HOOK: (code @ directions).astype(np.float32)})
+    writer.seal({}, [], {})
+    return open_store(path)
+
+
+def mixed_runs(extra: tuple[str, ...] = ()) -> list[Run]:
+    """relu, topk, batchtopk, jumprelu, AuxK firing, temporal ones, two widths."""
+    asked = {
+        "topk": ("topk", ()),
+        "relu": ("relu-l1", ()),
+        "batch": ("batchtopk", ()),
+        "jump": ("jumprelu", ()),
+        "wide": ("topk", ("sae.d_sae=96",)),
+        "slow": ("temporal-topk", ("temporal.position_penalty=0.1",)),
+        "contrast": ("temporal-matryoshka", ()),
+        "paper": ("written-run3", ()),
+        "seeded": ("topk", ("init_seed=5", "steps=40")),
+    }
+    return [
+        Run(name, chosen, with_settings(preset(chosen, WIDTH), [*SETTINGS, *own, *extra]))
+        for name, (chosen, own) in asked.items()
+    ]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path / "sae_weights.safetensors")
+
+
+def lines(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return lines(one) == lines(other) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def alone(store, tmp_path_factory) -> Path:
+    """Every run trained alone, without interruption."""
+    path = tmp_path_factory.mktemp("alone")
+    for run in mixed_runs():
+        train_runs(store, path, [run])
+    return path
+
+
+def test_many_in_one_pass_equal_each_alone_and_aux_fired(store, alone, tmp_path):
+    runs = mixed_runs()
+    train_runs(store, tmp_path, runs)
+    assert all(same(tmp_path / run.name, alone / run.name) for run in runs)
+    assert any(line["aux"] > 0 for run in runs for line in lines(alone / run.name) if "aux" in line)
+    assert any(line["dead_fraction"] > 0 for line in lines(alone / "wide"))
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kills", [[1], [14, 2, 30], [13, 26, 7], [59]])
+def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, monkeypatch, kills):
+    real = run_module._Member.step
+
+    def mortal(self, batch, number):
+        if left and self.run.name == "batch" and left[0] == 0:
+            left.pop(0)
+            raise KilledError
+        if left and self.run.name == "batch":
+            left[0] -= 1
+        real(self, batch, number)
+
+    monkeypatch.setattr(run_module._Member, "step", mortal)
+    left = list(kills)
+    deaths = 0
+    while True:
+        try:
+            train_runs(store, tmp_path, mixed_runs())
+            break
+        except KilledError:
+            deaths += 1
+    assert deaths == len(kills)
+    for run in mixed_runs():
+        assert same(tmp_path / run.name, alone / run.name), run.name
+        assert not list((tmp_path / run.name).glob("checkpoint*"))
+
+
+def test_an_interrupt_leaves_a_checkpoint_at_the_very_step(store, alone, tmp_path, monkeypatch):
+    real = run_module._Member.step
+
+    def interrupted(self, batch, number):
+        if number == 20 and self.run.name == "topk":
+            raise KeyboardInterrupt
+        real(self, batch, number)
+
+    monkeypatch.setattr(run_module._Member, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(store, tmp_path, mixed_runs())
+    assert (tmp_path / "topk" / "checkpoint-000000020.safetensors").exists()
+    monkeypatch.setattr(run_module._Member, "step", real)
+    train_runs(store, tmp_path, mixed_runs())
+    assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs())
+
+
+def test_changed_settings_are_refused_also_half_way(store, tmp_path, monkeypatch):
+    real = run_module._Member.step
+
+    def interrupted(self, batch, number):
+        if number == 20:
+            raise KeyboardInterrupt
+        real(self, batch, number)
+
+    monkeypatch.setattr(run_module._Member, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(store, tmp_path, mixed_runs()[:1])
+    monkeypatch.setattr(run_module._Member, "step", real)
+    other = [run._replace(config=with_settings(run.config, ["sae.k=4"])) for run in mixed_runs()[:1]]
+    with pytest.raises(RunError, match=r"trained otherwise \(train.sae.k: 3, not 4\). Use --fresh"):
+        train_runs(store, tmp_path, other)
+    (record,) = train_runs(store, tmp_path, other, fresh=True)
+    assert record["sae"]["k"] == 4
+
+
+def poison(monkeypatch, name: str, numbers: set[int]) -> None:
+    """The named run sees NaN in these batches."""
+    real = run_module._Member.step
+
+    def step(self, batch, number):
+        bad = self.run.name == name and number in numbers
+        real(self, batch._replace(x=batch.x * float("nan")) if bad else batch, number)
+
+    monkeypatch.setattr(run_module._Member, "step", step)
+
+
+def test_a_run_that_goes_nan_ends_alone_with_step_and_batch_named(store, alone, tmp_path, monkeypatch):
+    poison(monkeypatch, "topk", {17})
+    records = {record["name"]: record for record in train_runs(store, tmp_path, mixed_runs())}
+    assert records["topk"]["ended"].startswith("Batch 17, step 17: loss nan")
+    assert records["topk"]["steps"] == 17
+    assert weights(tmp_path / "topk")["W_dec"].isfinite().all()
+    assert lines(tmp_path / "topk")[-1]["event"] == "ended"
+    assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs() if run.name != "topk")
+
+
+def test_a_run_can_be_brought_back_to_its_last_good_state(store, alone, tmp_path, monkeypatch):
+    poison(monkeypatch, "topk", {17, 30})
+    runs = mixed_runs(("guard.action=restore",))[:2]
+    record, other = train_runs(store, tmp_path, runs)
+    assert (record["restored"], record["ended"], record["steps"]) == (2, "", 60)
+    assert [line["step"] for line in lines(tmp_path / "topk") if "event" in line] == [18, 31]
+    assert weights(tmp_path / "topk")["W_dec"].isfinite().all()
+    a, b = weights(tmp_path / "relu"), weights(alone / "relu")
+    assert other["restored"] == 0
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_third_instability_ends_a_restored_run(store, tmp_path, monkeypatch):
+    poison(monkeypatch, "topk", {17, 30, 31})
+    (record,) = train_runs(store, tmp_path, mixed_runs(("guard.action=restore",))[:1])
+    assert record["restored"] == 2
+    assert record["ended"].startswith("Batch 31")
+
+
+def test_start_from_another_run(store, tmp_path):
+    first = mixed_runs()[0]
+    train_runs(store, tmp_path, [first])
+    again = first._replace(name="again", init_from=first.name, config=with_settings(first.config, ["steps=0"]))
+    (record,) = train_runs(store, tmp_path, [again])
+    assert record["from"] == "topk"
+    for key, tensor in weights(tmp_path / "again").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "topk")[key])
+    other = again._replace(name="other", config=with_settings(first.config, ["sae.k=5"]))
+    with pytest.raises(RunError, match=r"topk is another SAE than other asks for \(k: 3, not 5\)"):
+        train_runs(store, tmp_path, [other])
+
+
+@pytest.mark.slow
+def test_the_real_command_killed_with_9_goes_on_to_the_same_weights(store, tmp_path):
+    settings = [*SETTINGS, "steps=3000", "guard.checkpoint_steps=100"]
+    command = [sys.executable, "-m", "tcsae", "--store", store.location, "--runs"]
+    options = ["train", "--preset", "topk", "--preset", "batchtopk", *(f"--set={one}" for one in settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, env=environment, capture_output=True)
+    for _ in range(3):
+        child = subprocess.Popen(
+            [*command, str(tmp_path / "killed"), *options], env=environment, stderr=subprocess.PIPE
+        )
+        before = set((tmp_path / "killed").rglob("checkpoint*"))
+        deadline = time.monotonic() + 60
+        while not set((tmp_path / "killed").rglob("checkpoint-*00.safetensors")) - before:
+            assert time.monotonic() < deadline
+            if child.poll() is not None:
+                break
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stderr.close()
+    done = subprocess.run(
+        [*command, str(tmp_path / "killed"), *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert len(names) == 2
+    assert all(same(tmp_path / "whole" / name, tmp_path / "killed" / name) for name in names)

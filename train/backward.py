@@ -1,0 +1,180 @@
+"""The hand-written forward and backward pass of one batch: losses, and a gradient for every parameter.
+
+With several groups of latents, prefix g reconstructs x_hat_g = sum_{h <= g} f_h W_dec_h + b_dec with loss weight w_g;
+a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the plain autoencoder.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, threshold_code, topk_code
+from tcsae.shared.sae import SparseAutoencoder, layer_normed
+from tcsae.train.buffers import Workspace
+from tcsae.train.config import TrainConfig
+from tcsae.train.kernels import LatentOrder, entry_gradients, gelu_backward_, relu_backward_
+
+SPARSE_DENSITY = 0.10
+"""Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
+
+
+@dataclass
+class Pass:
+    """One batch on its way through an SAE."""
+
+    target: Float[Tensor, "n d_model"]
+    """What is to be reconstructed, in the units of training."""
+    inputs: Float[Tensor, "n d_model"]
+    """What the encoder reads, b_dec taken away."""
+    scaling: tuple[Tensor, Tensor] | None
+    """([n, 1], [n, 1]): what the decoder's output is multiplied by, and what is added to it (layer_norm in_out)."""
+    pre: Float[Tensor, "n d_sae"]
+    code: SparseCode | Float[Tensor, "n d_sae"]
+    """A matrix where the code is not sparse."""
+    errors: list[Float[Tensor, "n d_model"]] = field(default_factory=list)
+    """x_hat - x of each prefix; the last is the whole SAE's."""
+    grads: list[Float[Tensor, "n d_model"]] = field(default_factory=list)
+    """G_h for the latents of each group."""
+
+    @property
+    def error(self) -> Float[Tensor, "n d_model"]:
+        return self.errors[-1]
+
+
+def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Workspace, margin: float) -> Pass:
+    """Pre-activations and code of a batch; `margin` is half the bandwidth below a jumprelu's thresholds."""
+    n, config = len(x), sae.config
+    inputs, scaling = x, None
+    if config.layer_norm != "none":
+        inputs, mean, spread = layer_normed(x)
+        if config.layer_norm == "in_out":
+            scaling = spread, mean
+    centred = torch.sub(inputs, sae.b_dec, out=workspace.get("centred", n, config.d_model))
+    pre = torch.addmm(sae.b_enc, centred, sae.W_enc_rows.T, out=workspace.get("pre", n, config.d_sae))
+    return Pass(x, centred, scaling, pre, _code(sae, pre, workspace, margin))
+
+
+def _code(sae: SparseAutoencoder, pre: Tensor, workspace: Workspace, margin: float) -> SparseCode | Tensor:
+    match sae.config.activation:
+        case "topk":
+            return topk_code(pre, sae.config.k)
+        case "batchtopk":
+            return batchtopk_code(pre, sae.config.k)
+        case "jumprelu":
+            return threshold_code(pre, sae.threshold, margin)
+        case "gelu":
+            return torch.ops.aten.gelu.out(pre, out=workspace.get("code", *pre.shape))
+        case "relu":
+            n_active = int(pre.relu_().count_nonzero())
+            return positive_code(pre) if n_active < SPARSE_DENSITY * pre.numel() else pre
+
+
+def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...]) -> float:
+    """Decode every prefix; fills errors and grads, returns sum_g w_g mean ||x - x_hat_g||^2."""
+    n, loss = len(state.target), 0.0
+    partial = sae.b_dec.expand_as(state.target)
+    prefix_grads = []
+    for (first, stop), weight in zip(sae.config.group_ranges(), weights, strict=True):
+        if isinstance(state.code, SparseCode):
+            part, _ = state.code.part(first, stop)
+            partial = (
+                decode(part, sae.W_dec[first:stop], sae.b_dec)
+                if first == 0
+                else partial + decode(part, sae.W_dec[first:stop], torch.zeros_like(sae.b_dec))
+            )
+        else:
+            partial = torch.addmm(partial, state.code[:, first:stop], sae.W_dec[first:stop])
+        x_hat = partial if state.scaling is None else partial * state.scaling[0] + state.scaling[1]
+        error = x_hat - state.target
+        state.errors.append(error)
+        loss += weight * float(error.square().sum()) / n
+        grad = error * (2 * weight / n)
+        prefix_grads.append(grad if state.scaling is None else grad.mul_(state.scaling[0]))
+    total = prefix_grads.pop()
+    state.grads = [total]
+    while prefix_grads:
+        total = total + prefix_grads.pop()
+        state.grads.insert(0, total)
+    return loss
+
+
+def code_gradient(sae: SparseAutoencoder, state: Pass, workspace: Workspace) -> Tensor:
+    """d reconstruction / d code: one number an entry of a sparse code (zeros included), or a matrix."""
+    ranges = zip(sae.config.group_ranges(), state.grads, strict=True)
+    if isinstance(state.code, SparseCode):
+        grad = torch.empty_like(state.code.values)
+        for (first, stop), upstream in ranges:
+            part, at = state.code.part(first, stop)
+            grad[at] = entry_gradients(part, upstream, sae.W_dec[first:stop])
+        return grad
+    grad = workspace.get("grad", *state.code.shape)
+    for (first, stop), upstream in ranges:
+        torch.mm(upstream, sae.W_dec[first:stop].T, out=grad) if len(state.grads) == 1 else grad[:, first:stop].copy_(
+            upstream @ sae.W_dec[first:stop].T
+        )
+    return grad
+
+
+def set_gradients(sae: SparseAutoencoder, state: Pass, grad: Tensor, threshold_grad: Tensor | None) -> Tensor:
+    """Gradients of all parameters from d loss / d code (overwritten); returns how often each latent is active."""
+    if isinstance(state.code, SparseCode):
+        fired, grad_b_enc = _sparse_weights(sae, state, state.code, grad)
+    else:
+        fired, grad_b_enc = _dense_weights(sae, state, state.code, grad)
+    sae.b_enc.grad = grad_b_enc
+    # b_dec is added to the reconstruction and taken from the encoder's input.
+    sae.b_dec.grad = state.grads[0].sum(0) - grad_b_enc @ sae.W_enc_rows
+    if threshold_grad is not None:
+        sae.threshold.grad = threshold_grad
+    return fired
+
+
+def _sparse_weights(sae: SparseAutoencoder, state: Pass, code: SparseCode, grad: Tensor) -> tuple[Tensor, Tensor]:
+    active = code.values > 0
+    grad.mul_(active)  # explicit zeros do not move
+    order = LatentOrder(code)
+    ranges = sae.config.group_ranges()
+    if len(ranges) == 1:
+        sae.W_dec.grad = order.weighted_rows(code.values, state.grads[0])
+    else:
+        sae.W_dec.grad = torch.empty_like(sae.W_dec)
+        for (first, stop), upstream in zip(ranges, state.grads, strict=True):
+            part, _ = code.part(first, stop)
+            sae.W_dec.grad[first:stop] = LatentOrder(part).weighted_rows(part.values, upstream)
+    sae.W_enc_rows.grad = order.weighted_rows(grad, state.inputs)
+    fired = torch.bincount(code.latents[active], minlength=code.d_sae)
+    return fired, torch.zeros_like(sae.b_enc).index_add_(0, code.latents, grad)
+
+
+def _dense_weights(sae: SparseAutoencoder, state: Pass, code: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    fired = (code > 0).sum(0)
+    ranges = zip(sae.config.group_ranges(), state.grads, strict=True)
+    sae.W_dec.grad = torch.cat([code[:, first:stop].T @ upstream for (first, stop), upstream in ranges])
+    if sae.config.activation == "gelu":
+        gelu_backward_(grad, state.pre)
+    else:
+        relu_backward_(grad, code)
+    sae.W_enc_rows.grad = grad.T @ state.inputs
+    return fired, grad.sum(0)
+
+
+def threshold_gradient(
+    sae: SparseAutoencoder, state: Pass, grad: Float[Tensor, " n_entries"], config: TrainConfig
+) -> tuple[float, Float[Tensor, " d_sae"]]:
+    """(L0 loss, d loss / d threshold) of a jumprelu through a rectangular kernel of width epsilon.
+
+    Rajamanoharan et al. 2024 (arXiv:2407.14435), eqs. 11-12: d f / d theta = -(theta / epsilon) and
+    d [pre > theta] / d theta = -1 / epsilon, both where |pre - theta| < epsilon / 2; L0 loss = l0 (L0 / k - 1)^2.
+    """
+    code, epsilon = state.code, config.sparsity.bandwidth
+    assert isinstance(code, SparseCode)
+    theta = sae.threshold[code.latents]
+    at: Int[Tensor, " n_entries"] = code.rows * code.d_sae + code.latents
+    near = (state.pre.view(-1)[at] - theta).abs() < epsilon / 2
+    l0 = float((code.values > 0).sum()) / code.n_tokens
+    off = l0 / config.sae.k - 1
+    slope = 2 * config.sparsity.l0 * off / config.sae.k / code.n_tokens
+    per_entry = torch.where(near, -(theta * grad + slope) / epsilon, 0.0)
+    return config.sparsity.l0 * off * off, torch.zeros_like(sae.threshold).index_add_(0, code.latents, per_entry)

@@ -1,0 +1,94 @@
+"""A run's whole state in one file: a run that was killed goes on as if it had not been."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tcsae.shared.errors import RunError
+from tcsae.shared.files import write_atomic
+from tcsae.train.trainer import Progress, Trainer
+
+PATTERN = "checkpoint-*.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(path.glob(PATTERN))
+
+
+def save_checkpoint(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:
+    """Write weights, moments and counters atomically, then drop all but the last guard.keep.
+
+    `about` is kept as JSON: settings, store, threads, length of metrics.jsonl.
+    """
+    text = json.dumps({"progress": asdict(trainer.progress), **about})
+    file = path / f"checkpoint-{trainer.progress.n_steps:09d}.safetensors"
+    write_atomic(file, safetensors.torch.save(_tensors(trainer), {"tcsae": text}))
+    for old in checkpoints(path)[: -trainer.config.guard.keep]:
+        old.unlink()
+
+
+def read_about(file: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was told, and the run's progress. Raises RunError if the file is damaged."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return json.loads(opened.metadata()["tcsae"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise RunError(
+            f"{file} is damaged ({error}). Remove it: the run goes on from an older one, or anew."
+        ) from error
+
+
+def restore(file: Path, trainer: Trainer) -> None:
+    """Bring weights, moments, counters and progress of a fresh trainer to the checkpoint's."""
+    tensors = safetensors.torch.load_file(file)
+    progress = Progress(**read_about(file)["progress"])
+    step = tensors.get("adam.0.step")
+    if step is not None:  # a trainer that never stepped has no moments yet
+        for i, parameter in enumerate(trainer.parameters):
+            trainer.optimizer.state[parameter] = {name: tensors[f"adam.{i}.{name}"] for name in MOMENTS}
+    for name, tensor in _weights(trainer).items():
+        with torch.no_grad():
+            tensor.copy_(tensors[name])
+    trainer.progress = progress
+
+
+def remember(trainer: Trainer) -> Callable[[], None]:
+    """Keep a copy of the state in memory; calling the result brings weights, moments and counters back.
+
+    Progress stays, but for the running mean of the loss: the loader never rewinds.
+    """
+    kept = {name: tensor.clone() for name, tensor in _tensors(trainer).items()}
+    mean_loss = trainer.progress.mean_loss
+
+    def bring_back() -> None:
+        for name, tensor in _tensors(trainer).items():
+            with torch.no_grad():
+                tensor.copy_(kept[name]) if name in kept else tensor.zero_()
+        trainer.progress.mean_loss = mean_loss
+
+    return bring_back
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    tensors = {f"sae.{name}": tensor.detach() for name, tensor in trainer.sae.named_parameters()}
+    tensors["tokens_since_fired"] = trainer.tokens_since_fired
+    if trainer.positions is not None:
+        tensors |= {"positions.sums": trainer.positions.sums, "positions.counts": trainer.positions.counts}
+    return tensors
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    tensors = _weights(trainer)
+    for i, parameter in enumerate(trainer.parameters):
+        if state := trainer.optimizer.state.get(parameter):
+            tensors |= {f"adam.{i}.{name}": state[name] for name in MOMENTS}
+    return tensors

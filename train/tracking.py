@@ -1,0 +1,121 @@
+"""What a run says of itself while it trains: one line of metrics.jsonl now and then, and trackers that repeat it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcsae.shared.codes import SparseCode
+from tcsae.shared.errors import ConfigError, unknown
+from tcsae.shared.windows import pair_weights
+from tcsae.train.loader import Batch
+from tcsae.train.losses import Pairs, difference_dense, difference_sparse
+from tcsae.train.trainer import StepResult, Trainer
+
+METRICS = "metrics.jsonl"
+TRACKERS = ("tensorboard", "wandb")
+
+
+def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str, Any]:
+    """The figures of a step, over its batch. Losses and norms are in the units of training.
+
+    adjacent_correlation: pooled over latents, sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
+    """
+    config, progress, state = trainer.config, trainer.progress, result.state
+    total = (state.target - state.target.mean(0)).square().sum()
+    code_square, correlation = _code_figures(trainer, batch, result)
+    return {
+        "step": progress.n_steps,
+        "tokens": progress.n_tokens,
+        "loss": result.loss,
+        **result.losses,
+        "explained_variance": float(1 - state.error.square().sum() / total),
+        "l0": result.l0,
+        "dead_fraction": float(trainer.dead().float().mean()),
+        "adjacent_correlation": correlation,
+        "code_norm": code_square**0.5,
+        "decoder_norm": trainer.sae.W_dec.detach().norm(dim=1).mean().item(),
+        "grad_norm": result.grad_norm,
+        "temporal_weight": result.temporal_weight,
+        "lr": config.optimizer.learning_rate(progress.n_steps - 1, config.steps),
+    }
+
+
+def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[float, float]:
+    """(mean ||f||^2, adjacent correlation): E ||f_t+1 - f_t||^2 = 2 sum_j var(f_j) (1 - rho_j)."""
+    code = result.state.code
+    weights = torch.from_numpy(pair_weights(batch.lengths, 2)).to(batch.x)
+    pairs = [Pairs(1, weights / weights.sum().clamp(min=1))]
+    if isinstance(code, SparseCode):
+        square, mean = code.values.double().square().sum(), torch.zeros(code.d_sae, dtype=torch.float64)
+        mean.index_add_(0, code.latents, code.values.double())
+        zeros = trainer.workspace.zeros(code.n_tokens, code.d_sae)
+        difference = difference_sparse(code, pairs, torch.zeros_like(code.values), zeros)
+    else:
+        square, mean = code.square().sum().double(), code.sum(0, dtype=torch.float64)
+        difference = difference_dense(code, pairs, trainer.workspace.get("temporal", *code.shape).zero_())
+    n = len(batch.x)
+    variance = float(square / n - (mean / n).square().sum())
+    return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
+
+
+class RunLog:
+    """A run's metrics.jsonl, appended line by line and cut back to where a checkpoint left it."""
+
+    def __init__(self, path: Path, n_bytes: int, tracker: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path = path
+        self._file = path.open("ab")
+        self._file.truncate(n_bytes)
+        self._tracker = tracker
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._file.flush()
+        if self._tracker and "event" not in line:
+            self._tracker(line)
+
+    def n_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
+    """A function that passes a line of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
+
+    Raises ConfigError if the tracker is unknown or not installed.
+    """
+    if kind is None:
+        return None
+    if kind not in TRACKERS:
+        raise ConfigError(unknown("tracker", kind, TRACKERS))
+    try:
+        return _tensorboard(folder) if kind == "tensorboard" else _wandb(folder, config)
+    except ImportError as error:
+        raise ConfigError(
+            f"--tracker {kind} needs a package that is not installed ({error}): pip install {kind}"
+        ) from error
+
+
+def _tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return log
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    import wandb
+
+    run = wandb.init(project="tcsae", name=folder.name, dir=str(folder), config=config, reinit="create_new")
+    return lambda line: run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
