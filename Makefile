@@ -1,0 +1,52 @@
+# make run    install, then harvest, train and evaluate on the embedded model and corpus (FRESH=1 starts anew)
+# make test   install with the development extras, then lint, type check and test
+# make clean  remove the environment, the build and the run's data
+
+PYTHON ?= python3
+BIN := .venv/bin
+CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval
+# The editable install is a tree of links, one per file: it is made again when the list of files changes.
+SOURCES := $(wildcard *.py py.typed harvest/*.py train/*.py evaluate/*.py shared/*.py data/*.py data/embedded/* data/README.md)
+LISTING := .venv/listing
+
+.PHONY: run test fast lint types clean
+
+run: .venv/installed
+	$(BIN)/tcsae $(CHAIN)
+	@echo "The store: data/activations.zarr. The SAE and its evaluation: data/runs. Next:"
+	@echo "  $(BIN)/tcsae inspect                                       what was harvested and trained"
+	@echo "  $(BIN)/tcsae train --set sae.d_sae=1024 --set sae.k=16 eval    another SAE from the same store"
+	@echo "  $(BIN)/tcsae train --preset written-run3 eval              the paper's equations"
+
+test: .venv/installed-dev lint types
+	$(BIN)/pytest -n 2 --dist loadfile
+
+fast: .venv/installed-dev
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy -p tcsae
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt $(LISTING)
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=strict -e .
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt $(LISTING)
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=strict -e '.[dev]'
+	@touch $@ .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+$(LISTING): .venv/bin/python FORCE
+	@echo "$(sort $(SOURCES))" | cmp -s - $@ || echo "$(sort $(SOURCES))" > $@
+
+.PHONY: FORCE
+FORCE:
+
+clean:
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs
