@@ -13,6 +13,7 @@ STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
+    "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.inspection:inspect",
 }
 GROUP_OPTIONS = ("--store", "--runs")

@@ -80,6 +80,17 @@ def with_settings(config: C, settings: Iterable[str]) -> C:
     return from_dict(type(config), values)
 
 
+def to_settings(config: Any) -> list[str]:
+    """Every setting as "dotted.key=value", as `with_settings` takes them."""
+    return [f"{key}={_as_text(value)}" for key, value in _flat(to_dict(config)).items()]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def differences(ours: Any, theirs: Any) -> list[str]:
     """What differs between two configs of one type, or two dictionaries, one "key: a, not b" each."""
     mine, other = (_flat(x if isinstance(x, Mapping) else to_dict(x)) for x in (ours, theirs))

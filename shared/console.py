@@ -90,6 +90,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     Console(highlight=False, markup=False, width=width).print(grid)
 
 
+def sparkline(values: Sequence[float], width: int = 12) -> str:
+    """A curve in a few characters, from its least to its largest value."""
+    if len(values) < 2:
+        return ""
+    picked = [
+        values[round(i * (len(values) - 1) / (min(width, len(values)) - 1))] for i in range(min(width, len(values)))
+    ]
+    low, high = min(picked), max(picked)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1))] for value in picked)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"

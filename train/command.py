@@ -1,4 +1,6 @@
-"""The `train` command."""
+"""The `train` and `presets` commands."""
+
+from typing import Any
 
 import click
 
@@ -7,46 +9,79 @@ from tcsae.shared.cli import Count, Place, StageCommand
 
 @click.command(cls=StageCommand)
 @click.option("--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: topk.")
-@click.option("--steps", type=Count(), help="Optimiser steps, 4096 tokens each unless set otherwise. Default: 1250.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Order of the data.")
+@click.option("--steps", type=Count(), help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the data.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting, such as sae.k=16; repeatable."
 )
+@click.option(
+    "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,...", help="Train one run a value; repeated: a grid."
+)
+@click.option("--config", "config_file", metavar="FILE", help="Settings from a TOML file, with a preset to start from.")
+@click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
+@click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
-def train(
-    place: Place, presets: tuple[str, ...], steps: int | None, seed: int, settings: tuple[str, ...], fresh: bool
-) -> None:
+def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh: bool, **asked: Any) -> None:
     """Train sparse autoencoders from the store, all from one pass over it.
 
     Each becomes a folder below --runs, named after its preset and settings, in SAELens' layout. Without a preset the
-    recommended one is trained.
+    recommended one is trained. `tcsae presets` lists the presets and every setting with its default.
 
     \b
-    Presets:
-      topk          TopK, 4096 latents, 32 active
-      written-run3  the paper's equations and hyperparameters, trained
+      tcsae train --preset topk --preset temporal-topk --steps 5000
+      tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2
 
-    \b
-    Settings (--set KEY=VALUE), with their defaults in the preset topk:
-      sae.d_sae=4096 sae.activation=topk|relu|gelu sae.k=32
-      temporal.weight=0 temporal.window=3 l1=0
-      data.n_segments=256 data.segment_length=16 data.skip_first=1
-      optimizer.lr=0.001 optimizer.warmup_steps=1000 optimizer.decay=linear
-      init=transpose|xavier init_seed=0 input_norm=unit|none
+    Interrupted, the same command goes on where the last checkpoint is, to the same weights.
     """
     from pathlib import Path
 
-    from tcsae.shared.console import table
     from tcsae.shared.store import open_store
-    from tcsae.train.plan import plan_runs
+    from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_runs
 
     store = open_store(place.store)
+    settings = [*asked["settings"], f"data.seed={seed}"]
     if steps is not None:
-        settings = (*settings, f"steps={steps}")
-    runs = plan_runs(store, presets, (*settings, f"data.seed={seed}"))
-    records = train_runs(store, Path(place.runs), runs, fresh)
-    columns = ("run", "latents", "steps", "tokens", "seconds")
-    rows = [(one["name"], one["sae"]["d_sae"], one["steps"], one["tokens"], one["seconds"]) for one in records]
-    table(f"Trained in {place.runs}", columns, rows)
+        settings.append(f"steps={steps}")
+    config_file = Path(asked["config_file"]) if asked["config_file"] else None
+    request = Request(asked["presets"], settings, asked["sweeps"], config_file, asked["init_from"])
+    show(train_runs(store, Path(place.runs), plan_runs(store, request), fresh, tracker), place.runs)
+
+
+def show(records: list[dict[str, Any]], runs: str) -> None:
+    """Print one row a run, with its last figures on training batches."""
+    from tcsae.shared.console import sparkline, table
+    from tcsae.train.tracking import read_metrics
+
+    columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
+    rows = []
+    for record in records:
+        lines = [line for line in read_metrics(f"{runs}/{record['name']}") if "event" not in line]
+        last = lines[-1] if lines else {}
+        curve = sparkline([line["explained_variance"] for line in lines])
+        name = record["name"] + (" (ended early)" if record["ended"] else "")
+        made = (record["sae"]["d_sae"], record["steps"], record["tokens"])
+        figures = (last.get("explained_variance"), curve, last.get("l0"), 100 * record["dead_fraction"])
+        rows.append((name, *made, *figures, record["seconds"] / 60))
+    table(f"Trained in {runs}", columns, rows)
+
+
+@click.command(cls=StageCommand)
+@click.option("--name", metavar="NAME", help="Show every setting of this preset.")
+def presets(name: str | None) -> None:
+    """List the presets of `train`, a line each; with --name every setting of one.
+
+    Settings are changed with `train --set KEY=VALUE`; `train --sweep KEY=V1,V2` trains one run a value.
+    """
+    from tcsae.shared.config import to_settings
+    from tcsae.train.presets import DEFAULT, PRESETS, preset
+
+    if name is not None:
+        for line in to_settings(preset(name, 512)):
+            if not line.startswith("sae.d_model"):
+                click.echo(line)
+        return
+    width = max(map(len, PRESETS))
+    for one, about in PRESETS.items():
+        click.echo(f"{one:{width}}  {about.about}{' (default)' if one == DEFAULT else ''}")

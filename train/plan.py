@@ -1,15 +1,19 @@
 """From what was asked on the command line to the runs to train."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tcsae.shared.config import with_settings
+from tcsae.shared.errors import ConfigError
 from tcsae.shared.store import Store
 from tcsae.train.config import TrainConfig
 from tcsae.train.presets import DEFAULT, preset
 
-UNNAMED = ("steps", "data.seed=0")
-"""Settings that a run's name leaves out."""
+UNNAMED = ("steps", "data.hook", "log_every", "guard.")
+"""Settings that a run's name leaves out; and data.seed, where it is 0."""
 
 
 class Run(NamedTuple):
@@ -22,21 +26,73 @@ class Run(NamedTuple):
     """Name of the run whose weights it starts from."""
 
 
-def plan_runs(store: Store, presets: Sequence[str], settings: Sequence[str]) -> list[Run]:
-    """One run for each preset (the recommended one without any), with the settings applied.
+class Request(NamedTuple):
+    """What `tcsae train` was asked for."""
 
-    Raises ConfigError for an unknown preset or setting, with the nearest name, and StoreError for an unknown hook.
+    presets: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    """ "key=value" each, for every run."""
+    sweeps: Sequence[str] = ()
+    """ "key=v1,v2" each: one run for every combination."""
+    config_file: Path | None = None
+    init_from: str | None = None
+
+
+def plan_runs(store: Store, request: Request) -> list[Run]:
+    """One run for each preset (without any, the recommended one) and each point of the sweep's grid.
+
+    Raises ConfigError for an unknown preset or setting, with the nearest name; StoreError for an unknown hook.
     """
+    base, from_file, presets = "", [], list(request.presets)
+    if request.config_file is not None:
+        told = read_config_file(request.config_file)
+        base = request.config_file.stem
+        if "preset" in told and presets:
+            raise ConfigError(f"{request.config_file} names a preset and so does --preset. Keep one of them.")
+        presets = presets or [told.pop("preset", DEFAULT)]
+        from_file = list(_flat_settings(told))
     runs = []
-    for name in presets or (DEFAULT,):
-        hook = next((one.partition("=")[2] for one in settings if one.startswith("data.hook=")), None)
+    for name, point in itertools.product(presets or (DEFAULT,), _grid(request.sweeps)):
+        own = [*request.settings, *point]
+        settings = [*from_file, *own]
+        hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), None)
         config = with_settings(preset(name, store.d_model(store.hook(hook))), settings)
-        runs.append(Run(run_name(name, settings), name, config))
+        label = run_name(base or name, own) + (f"-from-{request.init_from}" if request.init_from else "")
+        runs.append(Run(label, name, config, request.init_from))
     return runs
 
 
-def run_name(preset_name: str, settings: Sequence[str]) -> str:
-    """The preset's name and what was set beyond it: topk-d_sae1024-k16."""
-    named = [one for one in settings if not one.startswith(UNNAMED)]
+def run_name(base: str, settings: Sequence[str]) -> str:
+    """The preset's (or file's) name and what was set beyond it: topk-d_sae1024-k16."""
+    named = [one for one in settings if not one.startswith(UNNAMED) and one != "data.seed=0"]
     parts = [key.rpartition(".")[2] + value for key, _, value in (one.partition("=") for one in named)]
-    return "-".join([preset_name, *parts]).replace("/", "_")
+    return "-".join([base, *parts]).replace("/", "_")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file: a `preset` and any of its settings, nested as tables. Raises ConfigError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path} ({error.strerror}). Give --config a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}.") from error
+
+
+def _flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat_settings(value, f"{prefix}{key}.")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key}={text}"
+
+
+def _grid(sweeps: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    axes = []
+    for sweep in sweeps:
+        key, sign, values = sweep.partition("=")
+        if not sign or not values:
+            raise ConfigError(f"--sweep {sweep!r} has no values. Write key=v1,v2, for example sae.k=16,32.")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return itertools.product(*axes)

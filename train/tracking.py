@@ -61,6 +61,12 @@ def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[f
     return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none if it has not been written."""
+    file = Path(path) / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
 class RunLog:
     """A run's metrics.jsonl, appended line by line and cut back to where a checkpoint left it."""
 
@@ -96,7 +102,7 @@ def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Call
         return _tensorboard(folder) if kind == "tensorboard" else _wandb(folder, config)
     except ImportError as error:
         raise ConfigError(
-            f"--tracker {kind} needs a package that is not installed ({error}): pip install {kind}"
+            f"--tracker {kind} needs a package that is not there ({error}): pip install {kind}"
         ) from error
 
 
