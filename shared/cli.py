@@ -15,6 +15,7 @@ STAGES = {
     "eval": "tcsae.evaluate.command:evaluate",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.inspection:inspect",
+    "export": "tcsae.train.export_command:export",
 }
 GROUP_OPTIONS = ("--store", "--runs")
 

@@ -11,6 +11,7 @@ import zarr
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from tcsae.shared.chunks import is_plain, read_chunk
 from tcsae.shared.errors import StoreError, unknown
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.journal import LOCK
@@ -50,22 +51,37 @@ class Split:
     def starts(self) -> Int[ndarray, " n_sequences"]:
         return np.asarray(self.store.array(f"{self.name}/starts")[:])
 
-    def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
+    def read(
+        self, hook: str, start: int, stop: int, out: ndarray | None = None
+    ) -> Float[ndarray, "n sequence_length d_model"]:
         """Activations of sequences start..stop-1, as stored; zero beyond a sequence's length.
 
-        Cheapest along chunks: multiples of `store.sequences_per_chunk`.
-        Raises StoreError, naming the array, if stored bytes are missing or damaged.
+        Cheapest along chunks: multiples of `store.sequences_per_chunk`. `out`, of the stored dtype and contiguous,
+        takes the result without a copy in between.
+        Raises StoreError, naming the place, if stored bytes are missing or damaged.
         """
         path = f"{self.name}/activations/{hook}"
-        array = self.store.array(path)
+        array, per_chunk = self.store.array(path), self.store.sequences_per_chunk
+        if out is None:
+            out = np.empty((stop - start, *array.shape[1:]), array.dtype)
+        if start % per_chunk or (stop % per_chunk and stop != self.n_sequences) or not is_plain(array):
+            out[:] = self._read_through_zarr(path, array, start, stop)
+            return out
+        chunk_bytes = per_chunk * out[:1].nbytes if len(out) else 0
+        for first in range(start, stop, per_chunk):
+            file = self.store.root / path / "c" / str(first // per_chunk) / "0" / "0"
+            read_chunk(file, out[first - start : min(first + per_chunk, stop) - start], chunk_bytes)
+        return out
+
+    def _read_through_zarr(self, path: str, array: zarr.Array, start: int, stop: int) -> ndarray:
+        where = f"{self.store.location}: {path}, sequences {start}..{stop - 1}"
         try:
             block = np.asarray(array[start:stop])
         except Exception as error:
-            rows = f"sequences {start}..{stop - 1}"
-            raise StoreError(f"{self.store.location}: {path}, {rows}: damaged ({error}). Harvest it again.") from error
+            raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
         # A missing chunk reads as the fill value; NaN is never stored.
         if np.isnan(block[..., 0]).any():
-            raise StoreError(f"{self.store.location}: {path} lacks a chunk in sequences {start}..{stop - 1}.")
+            raise StoreError(f"{where}: a chunk is missing. Harvest the store again.")
         return block
 
 

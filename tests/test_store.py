@@ -320,14 +320,37 @@ def test_damaged_and_missing_chunks_are_refused(tmp_path):
     chunk.write_bytes(data)
     store = open_store(path)
     store.train.read(HOOK, 0, 2)
-    with pytest.raises(StoreError, match=rf"train/activations/{HOOK}, sequences 2..3: damaged"):
+    with pytest.raises(StoreError, match=rf"train/activations/{HOOK}/c/1/0/0 is damaged: its checksum does not fit"):
+        store.train.read(HOOK, 2, 4)
+    with pytest.raises(StoreError, match=rf"train/activations/{HOOK}, sequences 1..2: damaged"):
+        store.train.read(HOOK, 1, 3)  # not along chunks: through Zarr
+    chunk.write_bytes(data[:-9])
+    with pytest.raises(StoreError, match=r"/c/1/0/0 is damaged: it is not 124 bytes long"):
         store.train.read(HOOK, 2, 4)
     chunk.unlink()
-    with pytest.raises(StoreError, match=r"lacks a chunk in sequences 2..3"):
+    with pytest.raises(StoreError, match=r"/c/1/0/0 cannot be read \(No such file"):
         store.train.read(HOOK, 2, 4)
+    with pytest.raises(StoreError, match=r"sequences 1..2: a chunk is missing"):
+        store.train.read(HOOK, 1, 3)
     shutil.rmtree(path / "eval" / "tokens")
     with pytest.raises(StoreError, match="has no eval/tokens: it is damaged"):
         _ = store.eval.tokens
+
+
+@given(st.integers(0, 5), st.integers(0, 5))
+@settings(deadline=None)
+def test_both_reading_paths_agree(golden, start, n):
+    stop = min(start + n, 5)
+    array = golden.array(f"train/activations/{HOOK}")
+    np.testing.assert_array_equal(golden.train.read(HOOK, start, stop), array[start:stop])
+    out = np.full((max(stop - start, 0), LENGTH, WIDTH), 7, np.float16)
+    assert golden.train.read(HOOK, start, stop, out) is out
+    np.testing.assert_array_equal(out, array[start:stop])
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return open_store(GOLDEN)
 
 
 def test_golden_store_of_version_1():

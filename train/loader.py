@@ -6,6 +6,7 @@ i * n_segments .. (i + 1) * n_segments of it, so the number of batches handed ou
 block is used up, a thread reads the next: two blocks are in memory, whatever the size of the store.
 """
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -82,10 +83,8 @@ class SegmentLoader:
         return int(self._length.sum())
 
     def block_bytes(self) -> int:
-        """Of one block in memory, at most."""
-        n = min(self._chunks_per_block * self.store.sequences_per_chunk, self.store.train.n_sequences)
-        itemsize = self.store.array(f"train/activations/{self.hook}").dtype.itemsize
-        return n * self.store.sequence_length * self._buffer.shape[1] * itemsize
+        """Of one block in memory."""
+        return self._block_memory().nbytes
 
     def __iter__(self) -> Iterator[Batch]:
         want = self.config.n_segments
@@ -106,7 +105,7 @@ class SegmentLoader:
 
     def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
-        block = self._read_block(0, 0)
+        block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
         lengths, starts, documents = keep[:, 1], keep[:, 2], keep[:, 3]
         x = block.values[_token_rows(keep)].float()
@@ -136,14 +135,21 @@ class SegmentLoader:
         number = 0
         while skip >= (n := self._n_segments_of(epoch, number)):
             number, skip = number + 1, skip - n
+        memory = itertools.cycle([self._block_memory(), self._block_memory()])
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
-            pending: Future[Block] = reader.submit(self._read_block, epoch, number)
+            pending: Future[Block] = reader.submit(self._read_block, epoch, number, next(memory))
             while True:
                 block = pending.result()
                 epoch, number = (epoch, number + 1) if number + 1 < self._n_blocks else (epoch + 1, 0)
-                pending = reader.submit(self._read_block, epoch, number)
+                # Into the memory of the block before, which is used up.
+                pending = reader.submit(self._read_block, epoch, number, next(memory))
                 yield block, skip
                 skip = 0
+
+    def _block_memory(self) -> ndarray:
+        n = min(self._chunks_per_block * self.store.sequences_per_chunk, self.store.train.n_sequences)
+        array = self.store.array(f"train/activations/{self.hook}")
+        return np.empty((n, *array.shape[1:]), array.dtype)
 
     def _chunks(self, epoch: int, number: int) -> Int[ndarray, " n_chunks"]:
         order = np.random.default_rng([self.config.seed, epoch]).permutation(self._n_chunks)
@@ -153,21 +159,21 @@ class SegmentLoader:
         chunks = self._chunks(epoch, number)
         return int((self._first_of_chunk[chunks + 1] - self._first_of_chunk[chunks]).sum())
 
-    def _read_block(self, epoch: int, number: int) -> Block:
-        store, per_chunk, length = self.store, self.store.sequences_per_chunk, self.store.sequence_length
-        values, found, n_rows = [], [], 0
+    def _read_block(self, epoch: int, number: int, memory: ndarray) -> Block:
+        per_chunk, length = self.store.sequences_per_chunk, self.store.sequence_length
+        found, n = [], 0
         for chunk in self._chunks(epoch, number):
             first = int(chunk) * per_chunk
-            stop = min(first + per_chunk, store.train.n_sequences)
-            values.append(store.train.read(self.hook, first, stop))
+            stop = min(first + per_chunk, self.store.train.n_sequences)
+            self.store.train.read(self.hook, first, stop, memory[n : n + stop - first])
             here = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
             sequence, start = self._sequence[here], self._start[here]
-            rows = (sequence - first) * length + start + n_rows
-            found.append(np.stack([rows, self._length[here], start, store.train.documents[sequence]], axis=1))
-            n_rows += (stop - first) * length
+            rows = (sequence - first + n) * length + start
+            found.append(np.stack([rows, self._length[here], start, self.store.train.documents[sequence]], axis=1))
+            n += stop - first
         table = np.concatenate(found)
         order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
-        return Block(torch.from_numpy(np.concatenate(values)).view(n_rows, -1), table[order])
+        return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order])
 
 
 def norm_median(store: Store, hook: str) -> float:
