@@ -5,12 +5,15 @@ All on float32 tensors of one device. The fast paths were chosen by measurement 
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 SELECT_GROUPS = 16
+ROWS = 128
+"""Rows of a slice that stays in cache."""
 SAMPLE = 65_536
 """Entries that a batch's lower bound is estimated from."""
 
@@ -83,9 +86,9 @@ def batchtopk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
     leaves some 1.3 n k candidates, among which the last one kept is found exactly.
     """
     want, flat = len(pre) * k, pre.view(-1)
-    candidates = _above(flat, _sampled_bound(flat, want))
+    candidates = _places(pre, _sampled_bound(flat, want))
     if len(candidates) < want:
-        candidates = _above(flat, 0.0)
+        candidates = _places(pre, 0.0)
     values = flat[candidates]
     if len(values) > want:
         last = values.kthvalue(len(values) - want + 1).values
@@ -104,7 +107,7 @@ def threshold_code(
 
     With a `margin`, entries up to that far below a threshold are explicit zeros (their gradient moves the threshold).
     """
-    at = (pre > threshold - margin).view(-1).nonzero().squeeze(1)
+    at = _places(pre, threshold - margin)
     values = pre.view(-1)[at]
     if margin:
         limit = threshold.expand(pre.shape[1])[at % pre.shape[1]]
@@ -113,8 +116,8 @@ def threshold_code(
 
 
 def positive_code(activations: Float[Tensor, "n d_sae"]) -> SparseCode:
-    """The non-zero entries of a dense code."""
-    at = activations.reshape(-1).nonzero().squeeze(1)
+    """The positive entries of a dense code (all that are not zero, but for a gelu's)."""
+    at = _places(activations, 0.0)
     return _from_flat(at, activations.reshape(-1)[at], activations.shape)
 
 
@@ -128,8 +131,22 @@ def decode(
     return out.add_(b_dec)
 
 
-def _above(flat: Float[Tensor, " n_entries"], bound: float) -> Int[Tensor, " n_above"]:
-    return (flat > bound).nonzero().squeeze(1)
+def count_positive(x: Float[Tensor, "n d"]) -> int:
+    """How many entries are above 0. NumPy counts booleans 10 times as fast as torch does on a CPU."""
+    if x.device.type != "cpu":
+        return int((x > 0).sum())
+    return sum(int(np.count_nonzero(part.detach().numpy() > 0)) for part in x.split(ROWS))
+
+
+def _places(x: Float[Tensor, "n d"], bound: float | Tensor) -> Int[Tensor, " n_above"]:
+    """Where the flattened x exceeds the bound (a number, or one for each column), ascending.
+
+    NumPy finds them 4 times as fast as torch does on a CPU.
+    """
+    if x.device.type != "cpu":
+        return (x > bound).view(-1).nonzero().squeeze(1)
+    limit = bound.detach().numpy() if isinstance(bound, Tensor) else x.new_tensor(bound).numpy()
+    return torch.from_numpy(np.flatnonzero(x.detach().numpy() > limit))
 
 
 def _sampled_bound(flat: Float[Tensor, " n_entries"], want: int) -> float:

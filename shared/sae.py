@@ -115,8 +115,13 @@ class SparseAutoencoder(nn.Module):
                 return topk_code(self.pre_activations(x), self.config.k)
             case "batchtopk" | "jumprelu":
                 return threshold_code(self.pre_activations(x), self.threshold)
-            case _:
+            case "relu":
                 return positive_code(self.encode(x))
+            case "gelu":  # next to no entry is 0
+                dense = self.encode(x)
+                every = torch.arange(dense.numel(), device=x.device)
+                offsets = torch.arange(0, dense.numel() + 1, self.config.d_sae, device=x.device)
+                return SparseCode(dense.flatten(), every % self.config.d_sae, offsets, self.config.d_sae)
 
     def decode(
         self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None

@@ -13,6 +13,7 @@ from tcsae.train.config import (
     DataConfig,
     DeadConfig,
     GuardConfig,
+    InitConfig,
     OptimizerConfig,
     SparsityConfig,
     TemporalConfig,
@@ -142,6 +143,7 @@ SAE = SaeConfig(d_model=8, d_sae=16, k=4)
             r"one weight, at least 0, for each of sae.groups=\(1.0,",
         ),
         (lambda: TrainConfig(sae=SAE, sparsity=SparsityConfig(l0=1.0)), "Set sparsity.l0=0"),
+        (lambda: TrainConfig(sae=SAE, init=InitConfig(weights="zero")), "Set optimizer.unit_decoder=false"),
         (
             lambda: TrainConfig(sae=SaeConfig(d_model=8, d_sae=16, k=4, layer_norm="in")),
             "undoes init.input_scale='unit'. Set init.input_scale=none",

@@ -7,10 +7,18 @@ a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, threshold_code, topk_code
+from tcsae.shared.codes import (
+    SparseCode,
+    batchtopk_code,
+    count_positive,
+    decode,
+    positive_code,
+    threshold_code,
+    topk_code,
+)
 from tcsae.shared.sae import SparseAutoencoder, layer_normed
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
@@ -31,6 +39,8 @@ class Pass:
     scaling: tuple[Tensor, Tensor] | None
     """([n, 1], [n, 1]): what the decoder's output is multiplied by, and what is added to it (layer_norm in_out)."""
     pre: Float[Tensor, "n d_sae"]
+    n_active: int
+    """Entries above 0 of a code that is no sparse one."""
     code: SparseCode | Float[Tensor, "n d_sae"]
     """A matrix where the code is not sparse."""
     errors: list[Float[Tensor, "n d_model"]] = field(default_factory=list)
@@ -53,22 +63,21 @@ def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Wor
             scaling = spread, mean
     centred = torch.sub(inputs, sae.b_dec, out=workspace.get("centred", n, config.d_model))
     pre = torch.addmm(sae.b_enc, centred, sae.W_enc_rows.T, out=workspace.get("pre", n, config.d_sae))
-    return Pass(x, centred, scaling, pre, _code(sae, pre, workspace, margin))
-
-
-def _code(sae: SparseAutoencoder, pre: Tensor, workspace: Workspace, margin: float) -> SparseCode | Tensor:
-    match sae.config.activation:
+    n_active = 0
+    match config.activation:
         case "topk":
-            return topk_code(pre, sae.config.k)
+            code: SparseCode | Tensor = topk_code(pre, config.k)
         case "batchtopk":
-            return batchtopk_code(pre, sae.config.k)
+            code = batchtopk_code(pre, config.k)
         case "jumprelu":
-            return threshold_code(pre, sae.threshold, margin)
+            code = threshold_code(pre, sae.threshold, margin)
         case "gelu":
-            return torch.ops.aten.gelu.out(pre, out=workspace.get("code", *pre.shape))
+            code = torch.ops.aten.gelu.out(pre, out=workspace.get("code", *pre.shape))
+            n_active = count_positive(workspace.get("code", *pre.shape))
         case "relu":
-            n_active = int(pre.relu_().count_nonzero())
-            return positive_code(pre) if n_active < SPARSE_DENSITY * pre.numel() else pre
+            n_active = count_positive(pre.relu_())
+            code = positive_code(pre) if n_active < SPARSE_DENSITY * pre.numel() else pre
+    return Pass(x, centred, scaling, pre, n_active, code)
 
 
 def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...]) -> float:
@@ -117,23 +126,33 @@ def code_gradient(sae: SparseAutoencoder, state: Pass, workspace: Workspace) -> 
     return grad
 
 
-def set_gradients(sae: SparseAutoencoder, state: Pass, grad: Tensor, threshold_grad: Tensor | None) -> Tensor:
-    """Gradients of all parameters from d loss / d code (overwritten); returns how often each latent is active."""
+def set_gradients(
+    sae: SparseAutoencoder, state: Pass, grad: Tensor, threshold_grad: Tensor | None
+) -> tuple[Bool[Tensor, " d_sae"], int]:
+    """Gradients of all parameters from d loss / d code (overwritten).
+
+    Returns which latents are active somewhere in the batch, and how many entries are.
+    """
     if isinstance(state.code, SparseCode):
-        fired, grad_b_enc = _sparse_weights(sae, state, state.code, grad)
+        active = state.code.values > 0
+        grad_b_enc = _sparse_weights(sae, state, state.code, grad.mul_(active))  # explicit zeros do not move
+        fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=grad.device)
+        fired[state.code.latents[active]] = True
+        n_active = int(active.sum())
     else:
-        fired, grad_b_enc = _dense_weights(sae, state, state.code, grad)
+        # A latent's largest value tells whether it fired, at a fraction of the cost of comparing every entry.
+        fired, n_active = state.code.amax(0) > 0, state.n_active
+        grad_b_enc = _dense_weights(sae, state, state.code, grad)
     sae.b_enc.grad = grad_b_enc
     # b_dec is added to the reconstruction and taken from the encoder's input.
     sae.b_dec.grad = state.grads[0].sum(0) - grad_b_enc @ sae.W_enc_rows
     if threshold_grad is not None:
         sae.threshold.grad = threshold_grad
-    return fired
+    return fired, n_active
 
 
-def _sparse_weights(sae: SparseAutoencoder, state: Pass, code: SparseCode, grad: Tensor) -> tuple[Tensor, Tensor]:
-    active = code.values > 0
-    grad.mul_(active)  # explicit zeros do not move
+def _sparse_weights(sae: SparseAutoencoder, state: Pass, code: SparseCode, grad: Tensor) -> Tensor:
+    """Gradients of W_dec and W_enc; returns b_enc's."""
     order = LatentOrder(code)
     ranges = sae.config.group_ranges()
     if len(ranges) == 1:
@@ -144,20 +163,22 @@ def _sparse_weights(sae: SparseAutoencoder, state: Pass, code: SparseCode, grad:
             part, _ = code.part(first, stop)
             sae.W_dec.grad[first:stop] = LatentOrder(part).weighted_rows(part.values, upstream)
     sae.W_enc_rows.grad = order.weighted_rows(grad, state.inputs)
-    fired = torch.bincount(code.latents[active], minlength=code.d_sae)
-    return fired, torch.zeros_like(sae.b_enc).index_add_(0, code.latents, grad)
+    return torch.zeros_like(sae.b_enc).index_add_(0, code.latents, grad)
 
 
-def _dense_weights(sae: SparseAutoencoder, state: Pass, code: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    fired = (code > 0).sum(0)
-    ranges = zip(sae.config.group_ranges(), state.grads, strict=True)
-    sae.W_dec.grad = torch.cat([code[:, first:stop].T @ upstream for (first, stop), upstream in ranges])
+def _dense_weights(sae: SparseAutoencoder, state: Pass, code: Tensor, grad: Tensor) -> Tensor:
+    """Gradients of W_dec and W_enc; returns b_enc's."""
+    W_dec_grad = torch.empty_like(sae.W_dec) if sae.W_dec.grad is None else sae.W_dec.grad
+    for (first, stop), upstream in zip(sae.config.group_ranges(), state.grads, strict=True):
+        torch.mm(code[:, first:stop].T, upstream, out=W_dec_grad[first:stop])
+    sae.W_dec.grad = W_dec_grad
     if sae.config.activation == "gelu":
         gelu_backward_(grad, state.pre)
     else:
         relu_backward_(grad, code)
-    sae.W_enc_rows.grad = grad.T @ state.inputs
-    return fired, grad.sum(0)
+    W_enc_grad = torch.empty_like(sae.W_enc_rows) if sae.W_enc_rows.grad is None else sae.W_enc_rows.grad
+    sae.W_enc_rows.grad = torch.mm(grad.T, state.inputs, out=W_enc_grad)
+    return torch.mv(grad.T, grad.new_ones(len(grad)))  # column sums, as a product: several times as fast as sum(0)
 
 
 def threshold_gradient(

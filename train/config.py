@@ -111,6 +111,11 @@ class TemporalConfig:
     def active(self) -> bool:
         return self.weight > 0 or self.budget > 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the term is a sum of squared differences at a weight known beforehand."""
+        return self.kind in ("difference", "gated") and not self.budget
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparsityConfig:
@@ -222,6 +227,8 @@ class TrainConfig:
                 f"sae.layer_norm={self.sae.layer_norm!r} undoes init.input_scale={self.init.input_scale!r}. "
                 "Set init.input_scale=none."
             )
+        if self.init.weights == "zero" and self.steps and self.optimizer.unit_decoder:
+            raise ConfigError("init.weights='zero' has no decoder row to norm. Set optimizer.unit_decoder=false.")
         if self.sparsity.l0 and self.sae.activation != "jumprelu":
             raise ConfigError(
                 f"sparsity.l0={self.sparsity.l0} acts through jumprelu's thresholds; sae.activation is "

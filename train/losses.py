@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from tcsae.shared.codes import SparseCode
 
@@ -40,8 +41,12 @@ def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]
     return code.values.sum() * scale
 
 
-def difference_dense(activations: Float[Tensor, "n d"], pairs: Sequence[Pairs], grad: Float[Tensor, "n d"]) -> Tensor:
+def difference_dense(
+    activations: Float[Tensor, "n d"], pairs: Sequence[Pairs], grad: Float[Tensor, "n d"], scale: float = 1.0
+) -> Tensor:
     """Mean over windows and their pairs of ||f_j - f_i||^2 (eq. 3), without building a window.
+
+    The value is unscaled, the gradient is added `scale` times:
 
     d/df_i = 2 [ c_{i-lag} (f_i - f_{i-lag}) - c_i (f_{i+lag} - f_i) ], c = the pair weights.
     """
@@ -53,8 +58,8 @@ def difference_dense(activations: Float[Tensor, "n d"], pairs: Sequence[Pairs], 
             difference = activations[start + lag : stop + lag] - activations[start:stop]
             weighted = difference * weights[start:stop, None]
             value += torch.dot(difference.flatten(), weighted.flatten())
-            grad[start + lag : stop + lag].add_(weighted, alpha=2)
-            grad[start:stop].sub_(weighted, alpha=2)
+            grad[start + lag : stop + lag].add_(weighted, alpha=2 * scale)
+            grad[start:stop].sub_(weighted, alpha=2 * scale)
     return value
 
 
@@ -67,19 +72,19 @@ def difference_sparse(
     """
     rows, flat, v = code.rows, zeros.view(-1), code.values
     at = rows * code.d_sae + code.latents
-    flat[at] = v
-    squares = v.double().square()
-    value = squares.new_zeros(())
+    flat.scatter_(0, at, v)
+    value = v.new_zeros((), dtype=torch.float64)
     for lag, weights in pairs:
         # Neighbours beyond the first and last row are never used: their pair weight is 0.
-        previous = flat[(at - lag * code.d_sae).clamp_(min=0)]
-        following = flat[(at + lag * code.d_sae).clamp_(max=zeros.numel() - 1)]
-        after = weights[rows]
-        before = torch.where(rows >= lag, weights[(rows - lag).clamp_(min=0)], 0.0)
-        grad.add_(before * (v - previous) - after * (following - v), alpha=2)
+        previous = flat.index_select(0, (at - lag * code.d_sae).clamp_(min=0))
+        following = flat.index_select(0, (at + lag * code.d_sae).clamp_(max=zeros.numel() - 1))
+        after = weights.index_select(0, rows)
+        before = F.pad(weights, (lag, 0))[: len(weights)].index_select(0, rows)
+        ahead = after * (following - v)
+        grad.add_(before * (v - previous), alpha=2).sub_(ahead, alpha=2)
         # ||f_{i+lag} - f_i||^2: over entries of i, v^2 - 2 v v', and over entries of i + lag, v'^2.
-        value += (after * (squares - 2 * v * following)).sum() + (before * squares).sum()
-    flat.index_fill_(0, at, 0.0)
+        value += torch.dot((before * v - after * following - ahead).double(), v.double())
+    flat.scatter_(0, at, 0.0)
     return value
 
 

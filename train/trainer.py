@@ -17,8 +17,8 @@ from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
 from tcsae.train.loader import Batch
-from tcsae.train.losses import l1_dense, l1_sparse
-from tcsae.train.temporal import PositionPenalty, dense_term, sparse_term
+from tcsae.train.losses import difference_dense, l1_dense, l1_sparse
+from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
 
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
@@ -131,17 +131,22 @@ class Trainer:
         if jump:
             losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
         dead = self.dead()
-        fired = set_gradients(sae, state, grad, threshold_grad)
-        self.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
+        fired, n_active = set_gradients(sae, state, grad, threshold_grad)
+        self.tokens_since_fired.add_(n).masked_fill_(fired, 0)
         if config.dead.aux_weight and config.sae.activation != "gelu":
             aux_k = min(config.dead.aux_k, config.sae.d_sae)
             losses["aux"] = auxk(sae, state.inputs, state.error, state.pre, dead, aux_k, config.dead.aux_weight)
-        return StepResult(losses, state, float(fired.sum()) / n, temporal_weight=weight)
+        return StepResult(losses, state, n_active / n, temporal_weight=weight)
 
     def _add_terms(self, losses: dict[str, float], state: Pass, batch: Batch, grad: Tensor) -> float:
         """L1, temporal term and position penalty: values into `losses`, gradients onto `grad`."""
         config, code, weight = self.config, state.code, 0.0
-        if config.temporal.active:
+        if config.temporal.active and isinstance(code, Tensor) and config.temporal.is_plain:
+            # Straight onto the gradient: a buffer of its own would cost a dense code more than the term.
+            columns, weight = slice(*self.scope), self._risen(config.temporal.weight)
+            pairs = pairs_of(config.temporal, batch)
+            losses["temporal"] = weight * float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
+        elif config.temporal.active:
             value, unit, target = self._temporal(code, batch, grad)
             weight = self._temporal_weight(target, unit)
             losses["temporal"] = weight * value
@@ -172,12 +177,15 @@ class Trainer:
     def _temporal_weight(self, target: Tensor, unit: Tensor) -> float:
         """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up."""
         config = self.config.temporal
-        weight = config.weight
-        if config.budget:
-            norm = float(unit.norm())
-            weight = config.budget * float(target.norm()) / norm if norm else 0.0
-        risen = (self.progress.n_steps + 1) / max(1.0, config.warmup * self.config.steps)
-        return weight * min(1.0, risen)
+        if not config.budget:
+            return self._risen(config.weight)
+        norm = float(unit.norm())
+        return self._risen(config.budget * float(target.norm()) / norm if norm else 0.0)
+
+    def _risen(self, weight: float) -> float:
+        return weight * min(
+            1.0, (self.progress.n_steps + 1) / max(1.0, self.config.temporal.warmup * self.config.steps)
+        )
 
     def _add(self, grad: Tensor, unit: Tensor, weight: float, code: SparseCode | Tensor) -> None:
         if isinstance(code, SparseCode):

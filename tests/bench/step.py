@@ -1,0 +1,151 @@
+"""A training step against the matrix products it cannot do without.
+
+    python tests/bench/step.py [--d-sae 4096] [--rounds 5] [--malloc]
+
+One core, float32, batches of 4096 tokens in segments of 16, d_model 512, k = 32. A step is all of it: forward and
+backward pass, clipping, schedule, fused Adam, unit decoder, dead latents. Bases: one encoder matmul + torch.topk
+for the sparse activations, the five dense matmuls for the others. --malloc tunes glibc for both sides.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from alternate import alternate, one_core, report, tune_malloc
+from torch.nn import functional as F
+
+from tcsae.shared.config import with_settings
+from tcsae.train.buffers import Workspace
+from tcsae.train.loader import Batch
+from tcsae.train.presets import preset
+from tcsae.train.trainer import Trainer
+
+N, D_MODEL, K, LENGTH = 4096, 512, 32, 16
+
+
+def batches(n_batches: int = 4) -> list[Batch]:
+    """Sparse mixtures with slow factors, as a language model's activations have structure."""
+    generator = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(2048, D_MODEL, generator=generator), dim=1)
+    found = []
+    for _ in range(n_batches):
+        code = torch.zeros(N, 2048)
+        code.scatter_(
+            1, torch.randint(0, 2048, (N, 24), generator=generator), torch.rand(N, 24, generator=generator) * 2
+        )
+        x = code @ directions + 0.02 * torch.randn(N, D_MODEL, generator=generator)
+        n_segments = N // LENGTH
+        found.append(
+            Batch(x, np.full(n_segments, LENGTH), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
+        )
+    return found
+
+
+def ours(name: str, data: list[Batch], workspace: Workspace, *settings: str) -> tuple[Callable[[], int], Trainer]:
+    """A step of a preset's trainer, in the middle of a long run."""
+    config = with_settings(
+        preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={LENGTH}", *settings]
+    )
+    trainer = Trainer(config, data[0].x, workspace)
+    state = {"i": 0}
+
+    def step() -> int:
+        state["i"] += 1
+        trainer.step(data[state["i"] % len(data)])
+        return N
+
+    return step, trainer
+
+
+def bare(data: list[Batch], d_sae: int) -> dict[str, Callable[[], int]]:
+    """What no implementation can do without."""
+    x = data[0].x
+    W_enc, W_dec = torch.randn(d_sae, D_MODEL) / D_MODEL**0.5, torch.randn(d_sae, D_MODEL)
+    bias, code, other = torch.zeros(d_sae), torch.empty(N, d_sae), torch.empty(N, d_sae)
+    out, grad_a, grad_b = torch.empty(N, D_MODEL), torch.empty(d_sae, D_MODEL), torch.empty(d_sae, D_MODEL)
+
+    def encoder_topk() -> int:
+        torch.addmm(bias, x, W_enc.T, out=code)
+        code.topk(K, dim=-1, sorted=False)
+        return N
+
+    def five_matmuls() -> int:
+        torch.mm(x, W_enc.T, out=code)
+        torch.mm(code, W_dec, out=out)
+        torch.mm(code.T, out, out=grad_a)
+        torch.mm(out, W_dec.T, out=other)
+        torch.mm(other.T, x, out=grad_b)
+        return N
+
+    return {"encoder matmul + topk": encoder_topk, "five matmuls": five_matmuls}
+
+
+def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
+    data, workspace = batches(), Workspace()
+    width = f"sae.d_sae={d_sae}"
+    found = bare(data, d_sae)
+    plain = {
+        "topk": ("topk", ()),
+        "batchtopk": ("batchtopk", ()),
+        "relu-l1, dense code": ("relu-l1", ("sparsity.l1=0",)),
+        "written-run3 (gelu)": ("written-run3", ("temporal.weight=0",)),
+        "topk + eq. 3": ("topk", ("temporal.weight=0.01",)),
+        "relu-l1, dense code + eq. 3": ("relu-l1", ("sparsity.l1=0", "temporal.weight=0.01")),
+        "topk + relative slowness": ("topk", ("temporal.weight=1", "temporal.kind=relative")),
+        "topk + contrast": ("topk", ("temporal.weight=1", "temporal.kind=contrastive")),
+        "matryoshka batchtopk": ("batchtopk", ("sae.groups=0.2,0.8", "group_weights=0.2,0.8")),
+    }
+    for name, (chosen, settings) in plain.items():
+        found[name], _ = ours(chosen, data, workspace, width, *settings)
+    found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, workspace, width)
+    with torch.no_grad():
+        dead = torch.arange(d_sae) % 10 == 0
+        dying.sae.b_enc[dead] = -100.0
+    forward = dying.gradients
+
+    def with_dead(batch: Batch) -> object:
+        dying.tokens_since_fired[dead] = 10**9
+        return forward(batch)
+
+    dying.gradients = with_dead  # type: ignore[method-assign]
+    for name, chosen in (("relu-l1, 2% active", "relu-l1"), ("jumprelu, 2% active", "jumprelu")):
+        settings = ("sparsity.l1=0",) if chosen == "relu-l1" else ("sparsity.l0=0",)
+        found[name], sparse = ours(chosen, data, workspace, width, *settings)
+        with torch.no_grad():  # a threshold at the quantile, in place of a long training
+            pre = sparse.sae.pre_activations(data[0].x[:512] * sparse.scale)
+            limit = pre.flatten().kthvalue(int(0.98 * pre.numel())).values
+            if chosen == "relu-l1":
+                sparse.sae.b_enc.sub_(limit)
+            else:
+                sparse.sae.threshold.fill_(limit)
+    return found
+
+
+SPARSE = ("topk", "batchtopk", "matryoshka", "jumprelu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--malloc", action="store_true")
+    parser.add_argument("--only", default="", help="Names that contain this, and the bases.")
+    arguments = parser.parse_args()
+    one_core()
+    if arguments.malloc:
+        tune_malloc()
+    found = contestants(arguments.d_sae)
+    bases = list(found)[:2]
+    chosen = {name: run for name, run in found.items() if name in bases or arguments.only in name}
+    times = alternate(chosen, arguments.rounds)
+    for base in bases:
+        times.show("token", base=base)
+    for name in ("topk", "relu-l1, dense code"):
+        if name in chosen and f"{name} + eq. 3" in chosen:
+            print(f"eq. 3 on {name}: {times.ratio(f'{name} + eq. 3', name)}")
+    report("step", times, base=bases[0], d_sae=arguments.d_sae, malloc=arguments.malloc)
+
+
+if __name__ == "__main__":
+    main()
