@@ -1,0 +1,186 @@
+"""Where the text comes from: the embedded corpus, local files and folders, datasets of the Hugging Face Hub.
+
+All of them are read through `datasets`, streaming, so that memory stays bounded and any document can be skipped to.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit
+from tcsae.shared.console import progress
+from tcsae.shared.errors import DataError, unknown
+from tcsae.shared.manifest import CorpusRecipe
+
+EMBEDDED = "pydocs"
+ALIASES = {"openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet")}
+"""Short name -> dataset and revision; `datasets` refuses the loading script that OpenWebText's main branch has."""
+READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PACKED = (".gz", ".zst")
+SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusChoice:
+    """The text that is asked for."""
+
+    name: str = EMBEDDED
+    """"pydocs", "openwebtext", a file, a folder, or a Hub id."""
+    revision: str | None = None
+    """Of a Hub dataset; None: its main branch."""
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    """The column that holds the text."""
+    seed: int = 0
+    """0: the corpus's own order. Otherwise documents are shuffled in a buffer of 10,000 with this seed."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order. Use `find_corpus`; nothing is read before `check` or `batches`."""
+
+    recipe: CorpusRecipe
+    reader: str
+    """A reader of `datasets` ("json", "text", "parquet"), or a Hub id."""
+    arguments: Callable[[], dict[str, Any]]
+    """What else the reader needs. Called when text is read: the embedded corpus may have to be made first."""
+
+    def check(self) -> None:
+        """Read one document. Raises DataError if there is none, or if the text's column is missing."""
+        for first in self._guarded(iter(self._load().take(1)), 0, 1):
+            if self.recipe.field not in first:
+                raise DataError(
+                    f"{self.recipe.name} has no column {self.recipe.field!r}. It has: {', '.join(sorted(first))}. "
+                    "Give one of these: --text-field NAME."
+                )
+            return
+        raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
+
+    def batches(self, start: int = 0, size: int = 256) -> Iterator[list[str]]:
+        """Texts of documents `start`, `start + 1`, ..., up to `size` at a time; "" for a document without text.
+
+        Raises DataError, naming the document, where one cannot be read.
+        """
+        dataset = self._load().select_columns([self.recipe.field])
+        if self.recipe.seed:
+            dataset = dataset.shuffle(seed=self.recipe.seed, buffer_size=SHUFFLE_BUFFER)
+        number = start
+        for batch in self._guarded(dataset.skip(start).iter(batch_size=size), start, size):
+            texts = [text if text is not None else "" for text in batch[self.recipe.field]]
+            for i, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"{self.recipe.name}: document {number + i} has {type(text).__name__} in column "
+                        f"{self.recipe.field!r}, not text. Give another column: --text-field NAME."
+                    )
+            number += len(texts)
+            yield texts
+
+    def _load(self) -> Any:
+        import datasets
+
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors come as one line of ours
+        arguments = self.arguments()
+        try:
+            return datasets.load_dataset(self.reader, split=self.recipe.split, streaming=True, **arguments)
+        except StopIteration as error:  # it looks at the first record, and there is none
+            raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.") from error
+        except Exception as error:  # below lie a dozen formats, compressions and protocols, each with its own errors
+            raise DataError(f"{self.recipe.name} cannot be opened ({first_line(error)}).") from error
+
+    def _guarded(self, items: Iterator[Any], start: int, step: int) -> Iterator[Any]:
+        n = start
+        try:
+            for item in items:
+                yield item
+                n += step
+        except Exception as error:  # as in `_load`
+            raise DataError(
+                f"{self.recipe.name} cannot be read on from document {n} or soon after ({first_line(error)}). "
+                "If this was the network, start the same harvest again: it goes on where it stopped."
+            ) from error
+
+
+def find_corpus(choice: CorpusChoice) -> Corpus:
+    """Find a corpus and name its revision: a digest of local files, or a commit of the Hub. Its text is not parsed.
+
+    Raises DataError: unknown, unreachable, or of no kind that can be read.
+    """
+    path = Path(choice.name).expanduser()
+    if choice.name == EMBEDDED:
+        from tcsae.data.pydocs import pydocs_revision
+
+        recipe = _recipe(choice, EMBEDDED, pydocs_revision())
+        return Corpus(recipe, "json", lambda: {"data_files": {choice.split: [str(_embedded_file())]}})
+    if choice.name not in ALIASES and path.exists():
+        reader, files = _local_files(path)
+        root = path if path.is_dir() else path.parent
+        arguments: dict[str, Any] = {"data_files": {choice.split: [str(file) for file in files]}}
+        arguments |= {"sample_by": "document"} if reader == "text" else {}
+        return Corpus(_recipe(choice, path.resolve().name, digest_files(files, root)), reader, lambda: arguments)
+    name, revision = ALIASES.get(choice.name, (choice.name, None))
+    revision = choice.revision or revision
+    try:
+        commit = hub_commit("dataset", name, revision)
+    except HubError as error:
+        known = [EMBEDDED, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
+        raise DataError(
+            f"{unknown('dataset', choice.name, known)} No file or folder has this name here, and {name} {error}."
+        ) from error
+    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": revision})
+
+
+def _recipe(choice: CorpusChoice, name: str, revision: str) -> CorpusRecipe:
+    return CorpusRecipe(
+        name=name,
+        revision=revision,
+        config=choice.config,
+        split=choice.split,
+        field=choice.field,
+        seed=choice.seed,
+    )
+
+
+def _local_files(path: Path) -> tuple[str, list[Path]]:
+    """The reader for a file, or for a folder's readable files, and those files, sorted."""
+    candidates = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in candidates if _ending(file) in READERS and not file.name.startswith(".")]
+    kinds = sorted({READERS[_ending(file)] for file in files})
+    if len(kinds) != 1:
+        found = f"files for {' and '.join(kinds)}, which are read differently" if kinds else "nothing that can be read"
+        raise DataError(
+            f"{path} holds {found}. Give a file, or a folder with one kind of files: .txt (a document each), "
+            ".jsonl, .json (both also .gz or .zst) or .parquet."
+        )
+    if any(file.suffix == ".zst" for file in files) and importlib.util.find_spec("zstandard") is None:
+        raise DataError(f"{path} is packed with zstd, which needs a package: pip install zstandard.")
+    return kinds[0], files
+
+
+def _embedded_file() -> Path:
+    """The file of the embedded corpus, with a progress bar the first time, when it is parsed."""
+    from tcsae.data.pydocs import pydocs_file
+
+    with ExitStack() as stack:
+        bar: list[Callable[..., None]] = []
+        before = 0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal before
+            if not bar:
+                bar.append(stack.enter_context(progress("Reading the installed documentation, once", total, "files")))
+            bar[0](done - before)
+            before = done
+
+        return pydocs_file(on_progress)
+
+
+def _ending(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

@@ -1,0 +1,94 @@
+"""Which language model: the embedded one, a local folder, or one of the Hugging Face Hub. No weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit
+from tcsae.shared.errors import ConfigError, ModelError, unknown
+
+EMBEDDED = "embedded"
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+_MODEL_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}
+"""Endings of the files that decide what a checkpoint folder computes, or how its tokenizer cuts text."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model that was found. Use `find_model`."""
+
+    name: str
+    source: str
+    """What `from_pretrained` takes: a folder, or a Hub id."""
+    revision: str
+    """A commit of the Hub, or "sha256:..." of a local folder's files."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`."""
+        return {} if self.revision.startswith("sha256:") else {"revision": self.revision}
+
+    def config(self) -> Any:
+        """The model's Hugging Face config. Raises ModelError if `transformers` does not know it."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.source, **self.options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"The model {self.name} has no config that can be read ({first_line(error)}).") from error
+
+    def check_length(self, length: int) -> None:
+        """Raises ModelError if sequences of `length` positions do not fit into the model's context."""
+        config = self.config().get_text_config()
+        limits = [getattr(config, name, None) for name in _CONTEXT_FIELDS]
+        if found := [limit for limit in limits if isinstance(limit, int)]:
+            limit = found[0]
+            if length > limit:
+                raise ModelError(
+                    f"A sequence length of {length} is over the context of {self.name}, {limit} positions. "
+                    f"Give --sequence-length {limit} or less."
+                )
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ModelError if it has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source, **self.options)
+            # Where files are missing, transformers may make one that knows no word.
+            if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+                raise ValueError("its vocabulary is empty")
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"The model {self.name} has no tokenizer that can be loaded ({first_line(error)}). "
+                "Put its tokenizer files beside config.json."
+            ) from error
+        return tokenizer
+
+
+def find_model(name: str, revision: str | None = None) -> LanguageModel:
+    """Find a model and name its revision exactly.
+
+    Raises ModelError: unknown, unreachable, or a folder without a model; ConfigError: a revision of a local folder.
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED or path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name} is a local folder and has no revision {revision!r}. Leave --revision out.")
+        if name == EMBEDDED:
+            from tcsae.data.model import embedded_model_path
+
+            path = embedded_model_path()
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json: no Hugging Face model. Give another --model.")
+        files = [file for file in path.iterdir() if file.is_file() and file.suffix in _MODEL_FILES]
+        return LanguageModel(
+            EMBEDDED if name == EMBEDDED else path.resolve().name, str(path), digest_files(files, path)
+        )
+    try:
+        return LanguageModel(name, name, hub_commit("model", name, revision))
+    except HubError as error:
+        known = [EMBEDDED, "a local folder with config.json", "a Hub id such as EleutherAI/pythia-70m"]
+        raise ModelError(
+            f"{unknown('model', name, known)} No folder has this name here, and {name} {error}."
+        ) from error

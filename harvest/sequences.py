@@ -1,0 +1,154 @@
+"""Documents to sequences: which split a document belongs to, how its tokens are cut, and when there are enough.
+
+Pure bookkeeping: texts and token ids come in, rows and counts come out, and the counts are all the state there is.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tcsae.data.model import is_eval
+from tcsae.shared.errors import ConfigError
+from tcsae.shared.manifest import SPLITS, SequenceRecipe
+from tcsae.shared.writer import Rows
+
+MIN_EVAL_TOKENS = 100_000
+"""Wanted in the eval split, if that is at most a tenth of all tokens: enough for confidence intervals."""
+
+
+def split_of(text: str, eval_every: int) -> str:
+    """ "eval" for one document in `eval_every`, by the sha256 of its text; else "train"."""
+    return "eval" if is_eval(text, eval_every) else "train"
+
+
+def budgets(n_tokens: int, eval_every: int) -> dict[str, int]:
+    """Tokens that each split should get; together `n_tokens`.
+
+    Eval gets its natural share, 1 / eval_every, or more where that would be few.
+    """
+    n_eval = max(n_tokens // eval_every, min(n_tokens // 10, MIN_EVAL_TOKENS))
+    return {"train": n_tokens - n_eval, "eval": n_eval}
+
+
+def cut(n_tokens: int, recipe: SequenceRecipe) -> list[tuple[int, int]]:
+    """Consecutive pieces (start, stop) of a document's tokens, one a sequence; too short a last one is left out."""
+    payload = recipe.length - recipe.prepend_bos
+    pieces = [(start, min(start + payload, n_tokens)) for start in range(0, n_tokens, payload)]
+    if pieces and pieces[-1][1] - pieces[-1][0] + recipe.prepend_bos < recipe.min_length:
+        pieces.pop()
+    return pieces
+
+
+class Sequencer:
+    """Cuts documents into sequences, in corpus order, until both splits have their tokens.
+
+    A split is full with the sequence that reaches its budget; what is left of that document, and the documents that
+    come later, are counted and left out. `counts` holds, per split, sequences, tokens (valid positions) and documents;
+    documents read = kept in both splits + empty (not one sequence) + skipped (of a full split); tokens read (of all
+    documents but the skipped, without BOS) = kept + dropped_short + beyond_budget.
+    """
+
+    def __init__(
+        self,
+        recipe: SequenceRecipe,
+        budgets: dict[str, int],
+        bos_id: int | None = None,
+        counts: dict[str, Any] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.budgets = budgets
+        assert not recipe.prepend_bos or bos_id is not None
+        self._bos = [bos_id or 0] * recipe.prepend_bos
+        self.counts: dict[str, Any] = copy.deepcopy(counts) if counts else _no_counts()
+        self._rows: dict[str, list[tuple[np.ndarray, int, int, int]]] = {split: [] for split in SPLITS}
+
+    @property
+    def done(self) -> bool:
+        """Whether both splits are full."""
+        return all(map(self.is_full, SPLITS))
+
+    def is_full(self, split: str) -> bool:
+        return self.counts[split]["tokens"] >= self.budgets[split]
+
+    def add(self, split: str, ids: Sequence[int]) -> None:
+        """Take the next document of the corpus; `ids` is not looked at if its split is full."""
+        counts, ours = self.counts, self.counts[split]
+        number = counts["documents_read"]
+        counts["documents_read"] += 1
+        if self.is_full(split):
+            counts["documents_skipped"] += 1
+            return
+        tokens = np.asarray(ids, np.int32)
+        counts["tokens_read"] += len(tokens)
+        pieces = cut(len(tokens), self.recipe)
+        kept = 0
+        for start, stop in pieces:
+            if self.is_full(split):
+                counts["tokens_beyond_budget"] += len(tokens) - kept
+                break
+            kept = self._keep(split, tokens, number, start, stop)
+        else:
+            counts["tokens_dropped_short"] += len(tokens) - kept
+            counts["pieces_dropped_short"] += len(tokens) > kept
+        ours["documents"] += bool(pieces)
+        counts["documents_empty"] += not pieces
+
+    def take_rows(self) -> dict[str, Rows]:
+        """The sequences since the last call, per split."""
+        taken = {split: self._stack(rows) for split, rows in self._rows.items()}
+        self._rows = {split: [] for split in SPLITS}
+        return taken
+
+    def _keep(self, split: str, tokens: np.ndarray, number: int, start: int, stop: int) -> int:
+        length = len(self._bos) + stop - start
+        row = np.full(self.recipe.length, self.recipe.pad_id, np.int32)
+        row[: len(self._bos)] = self._bos
+        row[len(self._bos) : length] = tokens[start:stop]
+        self._rows[split].append((row, length, number, start))
+        self.counts[split]["sequences"] += 1
+        self.counts[split]["tokens"] += length
+        return stop
+
+    def _stack(self, rows: list[tuple[np.ndarray, int, int, int]]) -> Rows:
+        tokens, lengths, documents, starts = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return Rows(
+            np.array(tokens, np.int32).reshape(-1, self.recipe.length),
+            np.array(lengths, np.int32),
+            np.array(documents, np.int64),
+            np.array(starts, np.int32),
+        )
+
+
+def check_sequences(recipe: SequenceRecipe, n_tokens: int) -> None:
+    """Raises ConfigError for settings under which no sequence, or no train split, could come about."""
+    problems = []
+    if recipe.length < 2:
+        problems.append(f"--sequence-length {recipe.length}: at least 2 positions.")
+    if not 1 <= recipe.min_length <= recipe.length:
+        problems.append(f"--min-length {recipe.min_length}: from 1 to the sequence length, {recipe.length}.")
+    if recipe.eval_every < 2:
+        problems.append(f"--eval-every {recipe.eval_every}: at least 2, or nothing is left to train on.")
+    if n_tokens < 10 * recipe.length:
+        problems.append(f"--tokens {n_tokens}: at least ten sequences, {10 * recipe.length}.")
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+def n_tokens(counts: Mapping[str, Any]) -> int:
+    """Valid tokens of both splits."""
+    return sum(counts[split]["tokens"] for split in SPLITS)
+
+
+def _no_counts() -> dict[str, Any]:
+    return {
+        **{split: {"sequences": 0, "tokens": 0, "documents": 0} for split in SPLITS},
+        "documents_read": 0,
+        "documents_empty": 0,
+        "documents_skipped": 0,
+        "tokens_read": 0,
+        "tokens_dropped_short": 0,
+        "pieces_dropped_short": 0,
+        "tokens_beyond_budget": 0,
+    }

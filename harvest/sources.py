@@ -1,0 +1,67 @@
+"""What names a model or a corpus exactly: a digest of local files, or a commit on the Hugging Face Hub."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tcsae.shared.files import file_digest
+
+TIMEOUT_S = 10.0
+
+
+class HubError(Exception):
+    """Why the Hub gave no answer, to stand in a message: "is not on the Hugging Face Hub"."""
+
+
+def digest_files(files: Iterable[Path], root: Path) -> str:
+    """ "sha256:..." over the files' names (relative to `root`) and bytes."""
+    whole = hashlib.sha256()
+    for file in sorted(files):
+        whole.update(f"{file.relative_to(root).as_posix()}\0{file_digest(file)}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def hub_commit(kind: str, name: str, revision: str | None) -> str:
+    """The commit that `revision` (None: the main branch) of a "model" or "dataset" names now.
+
+    Asks the Hub once, without retries; a model that is in the local cache needs no answer. Raises HubError.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    try:
+        return str(ask(name, revision=revision, timeout=TIMEOUT_S).sha)
+    except HFValidationError as error:
+        raise HubError("can be no name on the Hugging Face Hub") from error
+    except GatedRepoError as error:
+        raise HubError(
+            "asks for its licence to be accepted on the Hugging Face Hub; then log in: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"has no revision {revision!r} on the Hugging Face Hub") from error
+    except RepositoryNotFoundError as error:
+        raise HubError("is not on the Hugging Face Hub (if it is private, log in: hf auth login)") from error
+    except (
+        Exception
+    ) as error:  # no route, offline mode, server faults: the HTTP library's errors change with its versions
+        if kind == "model" and (commit := _cached_commit(name, revision)):
+            return commit
+        raise HubError(f"could not be looked up on the Hugging Face Hub ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to stand in a message of ours."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None

@@ -1,0 +1,182 @@
+"""Promise: activations are the model's own at the named hooks; a model or hook that cannot be had is named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from tcsae.harvest.capture import Capture
+from tcsae.harvest.language_model import find_model
+from tcsae.shared.errors import ConfigError, ModelError
+from tcsae.shared.manifest import HookRecipe
+
+LENGTHS = np.array([20, 3, 11, 1, 20, 7], np.int32)
+LAYERS = {"neox": "gpt_neox.layers", "gpt2": "transformer.h"}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_lm, make_lm, tmp_path_factory):
+    """A GPT-NeoX (attention and MLP in parallel, rotary) and a GPT-2 (sequential, learned positions)."""
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=6, n_head=2, n_positions=64, initializer_range=0.3)
+    return {"neox": tiny_lm, "gpt2": make_lm(tmp_path_factory.mktemp("models") / "gpt2", config)}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(1, 300, (len(LENGTHS), 20)).astype(np.int32)
+
+
+def naive(folder, family, tokens, lengths):
+    """Block outputs, MLP outputs and block inputs of the plain Hugging Face model, one unpadded sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):  # noqa: ARG001
+            seen[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    for i, layer in enumerate(model.get_submodule(LAYERS[family])):
+        layer.register_forward_hook(keep(f"blocks.{i}.hook_resid_post"))
+        layer.mlp.register_forward_hook(keep(f"blocks.{i}.hook_mlp_out"))
+        layer.register_forward_pre_hook(
+            lambda module, args, i=i: seen.__setitem__(f"blocks.{i}.hook_resid_pre", args[0].detach())  # noqa: ARG005
+        )
+    rows = []
+    for row, n in zip(tokens, lengths, strict=True):
+        with torch.no_grad():
+            model(torch.tensor(row[:n][None].astype(np.int64)))
+        rows.append({name: value[0].numpy() for name, value in seen.items()})
+    return rows
+
+
+@pytest.mark.parametrize("family", ["neox", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_activations_are_the_plain_models(folders, tokens, family, batch_size):
+    # The deepest is a block's input: under stop_at_layer=5 it would never fire.
+    hooks = ("blocks.5.hook_resid_pre", "blocks.2.hook_mlp_out", "blocks.0.hook_resid_post")
+    capture = Capture(find_model(str(folders[family])), hooks, batch_size)
+    found = capture.run(tokens, LENGTHS)
+    assert set(found) == set(hooks)
+    for i, expected in enumerate(naive(folders[family], family, tokens, LENGTHS)):
+        for name in hooks:
+            assert found[name].dtype == np.float32
+            np.testing.assert_allclose(found[name][i, : LENGTHS[i]], expected[name], rtol=1e-4, atol=1e-4)
+    assert all(np.isfinite(values).all() for values in found.values()), "padding may be anything finite"
+
+
+def test_names_are_resolved_and_heads_flattened(folders, tokens):
+    names = ("blocks.4.hook_resid_post", "blocks.1.attn.hook_z", "ln_final.hook_out", "hook_embed")
+    capture = Capture(find_model(str(folders["neox"])), names, 32)
+    assert capture.hooks[0] == HookRecipe(requested=names[0], canonical="blocks.4.hook_out", d_model=16)
+    assert [hook.d_model for hook in capture.hooks] == [16, 16, 16, 16]
+    assert capture.run(tokens, LENGTHS)["blocks.1.attn.hook_z"].shape == (len(LENGTHS), 20, 16)
+
+
+def test_the_forward_pass_ends_with_the_deepest_hook(folders, tokens):
+    capture = Capture(find_model(str(folders["neox"])), ["blocks.2.hook_resid_post"], 32)
+    ran = []
+    for i, block in enumerate(capture._bridge.blocks):
+        block.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))  # noqa: ARG005
+    capture.run(tokens, LENGTHS)
+    assert ran == [0, 1, 2]
+
+
+def test_the_whole_pass_gives_logits_and_the_same_activations(folders, tokens):
+    capture = Capture(find_model(str(folders["gpt2"])), ["blocks.3.hook_resid_post"], 32)
+    activations, logits = capture.run_whole(tokens)
+    model = AutoModelForCausalLM.from_pretrained(folders["gpt2"], dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(tokens).long()).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    full = capture.run(tokens, np.full(len(tokens), 20))
+    np.testing.assert_allclose(activations["blocks.3.hook_resid_post"], full["blocks.3.hook_resid_post"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "hook, words",
+    [
+        ("blocks.4.hook_resid_pots", "Did you mean 'blocks.4.hook_resid_post'.*blocks 0 to 5.*blocks.4.hook_mlp_out"),
+        ("blocks.9.hook_resid_post", r"Unknown hook 'blocks.9.hook_resid_post'.*blocks 0 to 5"),
+        ("blocks.0.attn.hook_pattern", r"is not one vector a position: its shape is \(2, 2, 5\)|its shape is"),
+        ("blocks.0.hook_attn_in", "never fires"),
+        ("blocks.0.attn.hook_result", "never fires"),
+    ],
+)
+def test_a_hook_that_cannot_be_had_is_named(folders, hook, words):
+    with pytest.raises(ModelError, match=words) as caught:
+        Capture(find_model(str(folders["neox"])), [hook], 32)
+    assert hook in str(caught.value)
+    assert len(str(caught.value)) < 500, "one block's names, not three hundred"
+
+
+def test_a_hook_that_falls_silent_or_fires_twice_stops_the_harvest(folders, tokens, monkeypatch):
+    hooks = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
+    capture = Capture(find_model(str(folders["neox"])), hooks, 32)
+    forward = capture._bridge.forward
+
+    def twice(*args, **kwargs):
+        point = capture._bridge.hook_dict["blocks.1.hook_resid_post"]
+        point(torch.zeros(1, 1, 16))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(capture._bridge, "forward", twice)
+    with pytest.raises(ModelError, match="blocks.1.hook_resid_post of tiny fires more than once"):
+        capture.run(tokens, LENGTHS)
+    monkeypatch.setattr(capture._bridge, "forward", lambda *args, **kwargs: None)  # noqa: ARG005
+    with pytest.raises(ModelError, match="blocks.1.hook_resid_post, blocks.3.hook_resid_post of tiny did not fire"):
+        capture.run(tokens, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("embeded", "Unknown model 'embeded'. Did you mean 'embedded'?.*local folder.*Hub id.*offline mode"),
+        ("EleutherAI/pythia-70m-nope", "could not be looked up on the Hugging Face Hub"),
+        ("no/such/folder", "can be no name on the Hugging Face Hub"),
+    ],
+)
+def test_an_unknown_model_is_one_line_with_what_there_is(name, words):
+    with pytest.raises(ModelError, match=words) as caught:
+        find_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_holds_no_model_is_refused(folders, tmp_path):
+    with pytest.raises(ModelError, match="without config.json"):
+        find_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="is a local folder and has no revision 'main'"):
+        find_model(str(folders["neox"]), "main")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    with pytest.raises(ModelError, match="no config that can be read"):
+        find_model(str(tmp_path)).check_length(8)
+    shutil.copy(folders["neox"] / "config.json", tmp_path)
+    model = find_model(str(tmp_path))
+    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+        model.tokenizer()
+    with pytest.raises(ModelError, match="cannot load the model"):
+        Capture(model, ["blocks.0.hook_resid_post"], 32)
+
+
+@pytest.mark.parametrize("family", ["neox", "gpt2"])
+def test_a_sequence_longer_than_the_context_is_refused(folders, family):
+    find_model(str(folders[family])).check_length(64)
+    with pytest.raises(ModelError, match=r"length of 65 is over the context of .*, 64 positions.*--sequence-length 64"):
+        find_model(str(folders[family])).check_length(65)
+
+
+def test_the_revision_of_a_folder_follows_its_weights(folders, tmp_path):
+    copy = tmp_path / "tiny"
+    shutil.copytree(folders["neox"], copy)
+    first = find_model(str(copy)).revision
+    assert first == find_model(str(folders["neox"])).revision
+    (copy / "README.md").write_text("not part of the model")
+    assert find_model(str(copy)).revision == first
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(weights))
+    assert find_model(str(copy)).revision != first

@@ -1,0 +1,154 @@
+"""Promise: files, folders and names become documents in a fixed order, from any one on; or one line says why not."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from tcsae.harvest.corpus import CorpusChoice, find_corpus
+from tcsae.shared.errors import DataError
+
+TEXTS = [f"document number {i}, with a word or two" for i in range(25)]
+
+
+def texts(choice: CorpusChoice, start: int = 0, size: int = 4) -> list[str]:
+    return [text for batch in find_corpus(choice).batches(start, size) for text in batch]
+
+
+def lines(some: list[str], name: str = "text") -> bytes:
+    return "".join(json.dumps({name: text, "source": "here"}) + "\n" for text in some).encode()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(name: str, data: bytes) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return str(path)
+
+    return written
+
+
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.table({"text": TEXTS, "id": list(range(len(TEXTS)))}), sink, row_group_size=6)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.jsonl", lines(TEXTS)),
+        ("a.jsonl.gz", gzip.compress(lines(TEXTS))),
+        ("a.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
+        ("a.parquet", parquet()),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 1, 7, 24, 25, 30])
+def test_documents_of_a_file_from_any_on(write, name, data, start):
+    assert texts(CorpusChoice(name=write(name, data)), start) == TEXTS[start:]
+
+
+def test_a_text_file_is_one_document_and_a_folder_is_read_in_the_order_of_names(write, tmp_path):
+    write("corpus/b.txt", b"second\n\nwith a gap")
+    write("corpus/a/z.txt", b"first")
+    write("corpus/c.txt.gz", gzip.compress(b"third"))
+    write("corpus/README.md", b"not a document")
+    write("corpus/.hidden.txt", b"not a document")
+    assert texts(CorpusChoice(name=str(tmp_path / "corpus"))) == ["first", "second\n\nwith a gap", "third"]
+
+
+def test_a_null_is_an_empty_document(write):
+    path = write("a.jsonl", b'{"text": "one"}\n{"text": null}\n{"text": "three"}\n')
+    assert texts(CorpusChoice(name=path)) == ["one", "", "three"]
+
+
+def test_a_seed_shuffles_and_skips_in_the_shuffled_order(write):
+    path = write("a.jsonl", lines(TEXTS))
+    shuffled = texts(CorpusChoice(name=path, seed=3))
+    assert sorted(shuffled) == sorted(TEXTS)
+    assert shuffled != TEXTS
+    assert shuffled != texts(CorpusChoice(name=path, seed=4))
+    assert texts(CorpusChoice(name=path, seed=3), 9) == shuffled[9:]
+
+
+def test_the_revision_follows_names_and_bytes(write, tmp_path):
+    def revision() -> str:
+        return find_corpus(CorpusChoice(name=str(tmp_path / "c"))).recipe.revision
+
+    file = tmp_path / "c" / "a.jsonl"
+    write("c/a.jsonl", lines(TEXTS))
+    first = revision()
+    write("c/b.jsonl", lines(["more"]))
+    assert first.startswith("sha256:")
+    assert revision() != first
+    (tmp_path / "c" / "b.jsonl").unlink()
+    assert revision() == first
+    file.rename(file.with_name("z.jsonl"))
+    assert revision() != first
+
+
+def test_the_recipe_names_no_folder_of_this_machine(write):
+    assert find_corpus(CorpusChoice(name=write("some/where/a.jsonl", lines(TEXTS)))).recipe.name == "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("pydoc", "Unknown dataset 'pydoc'. Did you mean 'pydocs'?.*a file or folder.*a Hub id.*offline mode"),
+        ("openwebtext", "Skylion007/openwebtext could not be looked up"),
+        ("no/such/file.txt", "can be no name on the Hugging Face Hub"),
+    ],
+)
+def test_an_unknown_dataset_is_one_line_with_what_there_is(name, words):
+    with pytest.raises(DataError, match=words) as caught:
+        find_corpus(CorpusChoice(name=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_names_those_that_are_there(write):
+    path = write("a.jsonl", lines(TEXTS, "body"))
+    with pytest.raises(DataError, match=r"a.jsonl has no column 'text'. It has: body, source.*--text-field"):
+        find_corpus(CorpusChoice(name=path)).check()
+    find_corpus(CorpusChoice(name=path, field="body")).check()
+
+
+@pytest.mark.parametrize("data", [b"", b"\n"])
+def test_an_empty_file_is_refused(write, data):
+    with pytest.raises(DataError, match="holds no document"):
+        find_corpus(CorpusChoice(name=write("a.jsonl", data))).check()
+
+
+def test_other_files_and_mixed_folders_are_refused(write, tmp_path):
+    with pytest.raises(DataError, match=r"holds nothing that can be read.*\.parquet"):
+        find_corpus(CorpusChoice(name=write("c/a.csv", b"text\nhello")))
+    write("c/a.txt", b"one")
+    write("c/b.jsonl", lines(TEXTS))
+    with pytest.raises(DataError, match="files for json and text, which are read differently"):
+        find_corpus(CorpusChoice(name=str(tmp_path / "c")))
+
+
+def test_zstd_names_the_package_that_it_needs(write, monkeypatch):
+    path = write("a.jsonl.zst", b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(DataError, match="pip install zstandard"):
+        find_corpus(CorpusChoice(name=path))
+
+
+def test_a_column_that_is_no_text_is_refused_where_it_stands(write):
+    path = write("a.jsonl", b'{"text": [1, 2]}\n{"text": [3]}\n')
+    with pytest.raises(DataError, match="document 0 has list in column 'text'"):
+        texts(CorpusChoice(name=path))
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [("a.jsonl", b'{"text": "fine"}\n{"text": broken\n'), ("a.jsonl.gz", gzip.compress(lines(TEXTS * 500))[:-40])],
+)
+def test_a_broken_file_is_one_line_with_its_name(write, name, data):
+    with pytest.raises(DataError, match=f"{name} (cannot be read on from document|cannot be opened)") as caught:
+        texts(CorpusChoice(name=write(name, data)))
+    assert "\n" not in str(caught.value)

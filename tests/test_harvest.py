@@ -1,0 +1,373 @@
+"""Promise: a store holds the model's activations on the corpus; killed anywhere, a harvest ends with the same bytes."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tcsae.harvest import command, phases
+from tcsae.harvest.corpus import CorpusChoice
+from tcsae.harvest.run import HarvestConfig, harvest, remove_store
+from tcsae.shared.cli import cli
+from tcsae.shared.codecs import CODECS
+from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
+from tcsae.shared.files import PARTIAL
+from tcsae.shared.journal import FOLDER, LOCK
+from tcsae.shared.manifest import SPLITS
+from tcsae.shared.store import open_store
+from tcsae.shared.tail import Tail
+from tcsae.shared.writer import open_writer
+
+RESIDUAL, MLP, HEADS = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out", "blocks.1.attn.hook_z"
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """8 sequences a shard and 16 documents a commit: many places to be killed at."""
+    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+    monkeypatch.setattr(phases, "COMMIT_DOCUMENTS", 16)
+    monkeypatch.setattr("tcsae.harvest.corpus.Corpus.batches", batches_of_16(phases.Corpus.batches))
+
+
+def batches_of_16(batches):
+    return lambda self, start=0, size=16: batches(self, start, size)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store):
+    return open_store(tiny_store)
+
+
+def files(location) -> dict[str, str]:
+    """Digest of every file of a store; of the manifest, of all but the times."""
+    root = pathlib.Path(location)
+    found = {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file() and path != root / "zarr.json"
+    }
+    manifest = json.loads((root / "zarr.json").read_text())["attributes"]["tcsae"]
+    return found | {"manifest": json.dumps({**manifest, "times": None, "digest": None}, sort_keys=True)}
+
+
+def dies_at_write(number: int, before_rename: bool):
+    """Patches that kill the process, as -9 would, at its n-th durable write: before its rename, or right after."""
+    n_writes = 0
+    rename = pathlib.Path.replace
+
+    def replace(self, target):
+        nonlocal n_writes
+        n_writes += 1
+        if n_writes == number and before_rename:
+            os._exit(9)
+        rename(self, target)
+        if n_writes == number:
+            os._exit(9)
+
+    pathlib.Path.replace = replace
+
+
+def harvest_in_child(location, config, number, before_rename) -> int:
+    """Exit code of a forked harvest that dies at a write (9), or ends (0)."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            dies_at_write(number, before_rename)
+            harvest(location, config)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# What is stored
+
+
+def test_contents_equal_one_plain_pass_per_sequence(store, tiny_lm):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32, attn_implementation="eager").eval()
+    seen = {}
+    layers = model.gpt_neox.layers
+    layers[2].register_forward_hook(lambda module, args, out: seen.__setitem__(RESIDUAL, out))  # noqa: ARG005
+    layers[4].mlp.register_forward_hook(lambda module, args, out: seen.__setitem__(MLP, out))  # noqa: ARG005
+    # What the heads put together, before the output projection.
+    layers[1].attention.dense.register_forward_pre_hook(lambda module, args: seen.__setitem__(HEADS, args[0]))  # noqa: ARG005
+    for name in SPLITS:
+        split = store.split(name)
+        stored = {hook: split.read(hook, 0, split.n_sequences) for hook in store.hooks}
+        for i, length in enumerate(split.lengths):
+            with torch.no_grad():
+                model(torch.from_numpy(split.tokens[i, :length].astype(np.int64))[None])
+            for hook in store.hooks:
+                expected = seen[hook][0].reshape(length, -1).numpy()
+                np.testing.assert_allclose(stored[hook][i, :length], expected, rtol=2e-3, atol=1e-3)
+                assert not stored[hook][i, length:].any(), "padding is zero"
+
+
+def test_sequences_are_the_documents_in_order(store, tiny_lm, tiny_corpus):
+    texts = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    assert len(set(store.train.documents) & set(store.eval.documents)) == 0
+    for name in SPLITS:
+        split = store.split(name)
+        assert split.n_sequences == len(split.lengths) and split.n_tokens == split.lengths.sum()
+        places = list(zip(split.documents.tolist(), split.starts.tolist(), strict=True))
+        assert places == sorted(places)
+        for i, (document, start) in enumerate(places):
+            text = texts[document]
+            assert (int(hashlib.sha256(text.encode()).hexdigest(), 16) % 4 == 0) == (name == "eval")
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert split.tokens[i, : split.lengths[i]].tolist() == ids[start : start + 32]
+            assert (split.tokens[i, split.lengths[i] :] == 0).all()
+            assert start % 32 == 0 and (start == 0 or places[i - 1] == (document, start - 32))
+    assert store.manifest.counts["documents_empty"] >= 3
+    assert store.train.lengths.min() < 32 == store.train.lengths.max()
+
+
+def test_statistics_are_those_of_the_train_split(store):
+    valid = np.arange(32) < store.train.lengths[:, None]
+    for hook in store.hooks:
+        x = store.train.read(hook, 0, store.train.n_sequences)[valid].astype(np.float64)
+        np.testing.assert_allclose(store.array(f"statistics/{hook}/mean")[:], x.mean(0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(store.array(f"statistics/{hook}/variance")[:], x.var(0), rtol=1e-3, atol=1e-4)
+        assert store.array(f"statistics/{hook}/norm_histogram")[:].sum() == len(x)
+
+
+def test_the_tail_goes_on_where_the_store_ends(store, tiny_lm):
+    assert store.manifest.tails[RESIDUAL]["layers"] == 3
+    assert "not a residual stream" in store.manifest.tails[MLP]["none"]
+    with pytest.raises(StoreError, match="not a residual stream"):
+        store.tail_path(HEADS)
+    tokens = torch.from_numpy(store.eval.tokens[:3].astype(np.int64))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()(tokens).logits
+        logits = Tail.load(store.tail_path(RESIDUAL)).logits(torch.from_numpy(store.eval.read(RESIDUAL, 0, 3)))
+    for row, length in enumerate(store.eval.lengths[:3]):
+        assert (logits[row, :length] - expected[row, :length]).abs().max() < 0.05
+
+
+def test_the_store_knows_its_recipe_and_its_tokenizer(store, tiny_corpus):
+    recipe = store.manifest.recipe
+    assert recipe.model.name == "tiny" and recipe.model.revision.startswith("sha256:")
+    assert recipe.corpus.name == tiny_corpus.name
+    assert [hook.canonical for hook in recipe.hooks] == ["blocks.2.hook_out", "blocks.4.mlp.hook_out", HEADS_CANONICAL]
+    assert set(recipe.libraries) >= {"torch", "transformers", "transformer-lens", "datasets", "zarr", "python"}
+    text = AutoTokenizer.from_pretrained(store.tokenizer_path).decode(store.train.tokens[0][:5])
+    assert text and json.loads(tiny_corpus.read_text().splitlines()[store.train.documents[0]])["text"].startswith(text)
+    assert str(tiny_corpus.parent) not in (store.root / "zarr.json").read_text()
+
+
+HEADS_CANONICAL = "blocks.1.attn.o.hook_in"
+
+
+# Killed, and started again
+
+
+@pytest.fixture(scope="module")
+def short(tiny_config):
+    """A harvest of one hook: some 120 durable writes, the first commit being 28."""
+    return dataclasses.replace(tiny_config, hooks=(RESIDUAL,))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(short, tmp_path_factory):
+    location = tmp_path_factory.mktemp("whole") / "store.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+        harvest(str(location), short)
+    return location
+
+
+def traces(root: pathlib.Path) -> list[str]:
+    return [p.name for p in root.rglob("*") if p.name in (FOLDER, LOCK) or p.name.endswith(PARTIAL)]
+
+
+def test_killed_anywhere_the_bytes_are_the_same(short, uninterrupted, tmp_path):
+    """Starts that are killed after some writes and go on from the last: in each phase, and between any two."""
+    location = tmp_path / "store.zarr"
+    deaths = [1, 12, 28, 20, 9, 17, 18, 5, 4, 6, 3, 9, 7, 2, 5, 6, 12, 9, 9]
+    kept, found = [], []
+    for i, number in enumerate(deaths):
+        assert harvest_in_child(str(location), short, number, before_rename=i % 3 == 2) == 9, f"start {i}"
+        kept.append({path.stem for path in (location / FOLDER).glob("*.json")})
+        found.append({path.name for path in location.iterdir()})
+    assert all(before <= after for before, after in itertools.pairwise(kept)), "no record is lost"
+    assert {"sequences"} in kept, "killed in phase 1"
+    assert len({len(names) for names in kept if "plan" in names}) > 4, "and in phase 2, with more shards at each start"
+    assert "tail" in found[14] and "tokenizer" not in found[14], "in the tail"
+    assert "statistics" in found[15] and "checksums" not in found[15], "in the statistics"
+    assert json.loads((location / "zarr.json").read_text())["attributes"]["tcsae"]["state"] == "sealed", (
+        "after the seal"
+    )
+    assert LOCK in found[-1], "before the cleaning up"
+    harvest(str(location), short)
+    assert files(location) == files(uninterrupted)
+    assert traces(location) == []
+
+
+def test_a_sealed_store_is_used_as_it_is(short, uninterrupted, monkeypatch, capfd):
+    monkeypatch.setattr("tcsae.harvest.run.Capture", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("tcsae.harvest.corpus.Corpus._load", lambda *_: pytest.fail("the corpus was read"))
+    before = files(uninterrupted)
+    assert harvest(str(uninterrupted), short).manifest.state == "sealed"
+    assert "holds this harvest already" in capfd.readouterr().err
+    assert files(uninterrupted) == before
+    assert traces(uninterrupted) == []
+
+
+def test_fresh_starts_anew_and_deletes_activation_stores_only(short, uninterrupted, tmp_path):
+    location = tmp_path / "store.zarr"
+    shutil.copytree(uninterrupted, location)
+    (location / "extra").write_text("of the old store")
+    (tmp_path / "store.zarr.0123.deleted").mkdir()  # of a deletion that was killed
+    harvest(str(location), short, fresh=True)
+    assert files(location) == files(uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    for fresh in (True, False):
+        with pytest.raises(StoreError, match="is not an activation store"):
+            harvest(str(tmp_path / "thesis"), short, fresh=fresh)
+    (tmp_path / "thesis" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(StoreError, match="a Zarr group of another kind"):
+        harvest(str(tmp_path / "thesis"), short, fresh=True)
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_second_harvester_is_refused(short, uninterrupted, tmp_path):
+    location = tmp_path / "store.zarr"
+    assert harvest_in_child(str(location), short, 20, before_rename=False) == 9
+    recipe = open_store(uninterrupted).manifest.recipe
+    with open_writer(str(location), recipe):
+        for fresh in (False, True):
+            with pytest.raises(StoreError, match="Another process harvests into"):
+                harvest(str(location), short, fresh=fresh)
+    harvest(str(location), short)
+    assert files(location) == files(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"n_tokens": 2999}, "n_tokens: 3000, not 2999"),
+        ({"codec": "float32"}, "codec: 'float16', not 'float32'"),
+        ({"hooks": (MLP,)}, f"hooks.0.requested: '{RESIDUAL}', not '{MLP}'"),
+    ],
+)
+def test_a_changed_recipe_is_refused_by_name(short, uninterrupted, change, words):
+    before = files(uninterrupted)
+    with pytest.raises(StoreError, match=words):
+        harvest(str(uninterrupted), dataclasses.replace(short, **change))
+    assert files(uninterrupted) == before
+
+
+# What goes wrong
+
+
+def test_not_a_number_stops_the_harvest_and_names_the_place(short, store, tiny_lm, tmp_path):
+    """A model whose embedding of one token is NaN: the first sequence with that token is named."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_lm, folder)
+    weights = load_file(folder / "model.safetensors")
+    counts = np.bincount(store.train.tokens.ravel(), minlength=300)
+    token = int(np.flatnonzero(counts == counts[counts > 0].min())[0])  # a rare one
+    first = int(np.argmax((store.train.tokens == token).any(axis=1)))
+    weights["gpt_neox.embed_in.weight"][token] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = dataclasses.replace(short, model=dataclasses.replace(short.model, name=str(folder)))
+    for _ in range(2):  # and again at a second start: nothing of the bad shard was stored
+        with pytest.raises(DataError, match=f"{RESIDUAL} is NaN or infinite at train sequence {first}, "):
+            harvest(str(tmp_path / "store.zarr"), config)
+
+
+def test_too_little_text_is_said_and_harvested(short, tmp_path, capfd):
+    config = dataclasses.replace(short, n_tokens=50_000)
+    location = str(tmp_path / "store.zarr")
+    with pytest.raises(DataError, match=r"at its end with [\d,]+ of 50,000 tokens.*--exact"):
+        harvest(location, config, exact=True)
+    assert not list((tmp_path / "store.zarr").rglob("activations")), "refused before any activation was computed"
+    counts = harvest(location, config).manifest.counts
+    said = capfd.readouterr().err
+    n_tokens = counts["train"]["tokens"] + counts["eval"]["tokens"]
+    assert f"tiny.jsonl (160 documents) is at its end with {n_tokens:,} of 50,000 tokens" in " ".join(said.split())
+    assert counts["corpus_exhausted"] and counts["documents_read"] == 160 and counts["documents_skipped"] == 0
+
+
+def test_a_corpus_without_train_text_leaves_nothing_behind(short, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    config = dataclasses.replace(short, corpus=CorpusChoice(name=str(tmp_path / "a.jsonl")))
+    with pytest.raises(DataError, match=r"a.jsonl \(2 documents\) has no text for the train split"):
+        harvest(str(tmp_path / "store.zarr"), config)
+    assert not (tmp_path / "store.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "part, name, error",
+    [
+        ("model", "embeded", ModelError),
+        ("corpus", "nosuch/dataset", DataError),
+        ("hooks", "blocks.7.hook_resid_post", ModelError),
+        ("length", 65, ModelError),
+        ("field", "body", DataError),
+    ],
+)
+def test_wrong_names_leave_nothing_behind(short, tmp_path, part, name, error):
+    changed = {
+        "model": lambda: {"model": dataclasses.replace(short.model, name=name)},
+        "corpus": lambda: {"corpus": CorpusChoice(name=name)},
+        "hooks": lambda: {"hooks": (name,)},
+        "length": lambda: {"sequences": dataclasses.replace(short.sequences, length=name)},
+        "field": lambda: {"corpus": dataclasses.replace(short.corpus, field=name)},
+    }[part]()
+    with pytest.raises(error):
+        harvest(str(tmp_path / "store.zarr"), dataclasses.replace(short, **changed))
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_settings_that_cannot_be_are_refused(short):
+    with pytest.raises(ConfigError, match="give at least one, and each once"):
+        dataclasses.replace(short, hooks=(RESIDUAL, RESIDUAL))
+    with pytest.raises(ConfigError, match="--batch-size 0"):
+        dataclasses.replace(short, model=dataclasses.replace(short.model, batch_size=0))
+    with pytest.raises(ConfigError, match="Unknown codec"):
+        HarvestConfig(codec="float8")
+    remove_store("no/such/store.zarr")
+    (codec,) = [option for option in command.harvest.params if option.name == "codec"]
+    assert list(codec.type.choices) == list(CODECS)
+
+
+def test_the_command_harvests_prints_a_summary_and_one_line_of_what_is_wrong(tiny_lm, tiny_corpus, tmp_path):
+    store = ["--store", str(tmp_path / "store.zarr"), "harvest"]
+    options = ["--model", str(tiny_lm), "--dataset", str(tiny_corpus), "--tokens", "2K", "--sequence-length", "32"]
+    options += ["--hook", RESIDUAL, "--hook", MLP, "--prepend-bos", "--eval-every", "4"]
+    done = CliRunner().invoke(cli, [*store, *options])
+    assert done.exit_code == 0, done.output
+    for words in ("sequences", "bytes a token", RESIDUAL, "tail", "not a residual stream", "documents; left out"):
+        assert words in done.stdout
+    found = open_store(tmp_path / "store.zarr")
+    assert (found.train.tokens[:, 0] == 0).all(), "BOS"
+    assert (found.train.starts % 31 == 0).all()
+    wrong = CliRunner().invoke(cli, [*store, *options, "--tokens", "3K"])
+    assert wrong.exit_code == 1
+    assert wrong.stderr.startswith("Error: ") and wrong.stderr.count("\n") == 1
+    assert "n_tokens: 2000, not 3000" in wrong.stderr and "--fresh" in wrong.stderr
+
+
+def test_another_split_rule_warns_about_the_embedded_model(tiny_corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("tcsae.harvest.run.write_sequences", lambda *_: pytest.fail("far enough"))
+    for every, warned in ((4, True), (20, False)):
+        config = HarvestConfig(corpus=CorpusChoice(name=str(tiny_corpus)))
+        config = dataclasses.replace(config, sequences=dataclasses.replace(config.sequences, eval_every=every))
+        with pytest.raises(pytest.fail.Exception):
+            harvest(str(tmp_path / f"{every}.zarr"), config)
+        assert ("trained on part of the eval split" in " ".join(capfd.readouterr().err.split())) == warned
