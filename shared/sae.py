@@ -49,8 +49,8 @@ class SaeConfig:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
         if self.activation in ("topk", "batchtopk", "jumprelu") and not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
-        sizes = [stop - first for first, stop in self.group_ranges()]
-        if min(sizes, default=0) < 1 or not math.isclose(sum(self.groups), 1.0, abs_tol=1e-6):
+        whole = all(share > 0 for share in self.groups) and math.isclose(sum(self.groups), 1.0, abs_tol=1e-6)
+        if not whole or any(first == stop for first, stop in self.group_ranges()):
             raise ConfigError(
                 f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
             )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcsae.shared.config import differences, from_dict, parse_count, to_dict, with_settings
+from tcsae.shared.config import differences, from_dict, parse_count, to_dict, to_settings, with_settings
 from tcsae.shared.errors import ConfigError
 from tcsae.shared.sae import SaeConfig
 from tcsae.train.config import (
@@ -172,3 +172,28 @@ def test_learning_rate_schedule(decay, end):
     assert max(rates) == 1.0
     assert rates[-1] == pytest.approx(end, abs=1e-3)
     assert rates[199] == (1.0 if decay != "cosine" else pytest.approx(0.11, abs=0.02))
+
+
+KEYS = [line.partition("=")[0] for line in to_settings(preset("temporal-matryoshka", 16))]
+
+
+@given(
+    st.sampled_from(sorted(PRESETS)),
+    st.sampled_from(KEYS),
+    st.sampled_from(
+        ["-1", "0", "1", "7", "1e9", "nan", "inf", "-inf", "", "x", "none", "true", "0.3", "0.2,0.8", "-0.5"]
+    ),
+)
+def test_any_value_of_any_setting_is_taken_or_refused_in_one_line_that_names_it(name, key, value):
+    base = preset(name, 16)
+    try:
+        config = with_settings(base, [f"{key}={value}"])
+    except ConfigError as error:
+        message = str(error)
+        assert key.rpartition(".")[2] in message
+        assert "\n" not in message
+        assert value in message or "groups" in key or "group_weights" in key or "Set " in message
+    else:
+        taken = dict(line.split("=", 1) for line in to_settings(config))
+        assert taken.keys() == set(KEYS)
+        assert not any(text == "nan" for name, text in taken.items() if name != "data.hook"), taken

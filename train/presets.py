@@ -75,12 +75,12 @@ PRESETS = {
     "topk": Preset("TopK, 4096 latents, 32 active; the recommended one for now", _ours("topk")),
     "batchtopk": Preset("BatchTopK, 32 active on average", _ours("batchtopk")),
     "jumprelu": Preset(
-        "JumpReLU, thresholds learned for about 32 active", _ours("jumprelu", sparsity=SparsityConfig(l0=10.0))
+        "JumpReLU, thresholds learned for about 32 active", _ours("jumprelu", sparsity=SparsityConfig(l0=30.0))
     ),
-    "relu-l1": Preset("ReLU with an L1 penalty", _ours("relu", sparsity=SparsityConfig(l1=1.0))),
+    "relu-l1": Preset("ReLU with an L1 penalty", _ours("relu", sparsity=SparsityConfig(l1=1.5))),
     "temporal-topk": Preset(
         "TopK with relative slowness on all latents, over windows of 3",
-        _ours("topk", temporal=TemporalConfig(kind="relative", weight=10.0)),
+        _ours("topk", temporal=TemporalConfig(kind="relative", weight=3.0)),
     ),
     "temporal-matryoshka": Preset(
         "T-SAE-like: matryoshka BatchTopK, the first fifth contrasted with other documents",
