@@ -39,7 +39,7 @@ class Block(NamedTuple):
     """What is in memory at a time: the sequences of some chunks, and their segments in shuffled order."""
 
     values: Tensor
-    """[n_sequences * sequence_length, d_model], as stored."""
+    """[n_sequences * sequence_length, d_stored], as stored; a batch is decoded once, for all who use it."""
     segments: Int[ndarray, "n_segments 4"]
     """Each segment's first row in `values`, length, position in its sequence, and document."""
 
@@ -71,6 +71,8 @@ class SegmentLoader:
         )
         self._norm_limit = config.max_norm and config.max_norm * norm_median(store, self.hook)
         self._buffer = torch.empty(config.n_segments * config.segment_length, store.d_model(self.hook))
+        self._stored_dtype = store.array(f"train/activations/{self.hook}").dtype
+        self._decode = split.decoder(self.hook)
 
     @property
     def n_segments(self) -> int:
@@ -108,13 +110,13 @@ class SegmentLoader:
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
         lengths, starts, documents = keep[:, 1], keep[:, 2], keep[:, 3]
-        x = block.values[_token_rows(keep)].float()
+        x = self._decode(block.values[_token_rows(keep)])
         return self._without_outliers(Batch(x, lengths, starts, documents)).x
 
     def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""
         index = _token_rows(chosen)
-        self._buffer[start : start + len(index)].copy_(torch.index_select(block.values, 0, index))
+        self._decode(torch.index_select(block.values, 0, index), self._buffer[start : start + len(index)])
         return len(index)
 
     def _without_outliers(self, batch: Batch) -> Batch:
@@ -149,7 +151,8 @@ class SegmentLoader:
     def _block_memory(self) -> ndarray:
         n = min(self._chunks_per_block * self.store.sequences_per_chunk, self.store.train.n_sequences)
         array = self.store.array(f"train/activations/{self.hook}")
-        return np.empty((n, *array.shape[1:]), array.dtype)
+        # Most blocks of uint32 (compact) fit half the bytes; one that does not is widened when it is read.
+        return np.empty((n, *array.shape[1:]), np.uint16 if array.dtype == np.uint32 else array.dtype)
 
     def _chunks(self, epoch: int, number: int) -> Int[ndarray, " n_chunks"]:
         order = np.random.default_rng([self.config.seed, epoch]).permutation(self._n_chunks)
@@ -165,7 +168,7 @@ class SegmentLoader:
         for chunk in self._chunks(epoch, number):
             first = int(chunk) * per_chunk
             stop = min(first + per_chunk, self.store.train.n_sequences)
-            self.store.train.read(self.hook, first, stop, memory[n : n + stop - first])
+            memory = self._read_chunk(first, stop, memory, n)
             here = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
             sequence, start = self._sequence[here], self._start[here]
             rows = (sequence - first + n) * length + start
@@ -174,6 +177,18 @@ class SegmentLoader:
         table = np.concatenate(found)
         order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
         return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order])
+
+    def _read_chunk(self, first: int, stop: int, memory: ndarray, at: int) -> ndarray:
+        """Read a chunk's rows into `memory` from row `at` on; returns the memory, a wider one if they do not fit."""
+        split, n = self.store.train, stop - first
+        if memory.dtype == self._stored_dtype:
+            split.read_stored(self.hook, first, stop, memory[at : at + n])
+            return memory
+        rows = split.read_stored(self.hook, first, stop)
+        if rows.max(initial=0) > np.iinfo(memory.dtype).max:
+            memory = memory.astype(rows.dtype)
+        memory[at : at + n] = rows
+        return memory
 
 
 def norm_median(store: Store, hook: str) -> float:

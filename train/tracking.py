@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,10 +67,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
+class Tracker(NamedTuple):
+    """Somebody else's record of a run."""
+
+    log: Callable[[dict[str, Any]], None]
+    close: Callable[[], None]
+
+
 class RunLog:
     """A run's metrics.jsonl, appended line by line and cut back to where a checkpoint left it."""
 
-    def __init__(self, path: Path, n_bytes: int, tracker: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, path: Path, n_bytes: int, tracker: Tracker | None = None) -> None:
         self.path = path
         self._file = path.open("ab")
         self._file.truncate(n_bytes)
@@ -80,17 +87,19 @@ class RunLog:
         self._file.write((json.dumps(line) + "\n").encode())
         self._file.flush()
         if self._tracker and "event" not in line:
-            self._tracker(line)
+            self._tracker.log(line)
 
     def n_bytes(self) -> int:
         return self.path.stat().st_size
 
     def close(self) -> None:
         self._file.close()
+        if self._tracker:
+            self._tracker.close()
 
 
-def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
-    """A function that passes a line of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
+def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Tracker | None:
+    """What passes lines of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
 
     Raises ConfigError if the tracker is unknown or not installed.
     """
@@ -106,7 +115,7 @@ def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Call
         ) from error
 
 
-def _tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+def _tensorboard(folder: Path) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
@@ -117,11 +126,15 @@ def _tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
                 writer.add_scalar(name, value, line["step"])
         writer.flush()
 
-    return log
+    return Tracker(log, writer.close)
 
 
-def _wandb(folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
     import wandb
 
     run = wandb.init(project="tcsae", name=folder.name, dir=str(folder), config=config, reinit="create_new")
-    return lambda line: run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def log(line: dict[str, Any]) -> None:
+        run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    return Tracker(log, run.finish)
