@@ -57,9 +57,9 @@ class InMemory(Split):
 
     def __init__(self, store: Store) -> None:
         super().__init__(store, "train")
-        self._values = store.train.read(HOOK, 0, store.train.n_sequences)
+        self._values = store.train.read_stored(HOOK, 0, store.train.n_sequences)
 
-    def read(self, hook: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
+    def read_stored(self, hook: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
         assert out is not None
         out[:] = self._values[start:stop]
         return out
