@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tcsae.shared.creation import create_store
     from tcsae.shared.sae import SparseAutoencoder, load_sae
     from tcsae.shared.store import Store, open_store
     from tcsae.train.loader import iterate_segments, iterate_tokens
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Store": "tcsae.shared.store",
     "open_store": "tcsae.shared.store",
+    "create_store": "tcsae.shared.creation",
     "SparseAutoencoder": "tcsae.shared.sae",
     "load_sae": "tcsae.shared.sae",
     "iterate_segments": "tcsae.train.loader",
@@ -29,6 +31,7 @@ __all__ = [
     "SparseAutoencoder",
     "Store",
     "__version__",
+    "create_store",
     "iterate_segments",
     "iterate_tokens",
     "load_sae",

@@ -1,7 +1,8 @@
-"""Reconstruction and sparsity: columns per token, sums that add over chunks in any order, figures from the sums.
+"""Reconstruction and sparsity: columns per token, sums per document, figures from sums.
 
 All in float64, pooled over tokens: a figure is a ratio of totals or a mean over all tokens, never a mean of batch
-means, so how a split is cut into batches changes nothing.
+means, so how a split is cut into batches changes nothing. Sums keep one row a document, so that any resampling of the
+documents is a product with a matrix of weights (`Sums.weighted`), and every figure is worked out on all rows at once.
 """
 
 from dataclasses import dataclass
@@ -11,22 +12,29 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode
+from tcsae.evaluate.activity import Code, token_activity
 
-DEFINITION_VERSION = 1
+DEFINITION_VERSION = 2
 """Raised whenever a figure's definition changes: evaluations of another version are done again."""
 
 DEFINITIONS = {
     "explained_variance": "1 - sum |x - xhat|^2 / (sum |x|^2 - n |mean x|^2), pooled over the counted positions",
     "explained_variance_all_positions": "the same over all valid positions, the skipped first ones included",
+    "explained_variance_legacy": "mean over tokens of 1 - |x - xhat|^2 / |x - mu|^2, mu the mean of the train split "
+    "(SAEBench and SAELens take each batch's own mean)",
+    "explained_variance_saebench": "1 - E|x - xhat|^2 / (S - (S / d_model)^2), S = E|x|^2: what SAEBench 0.6.0 "
+    "computes as explained_variance; it changes with the scale of x",
     "mse": "mean over tokens of |x - xhat|^2, summed over dimensions",
+    "mse_saebench": "mse / n_tokens: what SAEBench 0.6.0 computes where one batch holds all counted tokens",
     "cossim": "mean over tokens of x.xhat / (|x| |xhat|); 0 for a token where either is zero",
     "l2_norm_in": "mean |x|",
     "l2_norm_out": "mean |xhat|",
     "l2_ratio": "mean over tokens of |xhat| / |x|; |x| counts as 1 where it is below 1e-4",
     "relative_reconstruction_bias": "sum |xhat|^2 / sum x.xhat",
     "l0": "mean over tokens of the number of latents with f > 0",
-    "l1": "mean over tokens of sum |f|",
+    "l0_nonzero": "the same with f != 0, as SAEBench and SAELens count; every latent of a gelu counts",
+    "l1": "mean over tokens of sum |f|, as SAELens sums",
+    "l1_signed": "mean over tokens of sum f, as SAEBench sums",
     "dead_fraction": "share of latents with f > 0 at no counted position of the split",
 }
 """What each figure is, for eval.json. Counted are the valid positions from `skip_first` on."""
@@ -40,10 +48,13 @@ COLUMNS = (
     "norm_out",
     "cosine",
     "ratio",
+    "legacy",
     "active",
+    "nonzero",
     "magnitude",
+    "signed",
 )
-"""What is summed for each token, besides x itself."""
+"""What is summed for each token, besides x itself. The last four are `activity.token_activity`."""
 
 SMALLEST_NORM = 1e-4
 CONSTANT = 1e-12
@@ -55,68 +66,42 @@ class Inputs(NamedTuple):
 
     x: Float64[Tensor, "n d_model"]
     norm: Float64[Tensor, " n"]
-    total: Float64[Tensor, " d_model"]
-
-
-class Activity(NamedTuple):
-    """What a code does. A latent is active where f > 0: a gelu is never exactly 0, so "not 0" would count them all."""
-
-    active: Float64[Tensor, " n"]
-    """Active latents of each token."""
-    magnitude: Float64[Tensor, " n"]
-    """Sum |f| of each token."""
-    firings: Int[Tensor, " d_sae"]
-    """Tokens at which each latent is active."""
+    squared_deviation: Float64[Tensor, " n"]
+    """|x - mu|^2, mu the mean of the train split."""
 
 
 class Output(NamedTuple):
     """What an SAE, or a baseline, makes of n activations."""
 
     x_hat: Float[Tensor, "n d_model"]
-    activity: Activity
+    code: Code | None
+    """None: a baseline without latents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Totals over tokens; those of two disjoint sets of tokens add with `+`."""
+    """Totals over tokens, one row a document (or a resampling of documents)."""
 
-    n_tokens: int
-    x: Float64[Tensor, " d_model"]
-    columns: Float64[Tensor, " n_columns"]
+    n_tokens: Float64[Tensor, " rows"]
+    x: Float64[Tensor, "rows d_model"]
+    columns: Float64[Tensor, "rows n_columns"]
     """In the order of COLUMNS."""
-    firings: Int[Tensor, " d_sae"]
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.n_tokens + other.n_tokens,
-            self.x + other.x,
-            self.columns + other.columns,
-            self.firings + other.firings,
-        )
+        return Sums(self.n_tokens + other.n_tokens, self.x + other.x, self.columns + other.columns)
 
-    def total(self, column: str) -> float:
-        return float(self.columns[COLUMNS.index(column)])
+    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Sums":
+        """Each new row: the rows, as many times as its weights say."""
+        return Sums(weights @ self.n_tokens, weights @ self.x, weights @ self.columns)
 
-
-def sparse_activity(code: SparseCode) -> Activity:
-    """Activity of a code given by its entries; an explicit zero is not active."""
-    on, rows = code.values > 0, code.rows
-    per_token = torch.zeros(2, code.n_tokens, dtype=torch.float64, device=code.values.device)
-    per_token[0].index_add_(0, rows, on.double())
-    per_token[1].index_add_(0, rows, code.values.abs().double())
-    return Activity(per_token[0], per_token[1], torch.bincount(code.latents[on], minlength=code.d_sae))
+    def column(self, name: str) -> Float64[Tensor, " rows"]:
+        return self.columns[:, COLUMNS.index(name)]
 
 
-def dense_activity(code: Float[Tensor, "n d_sae"]) -> Activity:
-    """Activity of a code given as a matrix."""
-    on = code > 0
-    return Activity(on.sum(1).double(), code.abs().sum(1, dtype=torch.float64), on.sum(0))
-
-
-def widen(x: Float[Tensor, "n d_model"]) -> Inputs:
+def widen(x: Float[Tensor, "n d_model"], mean: Float64[Tensor, " d_model"]) -> Inputs:
     """What every system's figures need of x; n may be 0."""
     wide = x.double()
-    return Inputs(wide, torch.linalg.vector_norm(wide, dim=1), wide.sum(0))
+    return Inputs(wide, torch.linalg.vector_norm(wide, dim=1), torch.linalg.vector_norm(wide - mean, dim=1).square())
 
 
 def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns n"]:
@@ -129,46 +114,51 @@ def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns 
     norms = norm_in * norm_out
     cosine = torch.where(norms > 0, product / norms, 0.0)
     ratio = norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in)
-    activity = output.activity
-    columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio)
-    return torch.stack((*columns, activity.active, activity.magnitude))
+    legacy = 1 - squared_error / inputs.squared_deviation
+    columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio, legacy)
+    return torch.cat((torch.stack(columns), token_activity(output.code, len(norm_in))))
 
 
-def sum_tokens(inputs: Inputs, output: Output) -> Sums:
-    """The sums over n tokens and what was made of them."""
-    columns = token_columns(inputs, output)
-    return Sums(len(inputs.x), inputs.total, columns.sum(1), output.activity.firings)
+def sum_rows(
+    values: Float64[Tensor, "n_columns n"], rows: Int[Tensor, " n"], n_rows: int
+) -> Float64[Tensor, "n_rows n_columns"]:
+    """Columns added up by the row that each token belongs to."""
+    return values.new_zeros(n_rows, len(values)).index_add_(0, rows, values.T)
 
 
-def explained_variance(sums: Sums) -> float | None:
-    """Centred and pooled (DEFINITIONS); None where the inputs do not vary."""
-    if not sums.n_tokens:
-        return None
-    second = sums.total("squared_input")
-    total = second - float(sums.x @ sums.x) / sums.n_tokens
-    return 1 - sums.total("squared_error") / total if total > CONSTANT * second else None
+def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]:
+    """All figures of DEFINITIONS but `dead_fraction`, row by row.
 
-
-def figures(counted: Sums, skipped: Sums) -> dict[str, float | None]:
-    """All figures of DEFINITIONS from the sums over the counted positions and over the skipped ones.
-
-    None where a figure is not defined: inputs that do not vary, an output without a component along x, no latents.
+    NaN where a figure is not defined: inputs that do not vary, an output without a component along x, no token.
     """
+    n, d_model = counted.n_tokens, counted.x.shape[1]
 
-    def mean(column: str) -> float | None:
-        return counted.total(column) / counted.n_tokens if counted.n_tokens else None
+    def mean(name: str) -> Float64[Tensor, " rows"]:
+        return counted.column(name) / n
 
-    product, n_latents = counted.total("product"), len(counted.firings)
+    mse, second = mean("squared_error"), mean("squared_input")
+    product = torch.where(counted.column("product") == 0, torch.nan, counted.column("product"))
     return {
         "explained_variance": explained_variance(counted),
         "explained_variance_all_positions": explained_variance(counted + skipped),
-        "mse": mean("squared_error"),
+        "explained_variance_legacy": mean("legacy"),
+        "explained_variance_saebench": 1 - mse / (second - (second / d_model).square()),
+        "mse": mse,
+        "mse_saebench": mse / n,
         "cossim": mean("cosine"),
         "l2_norm_in": mean("norm_in"),
         "l2_norm_out": mean("norm_out"),
         "l2_ratio": mean("ratio"),
-        "relative_reconstruction_bias": counted.total("squared_output") / product if product else None,
+        "relative_reconstruction_bias": counted.column("squared_output") / product,
         "l0": mean("active"),
+        "l0_nonzero": mean("nonzero"),
         "l1": mean("magnitude"),
-        "dead_fraction": float((counted.firings == 0).double().mean()) if n_latents else None,
+        "l1_signed": mean("signed"),
     }
+
+
+def explained_variance(sums: Sums) -> Float64[Tensor, " rows"]:
+    """Centred and pooled (DEFINITIONS); NaN where the inputs do not vary."""
+    second = sums.column("squared_input")
+    total = second - sums.x.square().sum(1) / sums.n_tokens
+    return 1 - sums.column("squared_error") / torch.where(total > CONSTANT * second, total, torch.nan)

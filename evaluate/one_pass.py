@@ -1,134 +1,180 @@
 """One pass over a split for many SAEs: each batch is read once and goes through all of them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.metrics import Activity, Output, Sums, dense_activity, sparse_activity, sum_tokens, widen
-from tcsae.evaluate.tail_metrics import n_predictions, sequence_losses, splice
-from tcsae.shared.sae import SparseAutoencoder
+from tcsae.evaluate.activity import Code, firing_counts, n_latents
+from tcsae.evaluate.baselines import ConstantOutput
+from tcsae.evaluate.batches import Batch, batches, document_numbers
+from tcsae.evaluate.metrics import COLUMNS, Inputs, Output, Sums, sum_rows, token_columns, widen
+from tcsae.evaluate.systems import System
+from tcsae.evaluate.tail_metrics import Losses, Reference, sequence_losses, splice
 from tcsae.shared.store import Split
 from tcsae.shared.tail import Tail
 
-BATCH_TOKENS = 4096
-"""Positions in a batch, at most (or one sequence)."""
-BATCH_CODE_ENTRIES = 8 << 20
-"""Of a dense code or of pre-activations, at most: 32 MB."""
 
-System = Callable[[Float[Tensor, "n d_model"]], Output]
-"""An SAE or a baseline: activations in, reconstruction and activity out."""
+@runtime_checkable
+class Observer(Protocol):
+    """Sees what goes by: the code of each batch's counted positions, in document order."""
 
+    def begin(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+        """A new batch, and its activations at the counted positions."""
 
-class SaeOutput:
-    """An SAE as a system, encoding at most BATCH_CODE_ENTRIES at a time."""
-
-    def __init__(self, sae: SparseAutoencoder) -> None:
-        self.sae = sae
-
-    def __call__(self, x: Float[Tensor, "n d_model"]) -> Output:
-        parts = [self._part(part) for part in x.split(max(1, BATCH_CODE_ENTRIES // self.sae.config.d_sae))]
-        if len(parts) == 1:
-            return parts[0]
-        x_hats, activities = zip(*parts, strict=True)
-        active, magnitude, firings = zip(*activities, strict=True)
-        return Output(torch.cat(x_hats), Activity(torch.cat(active), torch.cat(magnitude), torch.stack(firings).sum(0)))
-
-    def _part(self, x: Float[Tensor, "n d_model"]) -> Output:
-        if self.sae.config.activation == "gelu":  # next to no entry is zero, so sparse code would cost three times more
-            dense = self.sae.encode(x)
-            return Output(self.sae.decode(dense, x), dense_activity(dense))
-        code = self.sae.encode_sparse(x)
-        return Output(self.sae.decode_sparse(code, x), sparse_activity(code))
-
-
-class Batch(NamedTuple):
-    """Whole sequences."""
-
-    x: Float[Tensor, "batch position d_model"]
-    tokens: Int[Tensor, "batch position"]
-    lengths: Int[Tensor, " batch"]
-    counted: Bool[Tensor, "batch position"]
-    """Valid positions from `skip_first` on."""
-    skipped: Bool[Tensor, "batch position"]
-    """Valid positions before."""
-
-
-class Losses(NamedTuple):
-    """Mean cross-entropy in nats over the counted predictions."""
-
-    clean: float
-    zero: float
-    """With zeros at all positions."""
-    systems: list[float]
-    """With each system's output at the counted positions."""
+    def see(self, system: int, code: Code) -> None:
+        """The code that a system made of them."""
 
 
 class Measured(NamedTuple):
-    """What a pass found."""
+    """What a pass found, summed per document."""
 
     counted: list[Sums]
     """One for each system, over the counted positions."""
     skipped: list[Sums]
-    losses: Losses | None
-    """None without a tail, or where no counted position has a next token."""
-    n_predictions: int
+    firings: list[Int[Tensor, "2 d_sae"] | None]
+    """`activity.firing_counts` over the counted positions; None for a system without latents."""
+    losses: list[Losses]
+    """One for each system; empty without a tail."""
+    reference: Reference | None
 
 
-def batches(split: Split, hook: str, skip_first: int) -> Iterator[Batch]:
-    """The split in order, as float32, each chunk read once."""
-    per_chunk = split.store.sequences_per_chunk
-    per_batch = max(1, BATCH_TOKENS // split.store.sequence_length)
-    position = torch.arange(split.store.sequence_length)
-    for start in range(0, split.n_sequences, per_chunk):
-        block = split.read(hook, start, min(start + per_chunk, split.n_sequences))
-        for first in range(0, len(block), per_batch):
-            x = torch.from_numpy(block[first : first + per_batch]).float()
-            rows = slice(start + first, start + first + len(x))
-            lengths = torch.from_numpy(split.lengths[rows])
-            valid = position < lengths[:, None]
-            from_there = position >= skip_first
-            yield Batch(x, torch.from_numpy(split.tokens[rows]), lengths, valid & from_there, valid & ~from_there)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a split is gone through."""
+
+    hook: str
+    skip_first: int
+    splice_all: bool
+    """Whether xhat also stands at the skipped positions when it is given to the tail."""
+    mean: Float64[Tensor, " d_model"]
+    """Of x over the train split."""
 
 
 @torch.inference_mode()
 def measure(
     split: Split,
-    hook: str,
-    skip_first: int,
+    settings: Settings,
     systems: Sequence[System],
     tail: Tail | None,
+    reference: Reference | None,
+    observer: Observer | None,
     advance: Callable[[int], None],
 ) -> Measured:
-    """Run every system over the split; `advance` is told how many valid tokens each batch had."""
-    counted: dict[int, Sums] = {}
-    skipped: dict[int, Sums] = {}
-    losses = torch.zeros(2 + len(systems), dtype=torch.float64)
-    predictions = 0
-    for batch in batches(split, hook, skip_first):
+    """Run every system over the split; `advance` is told how many valid tokens each batch had.
+
+    With a tail and a `reference` of an earlier pass, no ablation is run again. The observer sees codes only.
+    """
+    n_documents = int(document_numbers(split)[0][-1]) + 1
+    sums = _Accumulator(len(systems), n_documents, len(settings.mean))
+    losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64)
+    plain = torch.zeros(4, 2, n_documents, dtype=torch.float64)
+    for batch in batches(split, settings.hook, settings.skip_first):
         x_counted, x_skipped = batch.x[batch.counted], batch.x[batch.skipped]
-        wide_counted, wide_skipped = widen(x_counted), widen(x_skipped)
+        counted = _Part(batch, batch.counted, widen(x_counted, settings.mean))
+        skipped = _Part(batch, batch.skipped, widen(x_skipped, settings.mean))
+        sums.add_inputs(counted, skipped)
+        if observer is not None:
+            observer.begin(batch, x_counted)
+        spliced = {}
         for i, system in enumerate(systems):
-            output = system(x_counted)
-            _add(counted, i, sum_tokens(wide_counted, output))
-            _add(skipped, i, sum_tokens(wide_skipped, system(x_skipped)))
-            if tail is not None:
-                losses[2 + i] += _loss(tail, splice(batch.x, batch.counted, output.x_hat), batch, skip_first)
+            output, rest = system(x_counted), system(x_skipped)
+            sums.add(i, counted, output, skipped, rest)
+            if observer is not None and output.code is not None:
+                observer.see(i, output.code)
+            if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
+                spliced[i] = splice(batch.x, batch.counted, output.x_hat)
+                if settings.splice_all:
+                    spliced[i][batch.skipped] = rest.x_hat
         if tail is not None:
-            losses[0] += _loss(tail, batch.x, batch, skip_first)
-            losses[1] += _loss(tail, torch.zeros_like(batch.x), batch, skip_first)
-            predictions += n_predictions(batch.lengths, skip_first)
+            if reference is None:
+                spliced |= _ablations(batch, settings)
+            for i, found in _losses(tail, batch, spliced).items():
+                into = losses[i] if i >= 0 else plain[i]
+                into[0].index_add_(0, batch.document, found.ce)
+                into[1].index_add_(0, batch.document, found.kl)
         advance(int(batch.lengths.sum()))
-    means = (losses / predictions).tolist() if predictions else None
-    found = Losses(means[0], means[1], means[2:]) if means else None
-    return Measured(list(counted.values()), list(skipped.values()), found, predictions)
+    if tail is not None and reference is None:
+        reference = Reference(*_counts(split, settings.skip_first, n_documents), *(Losses(*one) for one in plain))
+    return Measured(*sums.result(), [Losses(*one) for one in losses] if tail is not None else [], reference)
 
 
-def _add(sums: dict[int, Sums], key: int, new: Sums) -> None:
-    sums[key] = sums[key] + new if key in sums else new
+CLEAN, ABLATION, ZERO, MEAN = -4, -3, -2, -1
+"""Where the losses that no SAE changes stand, counted from the end."""
 
 
-def _loss(tail: Tail, x: Float[Tensor, "batch position d_model"], batch: Batch, skip_first: int) -> Tensor:
-    return sequence_losses(tail, x, batch.tokens, batch.lengths, skip_first).sum()
+class _Part(NamedTuple):
+    """Some positions of a batch."""
+
+    batch: Batch
+    positions: Tensor
+    inputs: Inputs
+
+    @property
+    def sequence(self) -> Int[Tensor, " n"]:
+        """Row of the batch that each position lies in."""
+        return self.positions.nonzero()[:, 0]
+
+
+class _Accumulator:
+    """Sums per document for all systems."""
+
+    def __init__(self, n_systems: int, n_documents: int, d_model: int) -> None:
+        double = torch.float64
+        self.n = torch.zeros(2, n_documents, dtype=double)
+        self.x = torch.zeros(2, n_documents, d_model, dtype=double)
+        self.columns = torch.zeros(2, n_systems, n_documents, len(COLUMNS), dtype=double)
+        self.firings: list[Tensor | None] = [None] * n_systems
+
+    def add_inputs(self, *parts: _Part) -> None:
+        for kind, part in enumerate(parts):
+            documents = part.batch.document[part.sequence]
+            self.n[kind] += torch.bincount(documents, minlength=self.n.shape[1])
+            self.x[kind].index_add_(0, documents, part.inputs.x)
+
+    def add(self, i: int, counted: _Part, output: Output, skipped: _Part, rest: Output) -> None:
+        for kind, (part, made) in enumerate(((counted, output), (skipped, rest))):
+            batch_columns = token_columns(part.inputs, made)
+            first, last = int(part.batch.document[0]), int(part.batch.document[-1])
+            documents = part.batch.document[part.sequence] - first
+            self.columns[kind, i, first : last + 1] += sum_rows(batch_columns, documents, last + 1 - first)
+        if output.code is not None:
+            found = firing_counts(output.code, counted.sequence, len(counted.batch.tokens))
+            before = self.firings[i]
+            self.firings[i] = found if before is None else before + found
+            assert found.shape[1] == n_latents(output.code)
+
+    def result(self) -> tuple[list[Sums], list[Sums], list[Tensor | None]]:
+        counted, skipped = (
+            [Sums(self.n[kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
+        )
+        return counted, skipped, self.firings
+
+
+def _ablations(batch: Batch, settings: Settings) -> dict[int, Tensor]:
+    replaced = (batch.counted | batch.skipped) if settings.splice_all else batch.counted
+    zero, mean = torch.zeros(1, len(settings.mean)), settings.mean.float()[None]
+    n = int(replaced.sum())
+    return {
+        ABLATION: torch.zeros_like(batch.x),
+        ZERO: splice(batch.x, replaced, zero.expand(n, -1)),
+        MEAN: splice(batch.x, replaced, mean.expand(n, -1)),
+    }
+
+
+def _losses(tail: Tail, batch: Batch, spliced: Mapping[int, Tensor]) -> dict[int, Losses]:
+    found = sequence_losses(tail, batch.x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
+    return dict(zip((CLEAN, *spliced), found, strict=True))
+
+
+def _counts(split: Split, skip_first: int, n_documents: int) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
+    """Predictions and counted positions of each document: a sequence's last token predicts nothing."""
+    document = torch.from_numpy(document_numbers(split)[0])
+    lengths = torch.from_numpy(split.lengths).double()
+    counts = torch.zeros(2, n_documents, dtype=torch.float64)
+    counts[0].index_add_(0, document, (lengths - 1 - skip_first).clamp(min=0))
+    counts[1].index_add_(0, document, (lengths - skip_first).clamp(min=0))
+    return counts[0], counts[1]

@@ -1,56 +1,32 @@
 """Evaluate runs on a store's eval split: what is done already is kept, the rest shares one pass, results go to JSON."""
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from tcsae import __version__
-from tcsae.evaluate import metrics, tail_metrics
-from tcsae.evaluate.baselines import DEFINITIONS as BASELINE_DEFINITIONS
-from tcsae.evaluate.baselines import ConstantOutput
-from tcsae.evaluate.one_pass import Measured, SaeOutput, System, measure
+from tcsae.evaluate import baselines, metrics, saebench, tail_metrics, temporal_run
+from tcsae.evaluate.bootstrap import LEVEL, N_RESAMPLINGS, interval, point, resamplings
+from tcsae.evaluate.candidates import EvalOptions, Loaded, Request, evaluable, sort_out
+from tcsae.evaluate.one_pass import Measured, Settings, measure
+from tcsae.evaluate.reference import load_reference, save_reference
+from tcsae.evaluate.systems import SaeOutput, System
+from tcsae.evaluate.temporal_run import TemporalObserver
 from tcsae.shared.config import to_dict
 from tcsae.shared.console import progress, say
-from tcsae.shared.errors import RunError, StoreError, TcsaeError
-from tcsae.shared.files import file_digest, write_json
-from tcsae.shared.runs import EVALUATION, find_runs, is_finished, load_evaluation
-from tcsae.shared.sae import RECORD, WEIGHTS, SparseAutoencoder, load_record, load_sae
-from tcsae.shared.store import Store
+from tcsae.shared.errors import StoreError, TcsaeError
+from tcsae.shared.files import write_atomic, write_json
+from tcsae.shared.runs import EVALUATION
+from tcsae.shared.store import Split, Store
 from tcsae.shared.tail import Tail
 
-UNTRAINED = "logged-"
-"""Presets whose SAEs are not trained on purpose: the only ones with 0 steps that get figures."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
-    """What a run's figures depend on besides its weights, the store and the definitions."""
-
-    hook: str
-    skip_first: int
-    """First positions of each sequence that are not counted; the run's own setting in training."""
-    split: str = "eval"
-
-
-class Candidate(NamedTuple):
-    """A run that fits the store."""
-
-    path: Path
-    record: dict[str, Any]
-    options: EvalOptions
-
-
-class Loaded(NamedTuple):
-    """A run about to be evaluated."""
-
-    run: Candidate
-    sae: SparseAutoencoder
-    weights: str
-    """sha256 of the file that the SAE was loaded from."""
+REPLICATES = "eval_replicates.safetensors"
+"""Beside eval.json: every figure on each resampling of the documents, the split itself first."""
 
 
 class Evaluated(NamedTuple):
@@ -62,135 +38,75 @@ class Evaluated(NamedTuple):
     """One line for each run that gets no figures, and why."""
 
 
-def evaluate_runs(store: Store, runs_path: Path, names: Collection[str] = (), force: bool = False) -> Evaluated:
-    """Evaluate the named runs (without names: all) and write each one's eval.json.
+class Group(NamedTuple):
+    """Runs with the same options, and what they share."""
 
-    Kept as it is: an eval.json of the same weights, store content, options and definition version, unless `force`.
+    store: Store
+    runs_path: Path
+    options: EvalOptions
+    runs: Sequence[Loaded]
+
+
+def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None) -> Evaluated:
+    """Evaluate the runs asked for and write each one's eval.json, its replicates, and SAEBench's form of it.
+
+    Kept as it is: an eval.json of the same weights, store content, options and definition version, unless forced.
     Raises RunError if there is no run, or none of a given name; StoreError if the eval split is empty or damaged.
     """
-    folders = _finished(find_runs(runs_path, names), runs_path, named=bool(names))
-    evaluations: dict[Path, dict[str, Any]] = {}
-    groups: dict[EvalOptions, list[Loaded]] = {}
-    refused: list[str] = []
-    for path in folders:
-        try:
-            candidate = _candidate(store, path)
-            found = None if force else _done_before(store, candidate)
-            if found:
-                evaluations[path] = found | {"name": path.name}  # the folder may have been renamed since
-            else:
-                groups.setdefault(candidate.options, []).append(_load(candidate))
-        except TcsaeError as error:
-            refused.append(f"{path.name}: {error}")
+    request = request or Request()
+    folders = evaluable(runs_path, request.names)
+    evaluations, groups, refused = sort_out(store, folders, request)
     if evaluations:
         say(f"Evaluated already: {', '.join(path.name for path in evaluations)}. Do it again with --force.")
-    for options, group in groups.items():
-        for loaded, evaluation in zip(group, _evaluate(store, options, group), strict=True):
-            write_json(loaded.run.path / EVALUATION, evaluation)
-            evaluations[loaded.run.path] = evaluation
+    for options, runs in groups.items():
+        found = _evaluate(Group(store, runs_path, options, runs))
+        evaluations |= {loaded.run.path: one for loaded, one in zip(runs, found, strict=True)}
     return Evaluated([evaluations[path] for path in folders if path in evaluations], refused)
 
 
-def _finished(folders: Sequence[Path], runs_path: Path, named: bool) -> list[Path]:
-    unfinished = [path for path in folders if not is_finished(path)]
-    if unfinished and (named or len(unfinished) == len(folders)):
-        raise RunError(
-            f"{unfinished[0]} has no {RECORD}: its training is unfinished. Go on: tcsae --runs {runs_path} train"
-        )
-    for path in unfinished:
-        say(f"{path.name}: skipped, its training is unfinished (no {RECORD}).")
-    return [path for path in folders if path not in unfinished]
-
-
-def _candidate(store: Store, path: Path) -> Candidate:
-    """The run at `path`. Raises RunError if it was never trained or does not fit the store, StoreError for its hook."""
-    record = load_record(path)
-    try:
-        preset, hook, d_sae_reads = record["preset"], record["hook"], record["sae"]["d_model"]
-        steps, skip_first = record["steps"], record["train"]["data"]["skip_first"]
-        _ = record["tokens"], record["store"]["content"]
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path / RECORD} lacks {error}: it is damaged, or no run of ours. Train it again.") from error
-    if steps == 0 and not preset.startswith(UNTRAINED):
-        raise RunError(f"no figures: its SAE has taken 0 optimiser steps. Train it, or use a {UNTRAINED}* preset.")
-    d_store = store.d_model(hook)
-    if d_sae_reads != d_store:
-        raise RunError(
-            f"its SAE reads d_model {d_sae_reads}, but {hook} in {store.location} has d_model {d_store}. "
-            "Evaluate it on a store of its own model, or name the runs that fit with --run."
-        )
-    return Candidate(path, record, EvalOptions(hook=hook, skip_first=skip_first))
-
-
-def _done_before(store: Store, candidate: Candidate) -> dict[str, Any] | None:
-    found = load_evaluation(candidate.path, store.content)
-    if found is None or found.get("definition_version") != metrics.DEFINITION_VERSION:
-        return None
-    # A tail that could not be read may have been put back.
-    tail_is_back = found.get("no_tail") and "none" not in store.manifest.tails.get(candidate.options.hook, {"none": ""})
-    return found if found.get("options") == to_dict(candidate.options) and not tail_is_back else None
-
-
-def _load(run: Candidate) -> Loaded:
-    """Load a run's SAE. Raises RunError, naming the tensor, if a weight is NaN or infinite."""
-    sae = load_sae(run.path)
-    for name, tensor in sae.tensors().items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise RunError(f"{bad} values of {name} in {WEIGHTS} are NaN or infinite. Train it again.")
-    return Loaded(run, sae, file_digest(run.path / WEIGHTS))
-
-
-def _evaluate(store: Store, options: EvalOptions, group: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """One pass for all runs of a group; their evaluations in the same order."""
+def _evaluate(group: Group) -> list[dict[str, Any]]:
+    """One pass for all runs of a group; their evaluations, written and returned in the same order."""
+    store, options = group.store, group.options
     split = store.split(options.split)
+    _check_not_empty(store, split, options)
+    tail, no_tail = _tail(store, options.hook)
+    mean = torch.from_numpy(store.array(f"statistics/{options.hook}/mean")[:]).double()
+    settings = Settings(hook=options.hook, skip_first=options.skip_first, splice_all=options.splice == "all", mean=mean)
+    reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
+    constant = baselines.constant_baselines(mean.float())
+    sized = _sized_baselines(group) if options.baselines else {}
+    systems: list[System] = [*(SaeOutput(one.sae) for one in group.runs), *sized.values(), *constant.values()]
+    observer = TemporalObserver(split, options.skip_first, mean, len(group.runs)) if options.temporal else None
+    start = time.monotonic()
+    title = f"eval {len(group.runs)} SAE{'s' * (len(group.runs) > 1)}"
+    with progress(title, total=split.n_tokens) as advance:
+        measured = measure(split, settings, systems, tail, reference, observer, advance)
+    if tail and reference is None and measured.reference is not None:
+        save_reference(group.runs_path, store, options.split, settings, measured.reference)
+    rows = _all_rows(measured, len(group.runs))
+    temporal = [observer.measures(i, one.sae.config) if observer else None for i, one in enumerate(group.runs)]
+    beaten = dict(zip([*sized, *constant], map(_points, rows[len(group.runs) :]), strict=True))
+    common = _common(group, measured, no_tail) | {
+        "baselines": beaten,
+        "definitions": metrics.DEFINITIONS
+        | tail_metrics.DEFINITIONS
+        | {name: baselines.DEFINITIONS[name] for name in beaten},
+        "temporal_definitions": temporal_run.DEFINITIONS,
+        "seconds": round(time.monotonic() - start, 2),
+        "seconds_shared_by": len(group.runs),
+    }
+    return [
+        _write(group, i, row, measured.firings[i], common | {"temporal": temporal[i]})
+        for i, row in enumerate(rows[: len(group.runs)])
+    ]
+
+
+def _check_not_empty(store: Store, split: Split, options: EvalOptions) -> None:
     if not (split.lengths > options.skip_first).any():
         raise StoreError(
             f"{store.location}: its {options.split} split has no position from {options.skip_first} on in "
             f"{split.n_sequences} sequences. Harvest more tokens, or a larger share for it (--eval-every)."
         )
-    tail, no_tail = _tail(store, options.hook)
-    mean = torch.from_numpy(store.array(f"statistics/{options.hook}/mean")[:]).float()
-    baselines = {"zero_output": ConstantOutput(torch.zeros_like(mean)), "mean_output": ConstantOutput(mean)}
-    systems: list[System] = [*baselines.values(), *(SaeOutput(loaded.sae) for loaded in group)]
-    title, start = f"eval {len(group)} SAE{'s' * (len(group) > 1)}", time.monotonic()
-    with progress(title, total=split.n_tokens) as advance:
-        measured = measure(split, options.hook, options.skip_first, systems, tail, advance)
-    rows = _figures(measured)
-    common = {
-        "definition_version": metrics.DEFINITION_VERSION,
-        "store": {"location": store.location, "content": store.content},
-        "options": to_dict(options),
-        "n_sequences": split.n_sequences,
-        "n_documents": split.n_documents,
-        "n_tokens": measured.counted[0].n_tokens,
-        "n_tokens_skipped": measured.skipped[0].n_tokens,
-        "n_predictions": measured.n_predictions,
-        "no_tail": no_tail,
-        "baselines": dict(zip(baselines, rows, strict=False)),
-        "definitions": metrics.DEFINITIONS | tail_metrics.DEFINITIONS | BASELINE_DEFINITIONS,
-        "seconds": round(time.monotonic() - start, 2),
-        "seconds_shared_by": len(group),
-        "libraries": {"tcsae": __version__, "torch": torch.__version__},
-    }
-    own = zip(group, rows[len(baselines) :], strict=True)
-    return [_about(loaded, store) | {"metrics": row} | common for loaded, row in own]
-
-
-def _about(loaded: Loaded, store: Store) -> dict[str, Any]:
-    path, record, _ = loaded.run
-    trained_on = record["store"]["content"]
-    if trained_on != store.content:
-        say(f"{path.name}: trained on another store (content {trained_on[:12]}), evaluated on this one.")
-    return {
-        "name": path.name,
-        "preset": record["preset"],
-        "sae": record["sae"],
-        "steps": record["steps"],
-        "tokens": record["tokens"],
-        "weights": loaded.weights,
-        "trained_on": trained_on,
-    }
 
 
 def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
@@ -201,14 +117,89 @@ def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
         return None, str(error)
 
 
-def _figures(measured: Measured) -> list[dict[str, float | None]]:
-    """Each system's figures. The first two are the zero and the mean output."""
-    losses = measured.losses
-    rows = []
+def _sized_baselines(group: Group) -> dict[str, System]:
+    options = group.options
+    return baselines.sized_baselines(group.store, options.hook, options.skip_first, group.runs[0].sae.config)
+
+
+def _all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
+    """Each system's figures: the runs' on the split and on every resampling, the baselines' on the split alone."""
+    reference, losses = measured.reference, list(measured.losses)
+    if reference is not None:
+        losses[-2:] = [reference.zero, reference.mean]
+    weights = resamplings(len(measured.counted[0].n_tokens))
+    all_rows = []
     for i, (counted, skipped) in enumerate(zip(measured.counted, measured.skipped, strict=True)):
-        if losses is None:
-            ce = tail_metrics.ce_figures(None, None, None, None)
+        draws = weights if i < n_runs else weights[:1]
+        rows = metrics.figures(counted.weighted(draws), skipped.weighted(draws))
+        if reference is not None:
+            rows |= tail_metrics.tail_figures(reference.weighted(draws), losses[i].weighted(draws))
+        firings = measured.firings[i]
+        if firings is None:  # no latents
+            rows = {name: values for name, values in rows.items() if not name.startswith(("l0", "l1"))}
         else:
-            ce = tail_metrics.ce_figures(losses.clean, losses.zero, losses.systems[1], losses.systems[i])
-        rows.append(metrics.figures(counted, skipped) | ce)
-    return rows
+            rows["dead_fraction"] = (firings[0] == 0).double().mean()[None]
+        all_rows.append(rows)
+    return all_rows
+
+
+def _points(rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """The figures themselves, all of them: None where undefined or without a tail."""
+    names = [*metrics.DEFINITIONS, *tail_metrics.DEFINITIONS]
+    return {name: point(rows[name]) if name in rows else None for name in names}
+
+
+def _common(group: Group, measured: Measured, no_tail: str | None) -> dict[str, Any]:
+    """What the evaluations of a group share."""
+    store, split = group.store, group.store.split(group.options.split)
+    reference = measured.reference
+    return {
+        "definition_version": metrics.DEFINITION_VERSION,
+        "store": {"location": store.location, "content": store.content},
+        "options": to_dict(group.options),
+        "sequence_length": store.sequence_length,
+        "n_sequences": split.n_sequences,
+        "n_documents": split.n_documents,
+        "n_tokens": int(measured.counted[0].n_tokens.sum()),
+        "n_tokens_skipped": int(measured.skipped[0].n_tokens.sum()),
+        "n_predictions": 0 if reference is None else int(reference.n_predictions.sum()),
+        "no_tail": no_tail,
+        "through_the_tail": [] if reference is None else list(tail_metrics.DEFINITIONS),
+        "splice": tail_metrics.SPLICES[group.options.splice],
+        "interval_rule": f"{LEVEL:.0%}, percentiles of {N_RESAMPLINGS} resamplings of whole documents",
+        "libraries": {"tcsae": __version__, "torch": torch.__version__},
+    }
+
+
+def _write(
+    group: Group, i: int, rows: Mapping[str, Tensor], firings: Tensor | None, common: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a run's files, eval.json last; returns what that holds."""
+    loaded, folder = group.runs[i], group.runs[i].run.path
+    evaluation = _about(loaded, group.store) | {"metrics": _points(rows)}
+    evaluation["intervals"] = {name: interval(rows[name]) for name in rows if len(rows[name]) > 1}
+    evaluation |= common
+    assert firings is not None
+    details = saebench.feature_details(loaded.sae, firings, common["n_tokens"])
+    core = saebench.core_output(evaluation, loaded.sae, details, group.store.manifest.recipe.model.name)
+    write_json(folder / saebench.FILE, core)
+    draws = {name: values.contiguous() for name, values in rows.items() if len(values) > 1}
+    write_atomic(folder / REPLICATES, safetensors.torch.save(draws, {"content": group.store.content}))
+    write_json(folder / EVALUATION, evaluation)
+    return evaluation
+
+
+def _about(loaded: Loaded, store: Store) -> dict[str, Any]:
+    path, record, _ = loaded.run
+    trained_on = record["store"]["content"]
+    if trained_on not in (None, store.content):
+        say(f"{path.name}: trained on another store (content {trained_on[:12]}), evaluated on this one.")
+    return {
+        "name": path.name,
+        "preset": record["preset"],
+        "sae": to_dict(loaded.sae.config),
+        "steps": record["steps"],
+        "tokens": record["tokens"],
+        "weights": loaded.weights,
+        "trained_on": trained_on,
+    }

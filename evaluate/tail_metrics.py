@@ -1,61 +1,126 @@
-"""Cross-entropy through the tail: what the language model loses when it reads a reconstruction instead of x."""
+"""Cross-entropy and KL divergence through the tail: what the language model loses when it reads xhat instead of x."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from torch.nn import functional
 
 from tcsae.shared.tail import Tail
 
 DEFINITIONS = {
-    "ce_loss_without_sae": "nats per prediction, from the stored activations; counted are predictions made at valid "
-    "positions from skip_first on whose next token lies in the same sequence",
-    "ce_loss_with_sae": "the same predictions with xhat at the counted positions; skipped positions keep x",
+    "ce_loss_without_sae": "nats per prediction, from the stored activations; counted are predictions made at counted "
+    "positions whose next token lies in the same sequence",
+    "ce_loss_with_sae": "the same predictions with xhat in place of x",
     "ce_loss_with_ablation": "the same predictions with zeros at all positions, the skipped ones included",
-    "ce_loss_with_mean": "the same predictions with the mean over the train split at the counted positions; skipped "
-    "positions keep x",
+    "ce_loss_with_mean": "the same predictions with the mean over the train split in place of x",
     "ce_loss_score": "(with_ablation - with_sae) / (with_ablation - without_sae)",
+    "kl_div_with_sae": "mean over the counted positions, a sequence's last one included, of KL(p || q): p from x, q "
+    "from xhat",
+    "kl_div_with_ablation": "the same, q from zeros at all positions",
+    "kl_div_score": "(with_ablation - with_sae) / with_ablation",
 }
-"""What each figure is, for eval.json. The ablation is SAEBench's and SAELens'; the splice is SAELens'."""
+"""What each figure is, for eval.json. What is replaced: see SPLICES. The ablation is SAEBench's and SAELens'."""
+
+SPLICES = {
+    "counted": "xhat stands at the counted positions, the skipped ones keep x (SAELens: special tokens keep theirs)",
+    "all": "xhat stands at all valid positions, the skipped ones included (SAEBench)",
+}
+
+
+class Losses(NamedTuple):
+    """Summed over each row's tokens (a row: a sequence, a document, a resampling of documents)."""
+
+    ce: Float64[Tensor, " rows"]
+    kl: Float64[Tensor, " rows"]
+
+    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Losses":
+        return Losses(weights @ self.ce, weights @ self.kl)
 
 
 def splice(
     x: Float[Tensor, "batch position d_model"],
-    counted: Bool[Tensor, "batch position"],
+    replaced: Bool[Tensor, "batch position"],
     x_hat: Float[Tensor, "n d_model"],
 ) -> Float[Tensor, "batch position d_model"]:
-    """x with `x_hat` at the counted positions, in row order."""
+    """x with `x_hat` at the replaced positions, in row order."""
     spliced = x.clone()
-    spliced[counted] = x_hat
+    spliced[replaced] = x_hat
     return spliced
 
 
 def sequence_losses(
     tail: Tail,
     x: Float[Tensor, "batch position d_model"],
+    others: Sequence[Float[Tensor, "batch position d_model"]],
     tokens: Int[Tensor, "batch position"],
-    lengths: Int[Tensor, " batch"],
-    skip_first: int,
-) -> Float64[Tensor, " batch"]:
-    """Each sequence's summed cross-entropy, in nats, over the predictions made from position `skip_first` on."""
-    return tail.next_token_loss(x, tokens, lengths)[:, skip_first:].sum(1, dtype=torch.float64)
+    counted: Bool[Tensor, "batch position"],
+    has_next: Bool[Tensor, "batch position"],
+) -> list[Losses]:
+    """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
+
+    The cross-entropy of position i is that of token i + 1, at counted positions with `has_next`; KL at all counted.
+    Logits are made a few tokens at a time and those of x once for all others.
+    """
+    predicts = has_next[counted]
+    targets = tokens.roll(-1, 1)[counted].long()
+    hidden = [tail.hidden(one)[counted] for one in (x, *others)]
+    losses = torch.zeros(len(hidden), 2, len(targets))
+    for part, (logits,) in tail.slices(hidden[0]):
+        clean = functional.log_softmax(logits, -1)
+        losses[0, 0, part] = -_chosen(clean, targets[part])
+        if not others:
+            continue
+        p = clean.exp()
+        entropy = torch.linalg.vecdot(p, clean)
+        for i, one in enumerate(hidden[1:], 1):
+            theirs = functional.log_softmax(tail.unembed(one[part]), -1)
+            losses[i, 0, part] = -_chosen(theirs, targets[part])
+            losses[i, 1, part] = entropy - torch.linalg.vecdot(p, theirs)
+    losses[:, 0].mul_(predicts)
+    row = torch.arange(len(tokens))[:, None].expand_as(tokens)[counted]
+    sums = torch.zeros(len(hidden), 2, len(tokens), dtype=torch.float64).index_add_(2, row, losses.double())
+    return [Losses(ce, kl) for ce, kl in sums]
 
 
-def n_predictions(lengths: Int[Tensor, " batch"], skip_first: int) -> int:
-    """How many losses `sequence_losses` sums over: a sequence's last token predicts nothing."""
-    return int((lengths - 1 - skip_first).clamp(min=0).sum())
+def _chosen(log_p: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return log_p.gather(1, targets[:, None]).squeeze(1)
 
 
-def ce_figures(
-    clean: float | None, zero: float | None, mean: float | None, spliced: float | None
-) -> dict[str, float | None]:
-    """The figures of DEFINITIONS from mean losses; all None without a tail."""
-    score = None
-    if clean is not None and zero is not None and spliced is not None and zero != clean:
-        score = (zero - spliced) / (zero - clean)
+class Reference(NamedTuple):
+    """What no SAE changes: the losses of x, of ablations, and how many predictions and positions they are sums of."""
+
+    n_predictions: Float64[Tensor, " rows"]
+    n_positions: Float64[Tensor, " rows"]
+    clean: Losses
+    ablation: Losses
+    """Zeros at all positions."""
+    zero: Losses
+    """Zeros at the replaced positions."""
+    mean: Losses
+    """The mean of the train split at the replaced positions."""
+
+    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Reference":
+        n_predictions, n_positions = weights @ self.n_predictions, weights @ self.n_positions
+        return Reference(n_predictions, n_positions, *(one.weighted(weights) for one in self[2:]))
+
+
+def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[str, Float64[Tensor, " rows"]]:
+    """The figures of DEFINITIONS, row by row; NaN where undefined. Empty without a tail."""
+    if reference is None or spliced is None:
+        return {}
+    n, positions = reference.n_predictions, reference.n_positions
+    clean, sae, zero, mean = (one.ce / n for one in (reference.clean, spliced, reference.ablation, reference.mean))
+    kl, kl_zero = spliced.kl / positions, reference.ablation.kl / positions
     return {
         "ce_loss_without_sae": clean,
-        "ce_loss_with_sae": spliced,
+        "ce_loss_with_sae": sae,
         "ce_loss_with_ablation": zero,
         "ce_loss_with_mean": mean,
-        "ce_loss_score": score,
+        "ce_loss_score": (zero - sae) / torch.where(zero == clean, torch.nan, zero - clean),
+        "kl_div_with_sae": kl,
+        "kl_div_with_ablation": kl_zero,
+        "kl_div_score": (kl_zero - kl) / torch.where(kl_zero == 0, torch.nan, kl_zero),
     }

@@ -1,11 +1,10 @@
 """The language model up to the deepest hook: tokens in, activations out."""
 
+import contextlib
 import difflib
+import gc
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -13,57 +12,69 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.harvest.forward import Forward, module_places, through_bridge, through_modules
 from tcsae.harvest.language_model import LanguageModel
-from tcsae.harvest.sources import first_line
+from tcsae.harvest.loading import load_bridge, load_plain, tail_parameters
 from tcsae.shared.errors import ModelError
 from tcsae.shared.manifest import HookRecipe
-from tcsae.shared.tail import TailError
+from tcsae.shared.tail import TailError, tail_start
 
 _FAMILIAR = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 _PROBES = (5, 7)
 """Lengths of the first two passes. What is as long as the sequence must follow both; an attention pattern does not."""
-
-
-class _AllCaughtError(Exception):
-    """Every hook has fired: the rest of the forward pass is not needed."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest difference of two ways through one model, relative to the largest activation: rounding, not another place."""
 
 
 class Capture:
     """A language model whose forward pass stops as soon as all hooks have fired.
 
-    Hooks are TransformerLens names; aliases are resolved (`blocks.4.hook_resid_post` is `blocks.4.hook_out`).
-    Stopping at the last firing, and not at a layer, makes no assumption about where in a block a hook sits: under
-    `stop_at_layer=N`, `blocks.N.hook_resid_pre` never fires, silently.
+    Hooks are TransformerLens names; aliases are resolved (`blocks.4.hook_resid_post` is `blocks.4.hook_out`). Where all
+    hooks are inputs or outputs of modules of the Hugging Face model, that model runs by itself, with the attention that
+    `transformers` prefers (`attention` says which), once its activations have been found equal to the bridge's. Else
+    the bridge runs.
 
     Raises ModelError if the model cannot be loaded, if a hook is unknown or does not fire exactly once in a forward
     pass, or if what it sees is not one vector a position.
     """
 
-    def __init__(self, model: LanguageModel, hooks: Sequence[str], batch_size: int, device: str = "cpu") -> None:
+    def __init__(
+        self, model: LanguageModel, hooks: Sequence[str], batch_size: int, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.device = device
-        self._bridge = _boot(model, device)
-        self._caught: dict[str, Tensor] = {}
-        self._stops = False
-        points = self._bridge.hook_dict
+        self.dtype = dtype
+        bridge = load_bridge(model, device, dtype)
+        self.n_layers = int(bridge.cfg.n_layers)
+        """Blocks of the whole model."""
+        points = bridge.hook_dict
         for name in hooks:
             if name not in points:
                 raise ModelError(_unknown_hook(name, model.name, points, self.n_layers))
-            try:
-                self._bridge.add_hook(name, self._recorder(name, len(hooks)))
-            except ValueError as error:  # a hook that TransformerLens fires only when switched on
-                raise ModelError(f"{name} of {model.name} never fires ({first_line(error)})") from error
-        widths = self._probe(hooks)
+        self._forward = through_bridge(bridge, model.name, hooks)
+        widths, ids, expected = self._probe(hooks, int(bridge.cfg.d_vocab))
         self.hooks = tuple(
             HookRecipe(requested=name, canonical=points[name].name, d_model=widths[name]) for name in hooks
         )
-        self._stops = True
+        if places := module_places(bridge, hooks):
+            del bridge, points  # a large model need not be in memory twice
+            self._forward = self._without_bridge(places, ids, expected) or through_bridge(
+                load_bridge(model, device, dtype), model.name, hooks
+            )
 
     @property
-    def n_layers(self) -> int:
-        """Blocks of the whole model."""
-        return int(self._bridge.cfg.n_layers)
+    def attention(self) -> str:
+        """The attention implementation that runs, as `transformers` names it."""
+        return self._forward.attention
+
+    def tail_bytes(self) -> int:
+        """About what the tails of all hooks take on disk (float32)."""
+        model, total = getattr(self._forward.model, "original_model", self._forward.model), 0
+        for hook in self.hooks:
+            with contextlib.suppress(TailError):
+                total += 4 * tail_parameters(model, tail_start(hook.canonical, self.n_layers))
+        return total
 
     def run(
         self, tokens: Int[ndarray, "n sequence_length"], lengths: Int[ndarray, " n"]
@@ -71,63 +82,48 @@ class Capture:
         """float32 activations of every hook; heads are flattened; positions beyond a length hold anything finite.
 
         Sequences go through the model in order of length, `batch_size` at a time, cut to the longest of the batch, so
-        that short documents do not pay for padding. Attention is causal: what is cut off changes nothing.
+        that short documents do not pay for padding. Attention is causal: what is cut off changes nothing. From a GPU,
+        a batch is copied while the next is computed.
         """
         found = {hook.requested: np.zeros((*tokens.shape, hook.d_model), np.float32) for hook in self.hooks}
         order = np.argsort(lengths, kind="stable")
+        waiting: _OnTheWay | None = None
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             longest = int(lengths[rows].max())
-            for name, values in self._forward(tokens[rows, :longest]).items():
-                found[name][rows, :longest] = values.cpu().numpy()
+            sent = _OnTheWay(rows, self._batch(tokens[rows, :longest]))
+            if waiting is not None:
+                waiting.into(found)
+            waiting = sent
+        if waiting is not None:
+            waiting.into(found)
         return found
 
     def run_whole(
         self, tokens: Int[ndarray, "n position"]
     ) -> tuple[dict[str, Float[Tensor, "n position d_model"]], Float[Tensor, "n position vocabulary"]]:
         """Activations of every hook and the logits, from one pass through the whole model."""
-        self._stops = False
-        try:
-            self._caught = {}
-            with torch.inference_mode():
-                logits = self._bridge.forward(self._ids(tokens), return_type="logits", use_cache=False)
-            return {name: values.clone() for name, values in self._caught.items()}, logits
-        finally:
-            self._stops = True
+        return self._forward.whole(self._ids(tokens))
 
-    def _forward(self, tokens: Int[ndarray, "n position"]) -> dict[str, Float[Tensor, "n position d_model"]]:
-        self._caught = {}
-        try:
-            with torch.inference_mode():
-                self._bridge.forward(self._ids(tokens), return_type=None, use_cache=False)
-        except _AllCaughtError:
-            pass
-        if missing := [hook.requested for hook in self.hooks if hook.requested not in self._caught]:
+    def _batch(self, tokens: Int[ndarray, "n position"]) -> dict[str, Float[Tensor, "n position d_model"]]:
+        caught = self._forward(self._ids(tokens))
+        if missing := [hook.requested for hook in self.hooks if hook.requested not in caught]:
             raise ModelError(f"{', '.join(missing)} of {self.model.name} did not fire in a batch. Choose another hook.")
-        return self._caught
+        return caught
 
     def _ids(self, tokens: Int[ndarray, "n position"]) -> Int[Tensor, "n position"]:
         return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(self.device)
 
-    def _recorder(self, name: str, n_hooks: int) -> Callable[..., None]:
-        def record(value: Tensor, hook: object) -> None:  # noqa: ARG001
-            if name in self._caught:
-                raise ModelError(f"{name} of {self.model.name} fires more than once a pass. Choose another hook.")
-            # A copy: later layers may work in place.
-            self._caught[name] = value.detach().reshape(*value.shape[:2], -1).to(torch.float32, copy=True)
-            if self._stops and len(self._caught) == n_hooks:
-                raise _AllCaughtError
-
-        return record
-
-    def _probe(self, hooks: Sequence[str]) -> dict[str, int]:
-        """Width of each hook's vectors, from two short passes through the whole model."""
-        shapes = []
+    def _probe(self, hooks: Sequence[str], n_vocabulary: int) -> tuple[dict[str, int], ndarray, dict[str, Tensor]]:
+        """Width of each hook's vectors, from two short passes through the whole model; tokens and activations of the
+        second.
+        """
+        shapes, ids = [], np.zeros((2, 0), np.int64)
+        caught: dict[str, Tensor] = {}
         for length in _PROBES:
-            self._caught = {}
-            with torch.inference_mode():
-                self._bridge.forward(self._ids(np.ones((2, length), np.int64)), return_type=None, use_cache=False)
-            shapes.append({name: tuple(value.shape) for name, value in self._caught.items()})
+            ids = np.random.default_rng(0).integers(0, n_vocabulary, (2, length))
+            caught = self._forward(self._ids(ids), stops=False)
+            shapes.append({name: tuple(value.shape) for name, value in caught.items()})
         for name in hooks:
             seen = [shape.get(name) for shape in shapes]
             if None in seen:
@@ -138,55 +134,52 @@ class Capture:
                     f"{name} of {self.model.name} is not one vector a position: its shape is {seen[0]} for 2 sequences "
                     f"of {_PROBES[0]}. Choose another hook, for example blocks.{self.n_layers - 1}.hook_resid_post."
                 )
-        return {name: shapes[0][name][2] for name in hooks}
+        return {name: shapes[0][name][2] for name in hooks}, ids, caught
+
+    def _without_bridge(
+        self, places: dict[str, tuple[str, str]], ids: ndarray, expected: dict[str, Tensor]
+    ) -> Forward | None:
+        """The plain model with hooks at `places`, if it catches what the bridge did."""
+        del self._forward
+        gc.collect()  # modules refer to each other
+        try:
+            forward = through_modules(load_plain(self.model, self.device, self.dtype), self.model.name, places)
+            caught = forward(self._ids(ids))
+        except (TailError, ModelError, AttributeError, KeyError):  # no causal model, or another structure than guessed
+            return None
+        for name, value in expected.items():
+            scale = float(value.abs().max())
+            ours = caught.get(name)
+            if ours is None or ours.shape != value.shape:
+                return None
+            if not float((ours.float() - value.float()).abs().max()) <= TOLERANCE[self.dtype] * scale:
+                return None
+        return forward
 
 
-def load_plain(model: LanguageModel) -> Any:
-    """The Hugging Face model itself, in float32 on the CPU, as no bridge has touched it.
+class _OnTheWay:
+    """A batch's activations, being copied to where NumPy can read them."""
 
-    Raises TailError if it is no causal language model.
-    """
-    from transformers import AutoModelForCausalLM
+    def __init__(self, rows: ndarray, values: dict[str, Tensor]) -> None:
+        self._rows = rows
+        self._event: torch.cuda.Event | None = None
+        self._values = {}
+        for name, value in values.items():
+            if value.device.type == "cuda":
+                host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+                self._values[name] = host.copy_(value, non_blocking=True)
+            else:
+                self._values[name] = value.cpu()
+        if any(value.device.type == "cuda" for value in values.values()):
+            self._event = torch.cuda.Event()
+            self._event.record()
 
-    try:
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(model.source, dtype=torch.float32, **model.options).eval()
-    except (OSError, ValueError) as error:
-        raise TailError(f"No tail: {model.name} is no causal language model ({first_line(error)}).") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep `transformers` from drawing bars and warning on stderr; its switch is global, so it is put back."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _boot(model: LanguageModel, device: str) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        with quiet():
-            bridge = TransformerBridge.boot_transformers(
-                model.source,
-                device=device,
-                dtype=torch.float32,
-                # Otherwise every layer's attention weights are kept until the pass ends.
-                hf_config_overrides={"output_attentions": False},
-                **model.options,
-            )
-            return bridge.eval()
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"TransformerLens cannot load the model {model.name} ({first_line(error)}).") from error
+    def into(self, found: dict[str, ndarray]) -> None:
+        """Wait for the copy, then put each sequence into its row."""
+        if self._event is not None:
+            self._event.synchronize()
+        for name, value in self._values.items():
+            found[name][self._rows, : value.shape[1]] = value.float().numpy()
 
 
 def _unknown_hook(asked: str, model: str, known: Collection[str], n_layers: int) -> str:

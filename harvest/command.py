@@ -1,12 +1,16 @@
 """The command `harvest`."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from tcsae.shared.cli import Count, Place, StageCommand
 
 if TYPE_CHECKING:
+    from tcsae.harvest.config import HarvestConfig
+    from tcsae.harvest.plan import Plan
     from tcsae.shared.store import Store
 
 
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
 @click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a Hub dataset.")
 @click.option("--text-field", default="text", show_default=True, metavar="NAME", help="The column that holds the text.")
 @click.option(
+    "--tokens-field", metavar="NAME", help="The column that holds token ids of this model, where there is no text."
+)
+@click.option(
     "--hook",
     "hooks",
     multiple=True,
@@ -46,8 +53,9 @@ if TYPE_CHECKING:
     type=Count(),
     default="1M",
     show_default=True,
-    help="Tokens to store, over both splits; K, M and G are powers of 1000.",
+    help="Tokens to store, over both splits; K, M and G are powers of 1000. A finished store of fewer is extended.",
 )
+@click.option("--sequences", type=Count(), help="Sequences to store, in place of --tokens.")
 @click.option("--sequence-length", default=128, show_default=True, help="Positions of a sequence, at most.")
 @click.option(
     "--min-length",
@@ -61,6 +69,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="Begin every sequence with the tokenizer's BOS token.",
 )
+@click.option(
+    "--lm-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the model computes in; the halves on a GPU only.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs; auto: the first of the others that is there.",
+)
 @click.option("--batch-size", default=32, show_default=True, help="Sequences in one forward pass.")
 @click.option(
     "--eval-every",
@@ -71,34 +93,62 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, help="0 keeps the corpus's order, another number shuffles it.")
 @click.option(
     "--codec",
-    type=click.Choice(["float16", "float32"]),
+    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
     default="float16",
     show_default=True,
-    help="How activations are stored.",
+    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.",
+)
+@click.option(
+    "--codec-error",
+    type=float,
+    metavar="SHARE",
+    help="Of compact: mean squared error relative to the variance.  [default: 0.01]",
 )
 @click.option("--exact", is_flag=True, help="Fail if the corpus has less text than --tokens.")
+@click.option("--dry-run", is_flag=True, help="Only make the sequences; print what the rest will take.")
+@click.option("--force", is_flag=True, help="Begin even if the disk has not the room.")
 @click.option("--fresh", is_flag=True, help="Delete the activation store that is there and start anew.")
-@click.pass_obj
-def harvest(place: Place, **options: Any) -> None:
+@click.pass_context
+def harvest(ctx: click.Context, **options: Any) -> None:
     """Run a language model over text once and store its activations.
 
     Documents become sequences, one document in each, in a train and an eval split. The model runs up to the deepest
     hook. Killed at any moment, the same command goes on where it stopped; a finished store of the same settings is used
     as it is.
     """
-    from tcsae.harvest.corpus import CorpusChoice
-    from tcsae.harvest.run import HarvestConfig, ModelChoice
     from tcsae.harvest.run import harvest as run
+    from tcsae.harvest.run import plan_harvest
+
+    if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
+    place: Place = ctx.obj
+    config, fresh, exact = _config(options), options["fresh"], options["exact"]
+    if options["dry_run"]:
+        print_plan(plan_harvest(place.store, config, fresh=fresh, exact=exact))
+    else:
+        print_summary(run(place.store, config, fresh=fresh, exact=exact, force=options["force"]))
+
+
+def _config(options: Mapping[str, Any]) -> "HarvestConfig":
+    from tcsae.harvest.config import HarvestConfig, ModelChoice
+    from tcsae.harvest.corpus import CorpusChoice
     from tcsae.shared.manifest import SequenceRecipe
 
-    config = HarvestConfig(
-        model=ModelChoice(name=options["model"], revision=options["revision"], batch_size=options["batch_size"]),
+    return HarvestConfig(
+        model=ModelChoice(
+            name=options["model"],
+            revision=options["revision"],
+            batch_size=options["batch_size"],
+            dtype=options["lm_dtype"],
+            device=options["device"],
+        ),
         corpus=CorpusChoice(
             name=options["dataset"],
             revision=options["dataset_revision"],
             config=options["dataset_config"],
             split=options["split"],
-            field=options["text_field"],
+            field=options["tokens_field"] or options["text_field"],
+            tokenized=options["tokens_field"] is not None,
             seed=options["seed"],
         ),
         sequences=SequenceRecipe(
@@ -109,9 +159,41 @@ def harvest(place: Place, **options: Any) -> None:
         ),
         hooks=options["hooks"],
         n_tokens=options["tokens"],
+        n_sequences=options["sequences"],
         codec=options["codec"],
+        codec_error=options["codec_error"],
     )
-    print_summary(run(place.store, config, fresh=options["fresh"], exact=options["exact"]))
+
+
+def print_plan(plan: "Plan") -> None:
+    """What a harvest will hold, and what it will take, on stdout."""
+    from tcsae.harvest.plan import is_exact
+    from tcsae.shared.console import duration, size, table
+
+    rows = [
+        (name, values["train"], values["eval"])
+        for name, values in (("sequences", plan.sequences), ("tokens", plan.tokens))
+    ]
+    table(f"{plan.location}: the plan", ["", "train", "eval"], rows)
+    n_tokens = max(1, sum(plan.tokens.values()))
+    for codec, n_bytes in plan.activations.items():
+        chosen = " (chosen)" if codec == plan.recipe.codec else ""
+        about = "" if is_exact(codec) else "about "
+        click.echo(f"  {codec:9s} {about}{size(n_bytes)}, {n_bytes / n_tokens:.0f} bytes a token{chosen}")
+    probe = plan.probe
+    click.echo(f"  still to be written: {size(plan.needed)}, tails included; the disk has {size(plan.free)}")
+    click.echo(
+        f"  measured on a batch, per token: the model {probe.model * 1e6:.3g} us, writing {probe.write * 1e6:.3g} us, "
+        f"reading {probe.read * 1e6:.3g} us"
+    )
+    click.echo(f"  {plan.left:,} tokens to go: {duration(plan.seconds)}")
+    ratio = "(model + writing) / (model - reading)"
+    click.echo(
+        f"  the store is ahead of running the model again from {probe.break_even} passes over the tokens on, {ratio}; "
+        "an SAE trained alone is one"
+        if probe.break_even
+        else "  reading takes as long as the model: a store will not pay"
+    )
 
 
 def print_summary(store: "Store") -> None:

@@ -21,6 +21,8 @@ ALIASES = {"openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet")}
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
 SHUFFLE_BUFFER = 10_000
+Document = str | list[int]
+"""Text, or token ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,8 @@ class CorpusChoice:
     config: str | None = None
     split: str = "train"
     field: str = "text"
-    """The column that holds the text."""
+    """The column that holds the text, or with `tokenized` the token ids."""
+    tokenized: bool = False
     seed: int = 0
     """0: the corpus's own order. Otherwise documents are shuffled in a buffer of 10,000 with this seed."""
 
@@ -53,32 +56,35 @@ class Corpus:
         """Read one document. Raises DataError if there is none, or if the text's column is missing."""
         for first in self._guarded(iter(self._load().take(1)), 0, 1):
             if self.recipe.field not in first:
+                ids = sorted(name for name, value in first.items() if _are_ids(value))
+                hint = f" Token ids, as {ids[0]!r} has, are read by --tokens-field {ids[0]}." if ids else ""
                 raise DataError(
                     f"{self.recipe.name} has no column {self.recipe.field!r}. It has: {', '.join(sorted(first))}. "
-                    "Give one of these: --text-field NAME."
+                    f"Give one of these: --text-field NAME.{hint}"
                 )
             return
         raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
 
-    def batches(self, start: int = 0, size: int = 256) -> Iterator[list[str]]:
-        """Texts of documents `start`, `start + 1`, ..., up to `size` at a time; "" for a document without text.
+    def batches(self, start: int = 0, size: int = 256) -> Iterator[list[Document]]:
+        """Documents `start`, `start + 1`, ..., up to `size` at a time; "" or no ids for an empty one.
 
         Raises DataError, naming the document, where one cannot be read.
         """
         dataset = self._load().select_columns([self.recipe.field])
         if self.recipe.seed:
             dataset = dataset.shuffle(seed=self.recipe.seed, buffer_size=SHUFFLE_BUFFER)
-        number = start
+        number, ids = start, self.recipe.tokenized
         for batch in self._guarded(dataset.skip(start).iter(batch_size=size), start, size):
-            texts = [text if text is not None else "" for text in batch[self.recipe.field]]
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
+            documents = [("", [])[ids] if one is None else one for one in batch[self.recipe.field]]
+            for i, one in enumerate(documents):
+                if not (one == [] or _are_ids(one)) if ids else not isinstance(one, str):
+                    wanted, option = ("token ids", "--tokens-field") if ids else ("text", "--text-field")
                     raise DataError(
-                        f"{self.recipe.name}: document {number + i} has {type(text).__name__} in column "
-                        f"{self.recipe.field!r}, not text. Give another column: --text-field NAME."
+                        f"{self.recipe.name}: document {number + i} has {type(one).__name__} in column "
+                        f"{self.recipe.field!r}, not {wanted}. Give another column: {option} NAME."
                     )
-            number += len(texts)
-            yield texts
+            number += len(documents)
+            yield documents
 
     def _load(self) -> Any:
         import datasets
@@ -141,6 +147,7 @@ def _recipe(choice: CorpusChoice, name: str, revision: str) -> CorpusRecipe:
         config=choice.config,
         split=choice.split,
         field=choice.field,
+        tokenized=choice.tokenized,
         seed=choice.seed,
     )
 
@@ -177,6 +184,10 @@ def _embedded_file() -> Path:
             before = done
 
         return pydocs_file(on_progress)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int) and not isinstance(value[0], bool)
 
 
 def _ending(file: Path) -> str:

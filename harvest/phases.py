@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tcsae.harvest.capture import Capture, load_plain, quiet
-from tcsae.harvest.corpus import Corpus
+from tcsae.harvest.capture import Capture
+from tcsae.harvest.corpus import Corpus, Document
 from tcsae.harvest.language_model import LanguageModel
-from tcsae.harvest.sequences import Sequencer, budgets, n_tokens, split_of
-from tcsae.shared.console import progress
+from tcsae.harvest.loading import load_plain, quiet
+from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, split_of
+from tcsae.harvest.signals import StopRequest
+from tcsae.shared.console import progress, say
+from tcsae.shared.errors import DataError
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
 from tcsae.shared.writer import StoreWriter
@@ -34,45 +37,54 @@ class Sample(NamedTuple):
     lengths: Int[Tensor, " n"]
 
 
-def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel) -> None:
+def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, stop: StopRequest | None = None) -> None:
     """Phase 1: the sequences of both splits, with a commit every few thousand documents or seconds."""
     if writer.planned:
         return
+    stop = stop or StopRequest()
     recipe = writer.manifest.recipe
     tokenizer = model.tokenizer()
-    sequencer = Sequencer(
-        recipe.sequences,
-        budgets(recipe.n_tokens, recipe.sequences.eval_every),
-        tokenizer.bos_token_id,
-        writer.progress.get("counts"),
-    )
+    wanted, unit = budgets_of(recipe)
+    done = writer.progress.get("counts")
+    sequencer = Sequencer(recipe.sequences, wanted, tokenizer.bos_token_id, done, unit)
     counts = sequencer.counts
+    if done:
+        say(f"{writer.location} goes on: {counts['documents_read']:,} documents are read.")
     shown, committed, committed_at = n_tokens(counts), counts["documents_read"], time.monotonic()
     with progress(f"{corpus.recipe.name} to sequences", recipe.n_tokens, done=shown) as advance:
-        for _ in _read(sequencer, corpus, tokenizer):
+        for _ in _read(sequencer, corpus, model, tokenizer):
             advance(n_tokens(counts) - shown)
             shown = n_tokens(counts)
             now = time.monotonic()
-            if counts["documents_read"] - committed >= COMMIT_DOCUMENTS or now - committed_at >= COMMIT_S:
+            due = counts["documents_read"] - committed >= COMMIT_DOCUMENTS or now - committed_at >= COMMIT_S
+            if due or stop.number is not None:
                 writer.commit(sequencer.take_rows(), {"counts": counts})
                 committed, committed_at = counts["documents_read"], now
+                stop.check(f"{committed:,} documents are read")
     writer.commit(sequencer.take_rows(), {"counts": counts})
     writer.finish_sequences({**counts, "corpus_exhausted": not sequencer.done})
 
 
-def write_activations(writer: StoreWriter, capture: Capture) -> tuple[int, float]:
+def write_activations(writer: StoreWriter, capture: Capture, stop: StopRequest | None = None) -> tuple[int, float]:
     """Phase 2: every shard that is not on disk yet. One is written while the model works on the next.
 
     Returns the number of tokens that the model read, and the seconds it took.
     """
+    stop = stop or StopRequest()
+    writer.fit_codec(lambda shard: capture.run(writer.tokens(shard), writer.lengths(shard)))
     missing = writer.missing_shards()
     total = n_tokens(writer.manifest.counts)
     to_do = sum(int(writer.lengths(shard).sum()) for shard in missing)
+    n_shards = len(writer.shards())
+    if len(missing) < n_shards:
+        say(f"{writer.location} goes on: {n_shards - len(missing)} of {n_shards} shards are on disk.")
     start = time.monotonic()
     title = f"{capture.model.name} to {', '.join(hook.requested for hook in capture.hooks)}"
     with progress(title, total, done=total - to_do) as advance, ThreadPoolExecutor(1) as pool:
         pending: Future[None] | None = None
         for shard in missing:
+            if stop.number is not None:
+                break
             activations = capture.run(writer.tokens(shard), writer.lengths(shard))
             if pending is not None:
                 pending.result()
@@ -80,11 +92,15 @@ def write_activations(writer: StoreWriter, capture: Capture) -> tuple[int, float
             advance(int(writer.lengths(shard).sum()))
         if pending is not None:
             pending.result()
+    stop.check(f"{n_shards - len(writer.missing_shards())} of {n_shards} shards are on disk")
     return to_do, time.monotonic() - start
 
 
 def sample(writer: StoreWriter, capture: Capture) -> Sample:
-    """The first few train sequences through the whole model."""
+    """The first few train sequences through the whole model, in float32 as tails are."""
+    if capture.dtype != "float32":
+        requested = [hook.requested for hook in capture.hooks]
+        capture = Capture(capture.model, requested, capture.batch_size)
     shard = writer.shards()[0]
     tokens, lengths = writer.tokens(shard)[:SAMPLE_SEQUENCES], writer.lengths(shard)[:SAMPLE_SEQUENCES]
     activations, logits = capture.run_whole(tokens)
@@ -123,22 +139,34 @@ def write_tokenizer(writer: StoreWriter, model: LanguageModel) -> list[str]:
         return writer.add_folder("tokenizer", Path(folder))
 
 
-def _read(sequencer: Sequencer, corpus: Corpus, tokenizer: Any) -> Iterator[None]:
+def _read(sequencer: Sequencer, corpus: Corpus, model: LanguageModel, tokenizer: Any) -> Iterator[None]:
     """Feed the corpus to the sequencer, from where its counts stand; yields after every batch of documents."""
     if sequencer.done:
         return
-    every = sequencer.recipe.eval_every
-    for texts in corpus.batches(start=sequencer.counts["documents_read"]):
-        splits = [split_of(text, every) for text in texts]
+    every, n_vocabulary = sequencer.recipe.eval_every, model.config().get_text_config().vocab_size
+    for documents in corpus.batches(start=sequencer.counts["documents_read"]):
+        splits = [split_of(document, every) for document in documents]
         wanted = [i for i, split in enumerate(splits) if not sequencer.is_full(split)]
-        ids: dict[int, list[int]] = {}
-        if wanted:
-            encoded = tokenizer([texts[i] for i in wanted], add_special_tokens=False, verbose=False)["input_ids"]
-            ids = dict(zip(wanted, encoded, strict=True))
+        ids = _ids([documents[i] for i in wanted], tokenizer, n_vocabulary)
+        found = dict(zip(wanted, ids, strict=True))
         for i, split in enumerate(splits):
-            sequencer.add(split, ids.get(i, []))
+            sequencer.add(split, found.get(i, []))
             if sequencer.done:
                 break
         yield
         if sequencer.done:
             return
+
+
+def _ids(documents: list[Document], tokenizer: Any, n_vocabulary: int) -> list[list[int]]:
+    """Token ids of documents. Raises DataError for ids that the model has not."""
+    if not documents or isinstance(documents[0], str):
+        return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
+    found = [one for one in documents if not isinstance(one, str)]
+    for ids in found:
+        if ids and not 0 <= min(ids) <= max(ids) < n_vocabulary:
+            raise DataError(
+                f"A document has token ids from {min(ids)} to {max(ids)}; the model has 0 to {n_vocabulary - 1}. Give "
+                "data that this model's tokenizer made, or the text: --text-field NAME."
+            )
+    return found

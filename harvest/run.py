@@ -3,105 +3,155 @@
 The same call, made again after a kill, goes on from what is on disk and ends with the same bytes.
 """
 
-import importlib.metadata
-import platform
 import shutil
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from shutil import disk_usage
 from typing import Any
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
-from tcsae.harvest.corpus import Corpus, CorpusChoice, find_corpus
+from tcsae.harvest.config import HarvestConfig, ModelChoice
+from tcsae.harvest.corpus import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
 from tcsae.harvest.phases import sample, write_activations, write_sequences, write_tails, write_tokenizer
-from tcsae.harvest.sequences import budgets, check_sequences, n_tokens
-from tcsae.shared.codecs import stored_dtype
+from tcsae.harvest.plan import Plan, clear_when_full, make_plan, no_room
+from tcsae.harvest.resolve import load, resolve
+from tcsae.harvest.sequences import budgets_of, n_tokens
+from tcsae.harvest.signals import stop_on_signals
+from tcsae.shared.config import differences
 from tcsae.shared.console import say
-from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
+from tcsae.shared.errors import DataError, ModelError, StoreError
+from tcsae.shared.extension import can_extend, extend
 from tcsae.shared.journal import Journal
-from tcsae.shared.manifest import FORMAT, SPLITS, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, Manifest, Recipe
 from tcsae.shared.storage import local_root
-from tcsae.shared.store import Store, open_store, read_attributes, read_recipe
+from tcsae.shared.store import Store, open_store, read_attributes, read_manifest
 from tcsae.shared.writer import StoreWriter, open_writer
 
-LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "datasets", "zarr", "numpy")
+__all__ = ["HarvestConfig", "ModelChoice", "harvest", "plan_harvest", "remove_store"]
+
 DELETED = ".deleted"
 """Ending of a store that is being deleted: renamed at once, then taken apart."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChoice:
-    """The language model that is asked for."""
-
-    name: str = EMBEDDED
-    """"embedded", a local folder, or a Hub id."""
-    revision: str | None = None
-    """Of a Hub model; None: its main branch."""
-    batch_size: int = 32
-    """Sequences in one forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HarvestConfig:
-    """All that can be asked of a harvest; what it resolves to is the store's `Recipe`."""
-
-    model: ModelChoice = field(default_factory=ModelChoice)
-    corpus: CorpusChoice = field(default_factory=CorpusChoice)
-    sequences: SequenceRecipe = field(default_factory=SequenceRecipe)
-    """Its pad_id is replaced by the tokenizer's."""
-    hooks: tuple[str, ...] = ("blocks.4.hook_resid_post",)
-    n_tokens: int = 1_000_000
-    """Valid tokens over both splits."""
-    codec: str = "float16"
-
-    def __post_init__(self) -> None:
-        check_sequences(self.sequences, self.n_tokens)
-        stored_dtype(self.codec)
-        if not self.hooks or len(set(self.hooks)) < len(self.hooks):
-            raise ConfigError(f"--hook {' '.join(self.hooks)}: give at least one, and each once.")
-        if self.model.batch_size < 1:
-            raise ConfigError(f"--batch-size {self.model.batch_size}: at least 1 sequence.")
-
-
-def harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Store:
-    """Make, or finish, the store at `location`, and open it. A sealed store of the same recipe is used as it is.
+def harvest(
+    location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False, force: bool = False
+) -> Store:
+    """Make, or finish, the store at `location`, and open it. A sealed store of the same recipe is used as it is, one of
+    fewer tokens and else the same recipe is extended.
 
     `fresh` deletes an activation store that is there. `exact` refuses a corpus with less text than `n_tokens`, before
-    the activations are computed; otherwise the store then holds fewer tokens, and says so.
+    the activations are computed; otherwise the store then holds fewer tokens, and says so. `force` begins even if the
+    disk has not the room.
     Raises ConfigError, ModelError, DataError or StoreError. Wrong names and settings are found before anything is
-    written; what a later failure leaves behind, the same call goes on from.
+    written; what a later failure leaves behind, the same call goes on from. Raises Stopped after a SIGINT or SIGTERM,
+    once the shard at hand is on disk.
     """
+    start = time.monotonic()
+    found = _prepare(location, config, fresh)
+    before = _extend(location, found.recipe, force)
+    writer = open_writer(location, found.recipe)
+    if writer is None:
+        _say_used(location, found.recipe)
+        return open_store(location)
+    if before is None and config.model.name == EMBEDDED and config.sequences.eval_every != EVAL_EVERY:
+        say(
+            f"With --eval-every {config.sequences.eval_every} the embedded model was trained on part of the eval "
+            f"split, and figures on it will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
+        )
+    with writer, clear_when_full(location), stop_on_signals() as stop:
+        write_sequences(writer, found.corpus, found.model, stop)
+        _check_counts(writer, exact)
+        capture = found.load()
+        if writer.missing_shards():
+            plan = make_plan(writer, capture)
+            say(plan.line())
+            plan.check_room(force)
+        n_read, seconds = write_activations(writer, capture, stop)
+        few = sample(writer, capture)
+        del capture  # a large model need not be in memory twice
+        found.capture = None
+        tails, files = write_tails(writer, found.model, few)
+        files += write_tokenizer(writer, found.model)
+        stop.check("all shards are on disk")
+        writer.seal(tails, files, _times(start, n_read, seconds))
+        stop.check("the store is sealed, nothing is left to do in it")
+    return open_store(location)
+
+
+def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Plan:
+    """What `harvest` would write and how long it would take: text becomes sequences, then a batch is timed.
+
+    Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
+    store, which would have to be opened for writing.
+    """
+    found = _prepare(location, config, fresh)
+    manifest = read_manifest(location)
+    if manifest is not None and manifest.state == SEALED:
+        raise StoreError(f"{location} is sealed, there is nothing to plan. Give another --store, or --fresh.")
+    writer = open_writer(location, found.recipe)
+    assert writer is not None
+    with writer, clear_when_full(location), stop_on_signals() as stop:
+        write_sequences(writer, found.corpus, found.model, stop)
+        _check_counts(writer, exact)
+        return make_plan(writer, found.load())
+
+
+@dataclass
+class _Found:
+    """What a config names."""
+
+    model: LanguageModel
+    corpus: Corpus
+    recipe: Recipe
+    capture: Capture | None
+
+    def load(self) -> Capture:
+        capture = self.capture or load(
+            self.model, tuple(hook.requested for hook in self.recipe.hooks), self.recipe.model
+        )
+        if capture.attention != self.recipe.model.attention:
+            raise ModelError(
+                f"The store was begun with {self.recipe.model.attention} attention, this program runs "
+                f"{self.model.name} with {capture.attention}. Use --fresh to start anew, or another --store."
+            )
+        return capture
+
+
+def _prepare(location: str, config: HarvestConfig, fresh: bool) -> _Found:
     if fresh:
         remove_store(location)
     for leftover in local_root(location).absolute().parent.glob(f"{local_root(location).name}.*{DELETED}"):
         shutil.rmtree(leftover, ignore_errors=True)
     model = find_model(config.model.name, config.model.revision)
     corpus = find_corpus(config.corpus)
-    recipe, capture = _resolve(config, model, corpus, read_recipe(location))
-    writer = open_writer(location, recipe)
-    if writer is None:
-        say(f"{location} holds this harvest already; it is used as it is (--fresh makes it anew).")
-        return open_store(location)
-    if config.model.name == EMBEDDED and config.sequences.eval_every != EVAL_EVERY:
-        say(
-            f"With --eval-every {config.sequences.eval_every} the embedded model was trained on part of the eval "
-            f"split, and figures on it will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
-        )
-    start = time.monotonic()
-    with writer:
-        write_sequences(writer, corpus, model)
-        _check_counts(writer, exact)
-        capture = capture or Capture(model, config.hooks, config.model.batch_size)
-        n_read, seconds = write_activations(writer, capture)
-        few = sample(writer, capture)
-        del capture  # a large model need not be in memory twice
-        tails, files = write_tails(writer, model, few)
-        files += write_tokenizer(writer, model)
-        writer.seal(tails, files, _times(start, n_read, seconds))
-    return open_store(location)
+    stored = read_manifest(location)
+    return _Found(model, corpus, *resolve(config, model, corpus, stored.recipe if stored else None))
+
+
+def _extend(location: str, recipe: Recipe, force: bool) -> Manifest | None:
+    """Begin an extension if the store at `location` calls for one; returns the manifest that it had then."""
+    stored = read_manifest(location)
+    if stored is None or not can_extend(stored, recipe):
+        return None
+    room = disk_usage(local_root(location)).free
+    per_token = sum(open_store(location).n_bytes().values()) / max(1, n_tokens(stored.counts))
+    needed = int(per_token * (recipe.n_tokens - stored.recipe.n_tokens))
+    if needed > room and not force:  # found out here, the sealed store stays as it is
+        raise no_room(location, needed, room)
+    say(f"Extending {location} from {stored.recipe.n_tokens:,} to {recipe.n_tokens:,} tokens.")
+    return extend(location, recipe)
+
+
+def _say_used(location: str, recipe: Recipe) -> None:
+    stored = read_manifest(location)
+    assert stored is not None
+    others = differences(stored.recipe.libraries, recipe.libraries)
+    versions = f" It was written with other versions ({'; '.join(others)})." if others else ""
+    say(f"{location} holds this harvest already; it is used as it is (--fresh makes it anew).{versions}")
 
 
 def remove_store(location: str) -> None:
@@ -126,45 +176,6 @@ def remove_store(location: str) -> None:
         journal.release()
 
 
-def _resolve(
-    config: HarvestConfig, model: LanguageModel, corpus: Corpus, stored: Recipe | None
-) -> tuple[Recipe, Capture | None]:
-    """The recipe that a config comes to, and the loaded model if it took that to find out.
-
-    Names and widths of the hooks are the model's to say. A store that asked the same of the same model knows them.
-    """
-    capture = None
-    asked = ModelRecipe(name=model.name, revision=model.revision, batch_size=config.model.batch_size)
-    if stored is not None and _same_hooks(stored, asked, config.hooks):
-        hooks, pad_id = stored.hooks, stored.sequences.pad_id
-    else:
-        model.check_length(config.sequences.length)
-        tokenizer = model.tokenizer()
-        if config.sequences.prepend_bos and tokenizer.bos_token_id is None:
-            raise ModelError(f"The tokenizer of {model.name} has no BOS token. Leave --prepend-bos out.")
-        capture = Capture(model, config.hooks, config.model.batch_size)
-        hooks = capture.hooks
-        pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    if stored is None:
-        corpus.check()
-    recipe = Recipe(
-        model=asked,
-        corpus=corpus.recipe,
-        sequences=replace(config.sequences, pad_id=pad_id),
-        hooks=hooks,
-        codec=config.codec,
-        n_tokens=config.n_tokens,
-        libraries={"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in LIBRARIES},
-    )
-    return recipe, capture
-
-
-def _same_hooks(stored: Recipe, asked: ModelRecipe, hooks: tuple[str, ...]) -> bool:
-    same_model = (stored.model.name, stored.model.revision) == (asked.name, asked.revision)
-    return same_model and tuple(hook.requested for hook in stored.hooks) == hooks
-
-
 def _check_counts(writer: StoreWriter, exact: bool) -> None:
     """Say, or with `exact` refuse, that there is less text than was asked for.
 
@@ -177,11 +188,12 @@ def _check_counts(writer: StoreWriter, exact: bool) -> None:
         remove_store(writer.location)
         raise DataError(f"{name} has no text for the train split. Give another --dataset, or a lower --min-length.")
     if counts["corpus_exhausted"]:
-        wanted = budgets(recipe.n_tokens, recipe.sequences.eval_every)
-        parts = ", ".join(f"{split} {counts[split]['tokens']:,} of {wanted[split]:,}" for split in SPLITS)
-        short = f"{name} is at its end with {n_tokens(counts):,} of {recipe.n_tokens:,} tokens ({parts})."
+        wanted, unit = budgets_of(recipe)
+        parts = ", ".join(f"{split} {counts[split][unit]:,} of {wanted[split]:,}" for split in SPLITS)
+        there = sum(counts[split][unit] for split in SPLITS)
+        short = f"{name} is at its end with {there:,} of {sum(wanted.values()):,} {unit} ({parts})."
         if exact:
-            raise DataError(f"{short} Ask for fewer --tokens, or leave --exact out.")
+            raise DataError(f"{short} Ask for fewer, or leave --exact out.")
         say(f"{short} The store will hold these.")
 
 

@@ -11,25 +11,37 @@ import numpy as np
 
 from tcsae.data.model import is_eval
 from tcsae.shared.errors import ConfigError
-from tcsae.shared.manifest import SPLITS, SequenceRecipe
+from tcsae.shared.manifest import SPLITS, Recipe, SequenceRecipe
 from tcsae.shared.writer import Rows
 
 MIN_EVAL_TOKENS = 100_000
 """Wanted in the eval split, if that is at most a tenth of all tokens: enough for confidence intervals."""
 
 
-def split_of(text: str, eval_every: int) -> str:
-    """ "eval" for one document in `eval_every`, by the sha256 of its text; else "train"."""
+def split_of(document: str | Sequence[int], eval_every: int) -> str:
+    """ "eval" for one document in `eval_every`, by the sha256 of its text; else "train".
+
+    Where a document is token ids, its text is their decimal numbers with a space between two.
+    """
+    text = document if isinstance(document, str) else " ".join(map(str, document))
     return "eval" if is_eval(text, eval_every) else "train"
 
 
-def budgets(n_tokens: int, eval_every: int) -> dict[str, int]:
-    """Tokens that each split should get; together `n_tokens`.
+def budgets(n: int, eval_every: int, least_eval: int = MIN_EVAL_TOKENS) -> dict[str, int]:
+    """Tokens (or sequences) that each split should get; together `n`. Each grows, or stays, as `n` grows.
 
     Eval gets its natural share, 1 / eval_every, or more where that would be few.
     """
-    n_eval = max(n_tokens // eval_every, min(n_tokens // 10, MIN_EVAL_TOKENS))
-    return {"train": n_tokens - n_eval, "eval": n_eval}
+    n_eval = max(n // eval_every, min(n // 10, least_eval))
+    return {"train": n - n_eval, "eval": n_eval}
+
+
+def budgets_of(recipe: Recipe) -> tuple[dict[str, int], str]:
+    """What each split should get, and of what: "tokens" or "sequences"."""
+    length, every = recipe.sequences.length, recipe.sequences.eval_every
+    if recipe.n_sequences is None:
+        return budgets(recipe.n_tokens, every), "tokens"
+    return budgets(recipe.n_sequences, every, MIN_EVAL_TOKENS // length), "sequences"
 
 
 def cut(n_tokens: int, recipe: SequenceRecipe) -> list[tuple[int, int]]:
@@ -42,12 +54,13 @@ def cut(n_tokens: int, recipe: SequenceRecipe) -> list[tuple[int, int]]:
 
 
 class Sequencer:
-    """Cuts documents into sequences, in corpus order, until both splits have their tokens.
+    """Cuts documents into sequences, in corpus order, until both splits have their `budgets` of `unit`.
 
     A split is full with the sequence that reaches its budget; what is left of that document, and the documents that
     come later, are counted and left out. `counts` holds, per split, sequences, tokens (valid positions) and documents;
     documents read = kept in both splits + empty (not one sequence) + skipped (of a full split); tokens read (of all
-    documents but the skipped, without BOS) = kept + dropped_short + beyond_budget.
+    documents but the skipped, without BOS) = kept + dropped_short + beyond_budget. `first_full` is the counts as they
+    were just before the document that filled the first split: an extension of the store goes on from there.
     """
 
     def __init__(
@@ -56,9 +69,11 @@ class Sequencer:
         budgets: dict[str, int],
         bos_id: int | None = None,
         counts: dict[str, Any] | None = None,
+        unit: str = "tokens",
     ) -> None:
         self.recipe = recipe
         self.budgets = budgets
+        self.unit = unit
         assert not recipe.prepend_bos or bos_id is not None
         self._bos = [bos_id or 0] * recipe.prepend_bos
         self.counts: dict[str, Any] = copy.deepcopy(counts) if counts else _no_counts()
@@ -70,11 +85,12 @@ class Sequencer:
         return all(map(self.is_full, SPLITS))
 
     def is_full(self, split: str) -> bool:
-        return self.counts[split]["tokens"] >= self.budgets[split]
+        return self.counts[split][self.unit] >= self.budgets[split]
 
     def add(self, split: str, ids: Sequence[int]) -> None:
         """Take the next document of the corpus; `ids` is not looked at if its split is full."""
         counts, ours = self.counts, self.counts[split]
+        before = {name: dict(value) if name in SPLITS else value for name, value in counts.items()}
         number = counts["documents_read"]
         counts["documents_read"] += 1
         if self.is_full(split):
@@ -94,6 +110,8 @@ class Sequencer:
             counts["pieces_dropped_short"] += len(tokens) > kept
         ours["documents"] += bool(pieces)
         counts["documents_empty"] += not pieces
+        if counts["first_full"] is None and self.is_full(split):
+            counts["first_full"] = before
 
     def take_rows(self) -> dict[str, Rows]:
         """The sequences since the last call, per split."""
@@ -151,4 +169,5 @@ def _no_counts() -> dict[str, Any]:
         "tokens_dropped_short": 0,
         "pieces_dropped_short": 0,
         "tokens_beyond_budget": 0,
+        "first_full": None,
     }

@@ -7,7 +7,7 @@ import click
 
 from tcsae import __version__
 from tcsae.shared.config import parse_count
-from tcsae.shared.errors import ConfigError, TcsaeError, unknown
+from tcsae.shared.errors import ConfigError, Stopped, TcsaeError, unknown
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
@@ -15,6 +15,7 @@ STAGES = {
     "eval": "tcsae.evaluate.command:evaluate",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.inspection:inspect",
+    "verify": "tcsae.shared.verify_command:verify",
     "export": "tcsae.train.export_command:export",
 }
 GROUP_OPTIONS = ("--store", "--runs")
@@ -65,6 +66,9 @@ class StageGroup(click.Group):
             return super().invoke(ctx)
         except TcsaeError as error:  # the user can cure it: one line, exit code 1, no traceback
             raise click.ClickException(" ".join(str(error).split())) from error
+        except Stopped as stop:
+            click.echo(str(stop), err=True)
+            sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted. The same command goes on from what is on disk.", err=True)
             sys.exit(130)

@@ -121,3 +121,10 @@ def _si(value: float) -> str:
 def size(n_bytes: int) -> str:
     """Bytes for people: 3.4 MB (powers of 1000)."""
     return f"{_si(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 12 s, 34 min, 5.6 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -11,6 +11,14 @@ class TcsaeError(Exception):
     """Base of all errors that the user can cure."""
 
 
+class Stopped(Exception):  # noqa: N818
+    """A signal ended a stage, with all that was done on disk. The message says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ConfigError(TcsaeError):
     """A setting that cannot be: unknown, out of range, or at odds with another."""
 

@@ -97,7 +97,7 @@ def _recipe(manifest: "Manifest") -> Iterator[str]:
     yield f"  corpus     {corpus.name}, revision {_short(corpus.revision)}, split {corpus.split}{order}"
     yield (
         f"  sequences  up to {sequences.length} tokens of one document, {'a' if sequences.prepend_bos else 'no'} BOS; "
-        f"one document in {sequences.eval_every} is eval"
+        + (f"one document in {sequences.eval_every} is eval" if sequences.eval_every else "both splits were given")
     )
     yield f"  hooks      {hooks}, stored as {manifest.recipe.codec}"
 

@@ -12,6 +12,8 @@ from tcsae.shared.files import write_atomic
 
 LOCK = "harvest.lock"
 FOLDER = "journal"
+SEQUENCES = "sequences"
+"""The record of phase 1."""
 
 
 class Journal:

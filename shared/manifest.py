@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tcsae.shared.codecs import parameter_shapes, representation, stored_width
 from tcsae.shared.config import from_dict, to_dict
 from tcsae.shared.files import json_digest
-from tcsae.shared.statistics import N_NORM_BINS
+from tcsae.shared.statistics import N_NORM_BINS, n_sums
 
 FORMAT = "tcsae-activations"
-VERSION = 1
+VERSION = 2
+"""1: float16 and float32 only, no statistics/<hook>/sums, no checksums_metadata."""
 SPLITS = ("train", "eval")
-SEALED = "sealed"
+HARVESTING, SEALED = "harvesting", "sealed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,8 @@ class CorpusRecipe:
     config: str | None = None
     split: str = "train"
     field: str = "text"
+    tokenized: bool = False
+    """The field holds token ids, not text."""
     seed: int = 0
     """0: the corpus's own order. Otherwise documents are shuffled in a buffer with this seed."""
 
@@ -56,7 +61,7 @@ class SequenceRecipe:
     prepend_bos: bool = False
     pad_id: int = 0
     eval_every: int = 20
-    """A document is eval iff int(sha256(text)) % eval_every == 0."""
+    """A document is eval iff int(sha256(text)) % eval_every == 0; 0: whoever made the store gave both splits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +83,12 @@ class Recipe:
     sequences: SequenceRecipe
     hooks: tuple[HookRecipe, ...]
     codec: str = "float16"
+    codec_error: float | None = None
+    """Relative squared error that `compact` aims at; None for the other codecs."""
     n_tokens: int
     """Valid tokens asked for, over both splits."""
+    n_sequences: int | None = None
+    """Sequences asked for instead; `n_tokens` is then what they can hold."""
     libraries: dict[str, str] = field(default_factory=dict)
 
 
@@ -111,7 +120,11 @@ class Manifest:
     """Keys of the objects that belong to no array: tails and tokenizer."""
     content: str = ""
     """sha256 of the checksum array's bytes: what is in the store, cited by runs and evaluations."""
+    checksums_metadata: str = ""
+    """sha256 of checksums/zarr.json."""
     times: dict[str, Any] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
+    """One entry for each time that the store was sealed before and then extended: its content and size then."""
     digest: str = ""
     """sha256 of this manifest as canonical JSON, with this field blank."""
 
@@ -119,6 +132,11 @@ class Manifest:
         """The manifest as dictionaries, with its digest filled in."""
         blank = to_dict(dataclasses.replace(self, digest=""))
         return blank | {"digest": json_digest(blank)}
+
+    def root_metadata(self) -> bytes:
+        """The root's zarr.json, which holds the manifest."""
+        root = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": self.to_json()}}
+        return (json.dumps(root, indent=2) + "\n").encode()
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Every array of the store but `checksums`: path -> (shape, rows per object)."""
@@ -130,19 +148,24 @@ class Manifest:
             found[f"{split}/tokens"] = ((n, length), rows)
             for name in ("lengths", "documents", "starts"):
                 found[f"{split}/{name}"] = ((n,), rows)
+            codec = self.recipe.codec if split == "train" else "float32"  # or float16: an exact one
             for hook in self.recipe.hooks:
-                shape = (n, length, hook.d_model)
+                shape = (n, length, stored_width(codec, hook.d_model))
                 found[f"{split}/activations/{hook.requested}"] = (shape, layout.sequences_per_chunk)
         for hook in self.recipe.hooks:
-            for name, n in statistics_sizes(hook.d_model).items():
+            for name, n in statistics_sizes(hook.d_model, self.version).items():
                 found[f"statistics/{hook.requested}/{name}"] = ((n,), n)
+        for hook in self.recipe.hooks:
+            for name, sizes in parameter_shapes(self.recipe.codec, hook.d_model).items():
+                found[f"codec/{hook.requested}/{name}"] = (sizes, sizes[0])
         return found
 
     def groups(self) -> list[str]:
         """Every group below the root, parents first."""
         hooks = [hook.requested for hook in self.recipe.hooks]
         splits = [group for split in SPLITS for group in (split, f"{split}/activations")]
-        return [*splits, "statistics", *(f"statistics/{hook}" for hook in hooks)]
+        codec = ["codec", *(f"codec/{hook}" for hook in hooks)] if representation(self.recipe.codec).parameters else []
+        return [*splits, "statistics", *(f"statistics/{hook}" for hook in hooks), *codec]
 
     def objects(self) -> list[str]:
         """Keys of all objects but the root's zarr.json and `checksums`, in the order of the checksum array's rows."""
@@ -169,6 +192,7 @@ def content_digest(checksums: bytes) -> str:
     return hashlib.sha256(checksums).hexdigest()
 
 
-def statistics_sizes(d_model: int) -> dict[str, int]:
+def statistics_sizes(d_model: int, version: int = VERSION) -> dict[str, int]:
     """The arrays of statistics/<hook>/ and their lengths."""
-    return {"mean": d_model, "variance": d_model, "norm_histogram": N_NORM_BINS}
+    sizes = {"mean": d_model, "variance": d_model, "norm_histogram": N_NORM_BINS}
+    return sizes | {"sums": n_sums(d_model)} if version > 1 else sizes

@@ -19,6 +19,14 @@ def partial_sums(x: Float[ndarray, "n d_model"]) -> Float[ndarray, " n_sums"]:
     return np.concatenate([[len(x)], wide.sum(0), np.square(wide).sum(0), histogram])
 
 
-def split_sums(sums: Float[ndarray, " n_sums"], d_model: int) -> tuple[float, ndarray, ndarray, ndarray]:
-    """(count, sum [d_model], sum of squares [d_model], norm histogram) from `partial_sums`."""
-    return float(sums[0]), sums[1 : 1 + d_model], sums[1 + d_model : 1 + 2 * d_model], sums[1 + 2 * d_model :]
+def n_sums(d_model: int) -> int:
+    """Length of `partial_sums`."""
+    return 1 + 2 * d_model + N_NORM_BINS
+
+
+def finished(sums: Float[ndarray, " n_sums"], d_model: int) -> dict[str, ndarray]:
+    """mean and variance [d_model], float64, and norm_histogram [n_bins], int64, from added `partial_sums`."""
+    count = max(float(sums[0]), 1.0)
+    mean = sums[1 : 1 + d_model] / count
+    variance = np.maximum(sums[1 + d_model : 1 + 2 * d_model] / count - mean**2, 0.0)
+    return {"mean": mean, "variance": variance, "norm_histogram": sums[1 + 2 * d_model :].astype(np.int64)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.codec import ArrayArrayCodec
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
@@ -67,7 +68,10 @@ def open_or_create(
     fill: object,
     codecs: tuple[Any, ...] = (),
 ) -> zarr.Array:
-    """The array at `path`; if not there yet, made with its parent groups: little-endian, then `codecs`, then crc32c."""
+    """The array at `path`; if not there yet, made with its parent groups.
+
+    Its codecs: those of `codecs` that rearrange an array, little-endian, the other `codecs`, crc32c.
+    """
     group = zarr.open_group(store, mode="r+")
     if parent := path.rpartition("/")[0]:
         group.require_group(parent)
@@ -81,7 +85,8 @@ def open_or_create(
         chunks=tuple(max(1, n) for n in chunks),
         dtype=dtype,
         serializer=BytesCodec(endian="little") if dtype.itemsize > 1 else BytesCodec(endian=None),
-        compressors=(*codecs, Crc32cCodec()),
+        filters=tuple(codec for codec in codecs if isinstance(codec, ArrayArrayCodec)),
+        compressors=(*(codec for codec in codecs if not isinstance(codec, ArrayArrayCodec)), Crc32cCodec()),
         fill_value=fill,
         # A missing chunk is damage, not a run of fill values.
         config={"write_empty_chunks": True},

@@ -4,19 +4,23 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 
 from tcsae.shared.chunks import is_plain, read_chunk
+from tcsae.shared.codecs import representation
 from tcsae.shared.errors import StoreError, unknown
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.journal import LOCK
-from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, Recipe, is_intact, manifest_from_json
+from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
 from tcsae.shared.storage import DurableStore, local_root
+
+if TYPE_CHECKING:
+    from tcsae.shared.decoding import Decoder
 
 
 class Split:
@@ -51,14 +55,29 @@ class Split:
     def starts(self) -> Int[ndarray, " n_sequences"]:
         return np.asarray(self.store.array(f"{self.name}/starts")[:])
 
-    def read(
-        self, hook: str, start: int, stop: int, out: ndarray | None = None
-    ) -> Float[ndarray, "n sequence_length d_model"]:
-        """Activations of sequences start..stop-1, as stored; zero beyond a sequence's length.
+    def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
+        """Activations of sequences start..stop-1, float32 whatever they are stored as; zero beyond a length.
 
-        Cheapest along chunks: multiples of `store.sequences_per_chunk`. `out`, of the stored dtype and contiguous,
-        takes the result without a copy in between.
+        Cheapest along chunks: multiples of `store.sequences_per_chunk`.
         Raises StoreError, naming the place, if stored bytes are missing or damaged.
+        """
+        stored = self.read_stored(hook, start, stop)
+        if stored.dtype.kind == "f":
+            return stored.astype(np.float32)
+        import torch
+
+        # A signed view of the same bits: torch has few unsigned types.
+        rows = stored.reshape(-1, stored.shape[-1]).view(f"i{stored.dtype.itemsize}")
+        values = self.decoder(hook)(torch.from_numpy(rows)).numpy().reshape(*stored.shape[:2], -1)
+        values[np.arange(stored.shape[1]) >= self.lengths[start:stop, None]] = 0
+        return values
+
+    def read_stored(
+        self, hook: str, start: int, stop: int, out: ndarray | None = None
+    ) -> Shaped[ndarray, "n sequence_length d_stored"]:
+        """The same as stored rows, which `decoder` makes activations of; all zero beyond a sequence's length.
+
+        `out`, of the stored dtype and contiguous, takes the result without a copy in between.
         """
         path = f"{self.name}/activations/{hook}"
         array, per_chunk = self.store.array(path), self.store.sequences_per_chunk
@@ -73,14 +92,29 @@ class Split:
             read_chunk(file, out[first - start : min(first + per_chunk, stop) - start], chunk_bytes)
         return out
 
+    def codec(self, hook: str) -> str:
+        """What a hook of this split is stored as: the recipe's codec, or float16 or float32 (the eval split)."""
+        dtype = self.store.array(f"{self.name}/activations/{hook}").dtype
+        return dtype.name if dtype.kind == "f" else self.store.manifest.recipe.codec
+
+    def decoder(self, hook: str, device: str = "cpu") -> "Decoder":
+        """Makes float32 activations of stored rows, on `device`."""
+        from tcsae.shared.decoding import Decoder
+
+        codec = self.codec(hook)
+        names = representation(codec).parameters
+        parameters = {name: np.asarray(self.store.array(f"codec/{hook}/{name}")[:]) for name in names}
+        return Decoder(codec, parameters, device)
+
     def _read_through_zarr(self, path: str, array: zarr.Array, start: int, stop: int) -> ndarray:
         where = f"{self.store.location}: {path}, sequences {start}..{stop - 1}"
         try:
             block = np.asarray(array[start:stop])
         except Exception as error:
             raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
-        # A missing chunk reads as the fill value; NaN is never stored.
-        if np.isnan(block[..., 0]).any():
+        # A missing chunk reads as the fill value, which is never stored.
+        first = block[..., 0]
+        if (np.isnan(first) if first.dtype.kind == "f" else first == array.fill_value).any():
             raise StoreError(f"{where}: a chunk is missing. Harvest the store again.")
         return block
 
@@ -184,13 +218,13 @@ def open_store(location: str | Path) -> Store:
     return Store(location, root, manifest)
 
 
-def read_recipe(location: str) -> Recipe | None:
-    """The recipe of the store at `location`, sealed or not; None if there is none.
+def read_manifest(location: str) -> Manifest | None:
+    """The manifest of the store at `location`, sealed or not; None if there is none.
 
     Raises StoreError if something else is there, or a store that a newer version wrote.
     """
     values = read_attributes(local_root(location))
-    return None if values is None else check_manifest(location, values).recipe
+    return None if values is None else check_manifest(location, values)
 
 
 def read_attributes(root: Path) -> Mapping[str, Any] | None:

@@ -7,43 +7,31 @@ written only after the bytes that it speaks of are on disk.
 """
 
 import base64
-import itertools
-import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from zarr.codecs import ZstdCodec
 
-from tcsae.shared.codecs import encode, stored_dtype
+from tcsae.shared.arrays import StoreArrays
+from tcsae.shared.codec_record import CodecRecord, Shard, check_finite
+from tcsae.shared.codecs import FIT_TOKENS, representation
 from tcsae.shared.config import differences
-from tcsae.shared.errors import DataError, StoreError
+from tcsae.shared.errors import StoreError
+from tcsae.shared.extension import Kept
 from tcsae.shared.files import sweep_partials, write_atomic
-from tcsae.shared.journal import Journal, remove_traces
-from tcsae.shared.manifest import SEALED, SPLITS, Layout, Manifest, Recipe, content_digest
-from tcsae.shared.statistics import N_NORM_BINS, partial_sums, split_sums
-from tcsae.shared.storage import DurableStore, local_root, open_or_create
+from tcsae.shared.journal import SEQUENCES, Journal, remove_traces
+from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, HookRecipe, Layout, Manifest, Recipe, content_digest
+from tcsae.shared.statistics import finished, n_sums, partial_sums
+from tcsae.shared.storage import DurableStore, local_root
 from tcsae.shared.store import check_manifest, read_attributes
 
 CHUNK_BYTES = 4 << 20
-
-
-class Shard(NamedTuple):
-    """The unit of phase 2: sequences start..stop-1 of a split, one object of every hook's array."""
-
-    split: str
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:08d}"
 
 
 @dataclass
@@ -59,7 +47,7 @@ class Rows:
 def layout_for(recipe: Recipe) -> Layout:
     """Chunks of about 4 MiB in the widest hook's array: one read, contiguous, a second or so of work."""
     width = max(hook.d_model for hook in recipe.hooks)
-    per_sequence = recipe.sequences.length * width * stored_dtype(recipe.codec).itemsize
+    per_sequence = recipe.sequences.length * width * representation(recipe.codec).bytes_per_number
     return Layout(sequences_per_chunk=max(1, CHUNK_BYTES // per_sequence))
 
 
@@ -72,11 +60,13 @@ class StoreWriter:
         self.manifest = manifest
         self._store = DurableStore(root)
         self._journal = Journal(root, location)
-        self._arrays: dict[str, zarr.Array] = {}
+        self._arrays = StoreArrays(self._store, manifest.layout, manifest.recipe.sequences.length)
         self._lengths: dict[str, ndarray] = {}
+        self.codec = CodecRecord(manifest.recipe, self._store, self._arrays, self._journal)
         sweep_partials(root)
         if not (root / "zarr.json").exists():
-            self._write_root(manifest)
+            write_atomic(root / "zarr.json", manifest.root_metadata())
+        self._kept = Kept(self._journal, root)
         self._load_plan()
 
     def __enter__(self) -> "StoreWriter":
@@ -90,7 +80,7 @@ class StoreWriter:
     @property
     def progress(self) -> dict[str, Any]:
         """What the last `commit` recorded; empty before the first."""
-        return self._journal.read("sequences") or {}
+        return self._journal.read(SEQUENCES) or {}
 
     @property
     def planned(self) -> bool:
@@ -105,11 +95,11 @@ class StoreWriter:
             start = before[split]
             after[split] = stop = start + len(rows[split].lengths)
             for name, values in vars(rows[split]).items():
-                array = self._token_array(f"{split}/{name}", values.dtype, values.shape[1:])
+                array = self._arrays.tokens(split, name)
                 array.resize((stop, *array.shape[1:]))
                 if stop > start:
                     array[start:stop] = values
-        self._journal.write("sequences", {**progress, "n_sequences": after})
+        self._journal.write(SEQUENCES, {**progress, "n_sequences": after})
 
     def finish_sequences(self, counts: dict[str, Any]) -> None:
         """End phase 1: `counts` has, per split, n sequences, tokens and documents, and whatever was left out."""
@@ -124,16 +114,13 @@ class StoreWriter:
 
     def tokens(self, shard: Shard) -> Int[ndarray, "n sequence_length"]:
         """Tokens of a shard's sequences."""
-        length = self.manifest.recipe.sequences.length
-        tokens = self._token_array(f"{shard.split}/tokens", np.dtype("int32"), (length,))
-        return np.asarray(tokens[shard.start : shard.stop])
+        return np.asarray(self._arrays.tokens(shard.split, "tokens")[shard.start : shard.stop])
 
     def lengths(self, shard: Shard) -> Int[ndarray, " n"]:
         """Lengths of a shard's sequences."""
         assert self.planned, "lengths are read once, so phase 1 must be done"
         if shard.split not in self._lengths:
-            array = self._token_array(f"{shard.split}/lengths", np.dtype("int32"), ())
-            self._lengths[shard.split] = np.asarray(array[:])
+            self._lengths[shard.split] = np.asarray(self._arrays.tokens(shard.split, "lengths")[:])
         return self._lengths[shard.split][shard.start : shard.stop]
 
     # Phase 2: shards
@@ -149,26 +136,46 @@ class StoreWriter:
 
     def missing_shards(self) -> list[Shard]:
         """The shards that are not yet recorded."""
-        return [shard for shard in self.shards() if not self._journal.has(shard.name)]
+        kept = self._kept.shards
+        return [shard for shard in self.shards() if shard.name not in kept and not self._journal.has(shard.name)]
+
+    def fit_codec(self, run: Callable[[Shard], Mapping[str, Float[ndarray, "n sequence_length d_model"]]]) -> None:
+        """Record the codec's parameters, unless that is done; no shard is written before. `run` gives a shard's
+        activations of every hook, float32; it is asked for the first train shards, up to FIT_TOKENS positions.
+
+        Raises DataError for NaN or infinity.
+        """
+        if self.codec.fitted:
+            return
+        n = -(-FIT_TOKENS // self.manifest.recipe.sequences.length)
+        found = {hook.requested: [np.zeros((0, hook.d_model), np.float32)] for hook in self.manifest.recipe.hooks}
+        for shard in self.shards():
+            if shard.split == "train" and shard.start < n:
+                activations, valid = run(shard), self._valid(shard)
+                for hook, parts in found.items():
+                    check_finite(activations[hook], valid, shard, hook)
+                    parts.append(activations[hook][: n - shard.start][valid[: n - shard.start]])
+        self.codec.fit({hook: np.concatenate(parts) for hook, parts in found.items()})
 
     def write_shard(self, shard: Shard, activations: Mapping[str, Float[ndarray, "n sequence_length d_model"]]) -> None:
         """Write a shard's activations of every hook (float32; what lies beyond a length is stored as zero).
 
         Raises DataError, naming sequence and hook, for NaN, infinity, or a value that the codec cannot hold.
         """
-        valid = np.arange(self.manifest.recipe.sequences.length) < self.lengths(shard)[:, None]
+        valid = self._valid(shard)
         objects, partials = {}, {}
         for hook in self.manifest.recipe.hooks:
             values = activations[hook.requested]
-            _check_finite(values, valid, shard, hook.requested)
-            block = encode(np.where(valid[..., None], values, np.float32(0)), self.manifest.recipe.codec)
-            path = f"{shard.split}/activations/{hook.requested}"
-            self._activation_array(path, hook.d_model)[shard.start : shard.stop] = block
-            key = f"{path}/c/{shard.number}/0/0"
+            check_finite(values, valid, shard, hook.requested)
+            x = values[valid]
+            array = self._activations(shard.split, hook)
+            block = np.zeros((len(valid), *array.shape[1:]), array.dtype)
+            block[valid] = self.codec.encode(shard.split, hook.requested, x)
+            array[shard.start : shard.stop] = block
+            key = f"{shard.split}/activations/{hook.requested}/c/{shard.number}/0/0"
             objects[key] = self._store.digest(key)
             if shard.split == "train":
-                sums = partial_sums(values[valid])
-                partials[hook.requested] = base64.b64encode(sums.tobytes()).decode()
+                partials[hook.requested] = base64.b64encode(partial_sums(x).tobytes()).decode()
         self._journal.write(shard.name, {"objects": objects, "partials": partials})
 
     # The seal
@@ -192,16 +199,22 @@ class StoreWriter:
         """
         if missing := self.missing_shards():
             raise StoreError(f"{self.location} lacks {len(missing)} shards, first {missing[0].name}. Harvest again.")
-        for split, hook in itertools.product(SPLITS, self.manifest.recipe.hooks):
-            self._activation_array(f"{split}/activations/{hook.requested}", hook.d_model)  # also of an empty split
+        self.fit_codec(lambda shard: {})  # noqa: ARG005  a store without a single shard
+        for split in SPLITS:
+            for hook in self.manifest.recipe.hooks:
+                self._activations(split, hook)  # also of an empty split
         self._write_statistics()
         manifest = replace(self.manifest, tails=tails, files=tuple(sorted(files)), times=times, state=SEALED)
-        recorded = {key: digest for shard in self.shards() for key, digest in self._objects_of(shard).items()}
+        recorded = self.codec.objects()
+        for shard in self.shards():
+            recorded |= self._objects_of(shard)
         digests = [recorded.get(key) or self._store.digest(key) for key in manifest.objects()]
         checksums = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-        self._create("checksums", checksums.shape, checksums.shape, np.dtype("uint8"), 0)[:] = checksums
-        self.manifest = replace(manifest, content=content_digest(checksums.tobytes()))
-        self._write_root(self.manifest)
+        shutil.rmtree(self.root / "checksums", ignore_errors=True)  # of the time before an extension
+        self._arrays.whole("checksums", checksums)
+        metadata = self._store.digest("checksums/zarr.json")
+        self.manifest = replace(manifest, content=content_digest(checksums.tobytes()), checksums_metadata=metadata)
+        write_atomic(self.root / "zarr.json", self.manifest.root_metadata())
         self.close()
         return self.manifest
 
@@ -216,49 +229,31 @@ class StoreWriter:
     def _write_statistics(self) -> None:
         """mean, variance (of the valid train tokens) and norm histogram from the shards' sums, added in shard order."""
         for hook in self.manifest.recipe.hooks:
-            total = np.zeros(1 + 2 * hook.d_model + N_NORM_BINS)
+            total = self._kept.sums(hook.requested, n_sums(hook.d_model))
+            sums = total.copy()  # over full chunks only: what an extension goes on from
             for shard in self.shards():
-                if shard.split == "train":
-                    record = self._journal.read(shard.name)
-                    assert record is not None
+                if shard.split == "train" and (record := self._journal.read(shard.name)):
                     total += np.frombuffer(base64.b64decode(record["partials"][hook.requested]))
-            count, first, second, histogram = split_sums(total, hook.d_model)
-            mean = first / max(count, 1.0)
-            arrays = {"mean": mean, "variance": np.maximum(second / max(count, 1.0) - mean**2, 0.0)}
-            for name, values in (arrays | {"norm_histogram": histogram.astype(np.int64)}).items():
-                path = f"statistics/{hook.requested}/{name}"
-                self._create(path, values.shape, values.shape, values.dtype, 0)[:] = values
+                    if shard.stop - shard.start == self.manifest.layout.sequences_per_chunk:
+                        sums = total.copy()
+            for name, values in (finished(total, hook.d_model) | {"sums": sums}).items():
+                self._arrays.whole(f"statistics/{hook.requested}/{name}", values)
 
     def _objects_of(self, shard: Shard) -> dict[str, str]:
         record = self._journal.read(shard.name)
-        assert record is not None, shard
-        return record["objects"]
+        return record["objects"] if record else self._kept.shards[shard.name]
 
     def _load_plan(self) -> None:
         if plan := self._journal.read("plan"):
             self.manifest = replace(self.manifest, counts=plan["counts"])
+            self._lengths.clear()
 
-    def _write_root(self, manifest: Manifest) -> None:
-        root = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": manifest.to_json()}}
-        write_atomic(self.root / "zarr.json", (json.dumps(root, indent=2) + "\n").encode())
+    def _valid(self, shard: Shard) -> Bool[ndarray, "n sequence_length"]:
+        return np.arange(self.manifest.recipe.sequences.length) < self.lengths(shard)[:, None]
 
-    def _token_array(self, path: str, dtype: np.dtype, rest: tuple[int, ...]) -> zarr.Array:
-        rows = self.manifest.layout.sequences_per_token_chunk
-        return self._create(path, (0, *rest), (rows, *rest), dtype, np.iinfo(dtype).max, ZstdCodec(level=1))
-
-    def _activation_array(self, path: str, d_model: int) -> zarr.Array:
-        split, length = path.split("/")[0], self.manifest.recipe.sequences.length
-        shape = (self.manifest.counts[split]["sequences"], length, d_model)
-        chunks = (self.manifest.layout.sequences_per_chunk, length, d_model)
-        return self._create(path, shape, chunks, stored_dtype(self.manifest.recipe.codec), np.nan)
-
-    def _create(
-        self, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype, fill: object, *codecs: Any
-    ) -> zarr.Array:
-        """The array at `path`, created if it is not there yet."""
-        if path not in self._arrays:
-            self._arrays[path] = open_or_create(self._store, path, shape, chunks, dtype, fill, codecs)
-        return self._arrays[path]
+    def _activations(self, split: str, hook: HookRecipe) -> zarr.Array:
+        n = self.manifest.counts[split]["sequences"]
+        return self._arrays.activations(split, hook, self.codec.name(split, hook.requested), n)
 
 
 def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> StoreWriter | None:
@@ -271,10 +266,12 @@ def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> 
     root = local_root(location)
     values = read_attributes(root)
     if values is None:
-        manifest = Manifest(state="harvesting", recipe=recipe, layout=layout or layout_for(recipe))
+        manifest = Manifest(state=HARVESTING, recipe=recipe, layout=layout or layout_for(recipe))
         return StoreWriter(location, root, manifest)
     manifest = check_manifest(location, values)
-    if differing := differences(manifest.recipe, recipe):
+    differing = differences(manifest.recipe, recipe)
+    read_only = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
+    if differing and not read_only:  # other versions than it was written with can read it
         found = "; ".join(differing)
         raise StoreError(
             f"{location} was harvested otherwise ({found}). Use --fresh to start anew, or another --store."
@@ -283,11 +280,3 @@ def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> 
         remove_traces(root)  # of a writer that was killed right after the seal
         return None
     return StoreWriter(location, root, manifest)
-
-
-def _check_finite(values: ndarray, valid: ndarray, shard: Shard, hook: str) -> None:
-    bad = ~np.isfinite(values).all(axis=-1) & valid
-    if bad.any():
-        row, position = np.argwhere(bad)[0]
-        where = f"{shard.split} sequence {shard.start + row}, position {position}"
-        raise DataError(f"{hook} is NaN or infinite at {where}. Nothing of this shard was stored; look at the model.")

@@ -77,10 +77,50 @@ def test_names_are_resolved_and_heads_flattened(folders, tokens):
     assert capture.run(tokens, LENGTHS)["blocks.1.attn.hook_z"].shape == (len(LENGTHS), 20, 16)
 
 
-def test_the_forward_pass_ends_with_the_deepest_hook(folders, tokens):
-    capture = Capture(find_model(str(folders["neox"])), ["blocks.2.hook_resid_post"], 32)
+INSIDE = "blocks.2.attn.hook_q"
+"""Inside a module of GPT-NeoX (one matrix makes queries, keys and values), so that the bridge has to run."""
+
+
+@pytest.mark.parametrize(
+    "hooks, attention",
+    [
+        (("blocks.2.hook_resid_post", "blocks.1.mlp.hook_out", "blocks.3.hook_resid_pre"), "sdpa"),
+        (("blocks.1.attn.hook_z", "blocks.2.hook_attn_out", "ln_final.hook_out"), "sdpa"),
+        (("blocks.2.hook_resid_post", INSIDE), "eager"),
+    ],
+)
+def test_the_plain_model_runs_where_it_catches_what_the_bridge_does(folders, tokens, monkeypatch, hooks, attention):
+    capture = Capture(find_model(str(folders["neox"])), hooks, 4)
+    assert capture.attention == attention
+    assert hasattr(capture._forward.model, "hook_dict") == (attention == "eager"), "the bridge"
+    monkeypatch.setattr("tcsae.harvest.capture.module_places", lambda *_: None)
+    bridged = Capture(find_model(str(folders["neox"])), hooks, 4)
+    assert bridged.attention == "eager" and bridged.hooks == capture.hooks
+    expected, found = bridged.run(tokens, LENGTHS), capture.run(tokens, LENGTHS)
+    for hook in hooks:
+        np.testing.assert_allclose(found[hook], expected[hook], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("gpt_neox.layers.3", "hook_out"), ("gpt_neox.layers.2.mlp.act", "hook_in"), ("no.such.module", "hook_out")],
+)
+def test_another_place_than_the_bridge_names_is_not_taken(folders, tokens, monkeypatch, place):
+    """The guess from names is compared with the bridge: where it is wrong, the bridge runs."""
+    hook = "blocks.2.hook_resid_post"
+    monkeypatch.setattr("tcsae.harvest.capture.module_places", lambda *_: {hook: place})
+    capture = Capture(find_model(str(folders["neox"])), [hook], 32)
+    assert capture.attention == "eager"
+    expected = naive(folders["neox"], "neox", tokens[:1], [20])[0][hook]
+    np.testing.assert_allclose(capture.run(tokens[:1], np.array([20]))[hook][0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hooks", [("blocks.2.hook_resid_post",), (INSIDE, "blocks.2.hook_resid_post")])
+def test_the_forward_pass_ends_with_the_deepest_hook(folders, tokens, hooks):
+    capture = Capture(find_model(str(folders["neox"])), hooks, 32)
     ran = []
-    for i, block in enumerate(capture._bridge.blocks):
+    model = capture._forward.model
+    for i, block in enumerate(model.blocks if hasattr(model, "blocks") else model.gpt_neox.layers):
         block.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))  # noqa: ARG005
     capture.run(tokens, LENGTHS)
     assert ran == [0, 1, 2]
@@ -117,17 +157,16 @@ def test_a_hook_that_cannot_be_had_is_named(folders, hook, words):
 def test_a_hook_that_falls_silent_or_fires_twice_stops_the_harvest(folders, tokens, monkeypatch):
     hooks = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     capture = Capture(find_model(str(folders["neox"])), hooks, 32)
-    forward = capture._bridge.forward
+    forward = capture._forward._call
 
-    def twice(*args, **kwargs):
-        point = capture._bridge.hook_dict["blocks.1.hook_resid_post"]
-        point(torch.zeros(1, 1, 16))
-        return forward(*args, **kwargs)
+    def twice(ids, logits):
+        capture._forward.record("blocks.1.hook_resid_post", torch.zeros(1, 1, 16))
+        return forward(ids, logits)
 
-    monkeypatch.setattr(capture._bridge, "forward", twice)
+    monkeypatch.setattr(capture._forward, "_call", twice)
     with pytest.raises(ModelError, match="blocks.1.hook_resid_post of tiny fires more than once"):
         capture.run(tokens, LENGTHS)
-    monkeypatch.setattr(capture._bridge, "forward", lambda *args, **kwargs: None)  # noqa: ARG005
+    monkeypatch.setattr(capture._forward, "_call", lambda ids, logits: None)  # noqa: ARG005
     with pytest.raises(ModelError, match="blocks.1.hook_resid_post, blocks.3.hook_resid_post of tiny did not fire"):
         capture.run(tokens, LENGTHS)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -33,7 +34,7 @@ def test_help_teaches_and_is_fast(run, command):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_option_has_help(name):
-    command = cli.get_command(None, name)
+    command = cli.get_command(click.Context(cli), name)
     assert command.help
     assert not [option.name for option in command.params if not option.help]
 

@@ -131,6 +131,35 @@ def test_other_files_and_mixed_folders_are_refused(write, tmp_path):
         find_corpus(CorpusChoice(name=str(tmp_path / "c")))
 
 
+def test_token_ids_are_documents_too(write):
+    rows = [{"input_ids": list(range(i, i + i % 4)), "n": i} for i in range(10)]
+    path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    choice = CorpusChoice(name=path, field="input_ids", tokenized=True)
+    corpus = find_corpus(choice)
+    corpus.check()
+    assert [ids for batch in corpus.batches(3, 4) for ids in batch] == [row["input_ids"] for row in rows[3:]]
+    assert corpus.recipe.tokenized
+
+
+def test_a_column_of_token_ids_is_offered_where_there_is_no_text(write):
+    path = write("a.jsonl", b'{"id": "a", "input_ids": [5, 6]}\n')
+    with pytest.raises(DataError, match=r"no column 'text'. It has: id, input_ids.*--tokens-field input_ids"):
+        find_corpus(CorpusChoice(name=path)).check()
+
+
+@pytest.mark.parametrize("field, found", [("text", "str"), ("words", "list")])
+def test_a_column_that_is_no_token_ids_is_refused(write, field, found):
+    path = write("a.jsonl", b'{"text": "a", "words": ["a"]}\n')
+    with pytest.raises(DataError, match=f"document 0 has {found} in column '{field}', not token ids.*--tokens-field"):
+        texts(CorpusChoice(name=path, field=field, tokenized=True))
+
+
+def test_zstd_files_are_read(write):
+    zstandard = pytest.importorskip("zstandard")
+    path = write("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines(TEXTS)))
+    assert texts(CorpusChoice(name=path), 7) == TEXTS[7:]
+
+
 def test_zstd_names_the_package_that_it_needs(write, monkeypatch):
     path = write("a.jsonl.zst", b"")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -1,5 +1,6 @@
 """Promise: `eval` gives the figures that a plain recomputation gives, once per SAE, without the language model."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,78 +11,33 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
-from tcsae.evaluate import metrics, one_pass
+from tcsae.evaluate import batches, metrics, systems
+from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.cli import cli
 from tcsae.shared.errors import RunError, StoreError
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
+from tcsae.shared.sae import SparseAutoencoder
 from tcsae.shared.store import Split, Store, open_store
-from tcsae.shared.tail import make_tail, save_tail
-from tcsae.shared.writer import Rows, open_writer
 
-LAYER, HOOK = 1, "blocks.1.hook_resid_post"
-LENGTH, WIDTH, VOCABULARY, LATENTS = 12, 16, 61, 40
-N_SEQUENCES = {"train": 30, "eval": 20}
+spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+HOOK, LAYER, LATENTS, LENGTH, N_SEQUENCES, WIDTH = (
+    toy.HOOK,
+    toy.LAYER,
+    toy.LATENTS,
+    toy.LENGTH,
+    toy.N_SEQUENCES,
+    toy.WIDTH,
+)
+make_run, make_sae, write_store = toy.make_run, toy.make_sae, toy.write_store
 
 
 @pytest.fixture(scope="module")
 def model() -> GPTNeoXForCausalLM:
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-        initializer_range=0.4,
-    )
-    return GPTNeoXForCausalLM(config).eval()
-
-
-@torch.no_grad()
-def residual(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
-    kept = []
-    layer = model.gpt_neox.layers[LAYER]
-    handle = layer.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
-    model(torch.from_numpy(tokens).long())
-    handle.remove()
-    return (kept[0] if torch.is_tensor(kept[0]) else kept[0][0]).numpy()
-
-
-def write_store(path: Path, model: GPTNeoXForCausalLM, n_sequences: dict[str, int], with_tail: bool = True) -> Store:
-    recipe = Recipe(
-        model=ModelRecipe(name="toy", revision="1"),
-        corpus=CorpusRecipe(name="numbers", revision="1"),
-        sequences=SequenceRecipe(length=LENGTH),
-        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=WIDTH),),
-        n_tokens=1,
-    )
-    writer = open_writer(str(path), recipe, Layout(sequences_per_chunk=8))
-    assert writer is not None
-    rng = np.random.default_rng(0)
-    rows = {}
-    for split in SPLITS:
-        n = n_sequences[split]
-        tokens = rng.integers(0, VOCABULARY, (n, LENGTH)).astype(np.int32)
-        lengths = rng.integers(1, LENGTH + 1, n).astype(np.int32)
-        rows[split] = Rows(tokens, lengths, np.arange(n) // 2, np.zeros(n, np.int32))
-    writer.commit(rows, {})
-    counts = {s: {"sequences": len(r.lengths), "tokens": int(r.lengths.sum())} for s, r in rows.items()}
-    writer.finish_sequences({s: one | {"documents": one["sequences"] // 2} for s, one in counts.items()})
-    for shard in writer.missing_shards():
-        writer.write_shard(shard, {HOOK: residual(model, writer.tokens(shard))})
-    tail = {"none": "the hook is no residual stream"}
-    files = []
-    if with_tail:
-        folder = path.with_name(f"{path.name}-tail")
-        save_tail(make_tail(model, LAYER + 1), folder)
-        files, tail = writer.add_folder(f"tail/{HOOK}", folder), {"layers": 1, "max_difference": 0.0}
-    writer.seal({HOOK: tail}, files, {})
-    return open_store(path)
+    return toy.make_model()
 
 
 @pytest.fixture(scope="module")
@@ -89,73 +45,76 @@ def store(model, tmp_path_factory) -> Store:
     return write_store(tmp_path_factory.mktemp("store") / "a.zarr", model, N_SEQUENCES)
 
 
-def make_sae(activation: str = "topk", d_model: int = WIDTH, seed: int = 0, **more: object) -> SparseAutoencoder:
-    generator = torch.Generator().manual_seed(seed)
-    sae = SparseAutoencoder(SaeConfig(d_model=d_model, d_sae=LATENTS, activation=activation, k=5, **more))
-    for tensor in sae.parameters():
-        tensor.data = torch.randn(tensor.shape, generator=generator) / d_model**0.5
-    sae.b_enc.data[3] = -1e6  # dead
-    return sae
-
-
-def make_run(runs: Path, name: str, sae: SparseAutoencoder, store: Store, **changes: object) -> Path:
-    record = {
-        "name": name,
-        "preset": "topk",
-        "hook": HOOK,
-        "train": {"data": {"skip_first": 1, "hook": None}},
-        "store": {"content": store.content},
-        "steps": 7,
-        "tokens": 700,
-    }
-    save_sae(sae, runs / name, record | changes, {})
-    return runs / name
-
-
-def naive(store: Store, sae: SparseAutoencoder, model: GPTNeoXForCausalLM, skip_first: int) -> dict[str, float]:
+def naive(
+    store: Store, sae: SparseAutoencoder, model: GPTNeoXForCausalLM, skip_first: int, splice_all: bool = False
+) -> dict[str, float]:
     """Dense codes, one sequence at a time without padding, and the whole language model with its residual replaced."""
-    split, mean = store.eval, store.array(f"statistics/{HOOK}/mean")[:].astype(np.float32)
+    split, mean = store.eval, store.array(f"statistics/{HOOK}/mean")[:]
     seen: list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]] = []
     losses: dict[str, list[float]] = {name: [] for name in ("clean", "sae", "zero", "mean")}
+    kls: dict[str, list[float]] = {name: [] for name in losses}
     for i, length in enumerate(split.lengths):
         x = split.read(HOOK, i, i + 1)[0, :length].astype(np.float32)
         with torch.no_grad():
             f = sae.encode(torch.from_numpy(x))
             x_hat = sae.decode(f, torch.from_numpy(x)).numpy()
         seen += [(x[p], x_hat[p], f[p].numpy(), p >= skip_first) for p in range(length)]
-        keep = np.arange(length)[:, None] < skip_first
-        spliced = {"clean": x, "sae": np.where(keep, x, x_hat), "zero": 0 * x, "mean": np.where(keep, x, mean)}
+        keep = (np.arange(length)[:, None] < skip_first) & (not splice_all)
+        mean_32 = mean.astype(np.float32)
+        spliced = {"clean": x, "sae": np.where(keep, x, x_hat), "zero": 0 * x, "mean": np.where(keep, x, mean_32)}
+        clean = full_model_log_p(model, split.tokens[i, :length], x)
         for name, values in spliced.items():
-            losses[name] += full_model_losses(model, split.tokens[i, :length], values)[skip_first:]
+            log_p = full_model_log_p(model, split.tokens[i, :length], values)
+            next_tokens = split.tokens[i, 1:length]
+            losses[name] += [-log_p[p, token] for p, token in enumerate(next_tokens)][skip_first:]
+            kls[name] += list((np.exp(clean) * (clean - log_p)).sum(1)[skip_first:])
     x, x_hat, f, counted = (np.array(one, np.float64) for one in zip(*seen, strict=True))
     counted = counted.astype(bool)
     ev = {
         name: 1 - ((x[rows] - x_hat[rows]) ** 2).sum() / ((x[rows] - x[rows].mean(0)) ** 2).sum()
         for name, rows in (("explained_variance", counted), ("explained_variance_all_positions", counted | True))
     }
-    x, x_hat, f = x[counted], x_hat[counted], f[counted]
-    norms = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
     ce = {name: float(np.mean(values)) for name, values in losses.items()}
-    return ev | {
-        "mse": ((x - x_hat) ** 2).sum(1).mean(),
+    kl = {name: float(np.mean(values)) for name, values in kls.items()}
+    return (
+        ev
+        | naive_token_figures(x[counted], x_hat[counted], f[counted], mean)
+        | {
+            "ce_loss_without_sae": ce["clean"],
+            "ce_loss_with_sae": ce["sae"],
+            "ce_loss_with_ablation": ce["zero"],
+            "ce_loss_with_mean": ce["mean"],
+            "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+            "kl_div_with_sae": kl["sae"],
+            "kl_div_with_ablation": kl["zero"],
+            "kl_div_score": (kl["zero"] - kl["sae"]) / kl["zero"],
+        }
+    )
+
+
+def naive_token_figures(x: np.ndarray, x_hat: np.ndarray, f: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    norms = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
+    mse, second = ((x - x_hat) ** 2).sum(1).mean(), (x**2).sum(1).mean()
+    return {
+        "explained_variance_legacy": (1 - ((x - x_hat) ** 2).sum(1) / ((x - mean) ** 2).sum(1)).mean(),
+        "explained_variance_saebench": 1 - mse / (second - (x**2).mean() ** 2),
+        "mse": mse,
+        "mse_saebench": mse / len(x),
         "cossim": ((x * x_hat).sum(1) / (norms[0] * norms[1])).mean(),
         "l2_norm_in": norms[0].mean(),
         "l2_norm_out": norms[1].mean(),
         "l2_ratio": (norms[1] / norms[0]).mean(),
         "relative_reconstruction_bias": (x_hat**2).sum() / (x * x_hat).sum(),
         "l0": (f > 0).sum(1).mean(),
+        "l0_nonzero": (f != 0).sum(1).mean(),
         "l1": np.abs(f).sum(1).mean(),
+        "l1_signed": f.sum(1).mean(),
         "dead_fraction": (~(f > 0).any(0)).mean(),
-        "ce_loss_without_sae": ce["clean"],
-        "ce_loss_with_sae": ce["sae"],
-        "ce_loss_with_ablation": ce["zero"],
-        "ce_loss_with_mean": ce["mean"],
-        "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
     }
 
 
 @torch.no_grad()
-def full_model_losses(model: GPTNeoXForCausalLM, tokens: np.ndarray, residual: np.ndarray) -> list[float]:
+def full_model_log_p(model: GPTNeoXForCausalLM, tokens: np.ndarray, residual: np.ndarray) -> np.ndarray:
     replacement = torch.from_numpy(residual)[None]
     layer = model.gpt_neox.layers[LAYER]
     handle = layer.register_forward_hook(
@@ -163,7 +122,7 @@ def full_model_losses(model: GPTNeoXForCausalLM, tokens: np.ndarray, residual: n
     )
     logits = model(torch.from_numpy(tokens).long()[None]).logits[0].double()
     handle.remove()
-    return [float(-logits[p].log_softmax(-1)[int(tokens[p + 1])]) for p in range(len(tokens) - 1)]
+    return logits.log_softmax(-1).numpy()
 
 
 @pytest.mark.parametrize("skip_first", [0, 1, 3])
@@ -200,8 +159,8 @@ def test_baselines_are_scored_as_saes_that_output_them(store, model, tmp_path):
         with np.errstate(invalid="ignore"):
             expected = naive(store, sae, model, 1)
         found = baselines[name]
-        assert found["dead_fraction"] is None, "a constant has no latents"
-        undefined = {"dead_fraction"}
+        undefined = {"dead_fraction", "l0", "l0_nonzero", "l1", "l1_signed"}
+        assert {found[key] for key in undefined} == {None}, "a constant has no latents"
         if name == "zero_output":  # 0 / 0 in the plain recomputation
             assert (found["cossim"], found["relative_reconstruction_bias"]) == (0.0, None)
             undefined |= {"cossim", "relative_reconstruction_bias"}
@@ -213,9 +172,9 @@ def test_batches_change_nothing(store, tmp_path, monkeypatch):
     for activation in ("topk", "relu", "gelu"):
         make_run(tmp_path, activation, make_sae(activation), store)
     before = evaluate_runs(store, tmp_path)[0]
-    monkeypatch.setattr(one_pass, "BATCH_TOKENS", 3 * LENGTH)
-    monkeypatch.setattr(one_pass, "BATCH_CODE_ENTRIES", 7 * LATENTS)
-    after = evaluate_runs(store, tmp_path, force=True)[0]
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(systems, "BATCH_CODE_ENTRIES", 7 * LATENTS)
+    after = evaluate_runs(store, tmp_path, Request(force=True))[0]
     for one, other in zip(before, after, strict=True):
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
 
@@ -239,14 +198,14 @@ def test_many_saes_read_the_split_once(store, tmp_path, reads):
         make_run(tmp_path, f"run{seed}", make_sae(seed=seed), store)
     together, _ = evaluate_runs(store, tmp_path)
     assert reads == [(0, 8), (8, 16), (16, 20)]
-    alone, _ = evaluate_runs(store, tmp_path, ["run2"], force=True)
+    alone, _ = evaluate_runs(store, tmp_path, Request(names=["run2"], force=True))
     assert alone[0]["metrics"] == together[2]["metrics"]
 
 
 def test_what_is_evaluated_is_kept_until_something_differs(store, model, tmp_path, reads, monkeypatch):
     def redone(**options: bool) -> bool:
         reads.clear()
-        evaluations, _ = evaluate_runs(store, tmp_path, **options)
+        evaluations, _ = evaluate_runs(store, tmp_path, Request(**options))
         assert evaluations[0] == json.loads((path / "eval.json").read_text())
         return bool(reads)
 
@@ -343,7 +302,7 @@ def test_without_a_tail_all_but_the_cross_entropies(store, model, tmp_path):
     assert "the hook is no residual stream" in done.stdout
     without = json.loads((tmp_path / "runs" / "one" / "eval.json").read_text())
     assert "the hook is no residual stream" in without["no_tail"]
-    ce = {key for key in without["metrics"] if key.startswith("ce_")}
+    ce = {key for key in without["metrics"] if key.startswith(("ce_", "kl_"))}
     assert {without["metrics"][key] for key in ce} == {None}
     assert without["metrics"] == with_tail["metrics"] | dict.fromkeys(ce)
     assert "trained on another store" in done.stderr
@@ -366,9 +325,9 @@ def test_runs_that_are_not_there(store, tmp_path):
     (tmp_path / "going").mkdir()
     (tmp_path / "topk-2.abc.partial").mkdir()
     with pytest.raises(RunError, match=r"Unknown run 'topk1'. Did you mean 'topk-1'\? There is: going, topk-1\."):
-        evaluate_runs(store, tmp_path, ["topk1"])
+        evaluate_runs(store, tmp_path, Request(names=["topk1"]))
     with pytest.raises(RunError, match="going has no tcsae.json: its training is unfinished"):
-        evaluate_runs(store, tmp_path, ["going"])
+        evaluate_runs(store, tmp_path, Request(names=["going"]))
     done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path), "eval"])
     assert done.exit_code == 0
     assert "going: skipped, its training is unfinished" in done.stderr
@@ -391,7 +350,7 @@ def test_a_damaged_chunk_is_named(store, tmp_path):
     data[100] ^= 1
     chunk.write_bytes(data)
     make_run(tmp_path / "runs", "one", make_sae(), store)
-    with pytest.raises(StoreError, match=r"eval/activations/.*sequences 8\.\.15.*damaged"):
+    with pytest.raises(StoreError, match=r"eval/activations/.*damaged"):
         evaluate_runs(open_store(copy), tmp_path / "runs")
 
 

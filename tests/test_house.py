@@ -6,7 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
+
+from tcsae.shared.windows import positions
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("harvest", "train", "evaluate", "shared", "data")
@@ -97,3 +101,9 @@ def test_help_loads_nothing_heavy(command):
 def test_importing_the_package_loads_nothing_heavy():
     assert loaded_by("import tcsae") == set()
     assert "torch" in loaded_by("import tcsae; tcsae.load_sae"), "the check itself has to be able to fail"
+
+
+def test_shapes_are_checked_in_tests():
+    """Proof that the hook in pyproject.toml is on: a wrong rank is refused at the signature."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="lengths"):
+        positions(np.zeros((2, 3), dtype=np.int64))

@@ -94,7 +94,7 @@ def test_a_sealed_store_on_one_screen(path, tmp_path):
     shown = done.stdout
     content = json.loads((path / "zarr.json").read_text())["attributes"]["tcsae"]["content"]
     for expected in (
-        f"sealed, format 1, content {content[:12]}",
+        f"sealed, format 2, content {content[:12]}",
         "toy/model, revision 0123456789abcdef012…",
         "toy/corpus, revision r1, split train",
         "up to 48 tokens of one document, no BOS; one document in 20 is eval",

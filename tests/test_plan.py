@@ -1,6 +1,6 @@
 """Promise: what is asked for becomes runs with telling names; what cannot be is refused by name."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -8,10 +8,11 @@ from click.testing import CliRunner
 from tcsae.shared.cli import cli
 from tcsae.shared.config import to_settings, with_settings
 from tcsae.shared.errors import ConfigError
+from tcsae.shared.store import open_store
 from tcsae.train.plan import Request, plan_runs
 from tcsae.train.presets import DEFAULT, PRESETS, preset
 
-STORE = SimpleNamespace(hook=lambda name: name or "blocks.4.hook_resid_post", d_model=lambda _: 64)
+STORE = open_store(Path(__file__).parent / "golden" / "store-v1.zarr")
 
 
 def names(request: Request) -> list[str]:

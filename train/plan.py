@@ -55,8 +55,9 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
     for name, point in itertools.product(presets or (DEFAULT,), _grid(request.sweeps)):
         own = [*request.settings, *point]
         settings = [*from_file, *own]
-        hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), None)
-        config = with_settings(preset(name, store.d_model(store.hook(hook))), settings)
+        hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
+        d_model = store.d_model(store.hook(None if hook == "none" else hook))
+        config = with_settings(preset(name, d_model), settings)
         label = run_name(base or name, own) + (f"-from-{request.init_from}" if request.init_from else "")
         runs.append(Run(label, name, config, request.init_from))
     return runs

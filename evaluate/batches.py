@@ -1,0 +1,99 @@
+"""The split in order, in batches of whole documents, every chunk read once."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from tcsae.shared.store import Split
+
+BATCH_TOKENS = 4096
+"""Positions in a batch, at most (or one piece of a document)."""
+PIECE_SEQUENCES = 64
+"""A document of more sequences counts as several pieces: what is worked out "within a document" has bounded size."""
+
+
+class Batch(NamedTuple):
+    """Whole sequences, and whole pieces of documents."""
+
+    start: int
+    """Number of the first sequence within the split."""
+    x: Float[Tensor, "batch position d_model"]
+    tokens: Int[Tensor, "batch position"]
+    lengths: Int[Tensor, " batch"]
+    document: Int[Tensor, " batch"]
+    """0 to the split's number of documents - 1, in order."""
+    piece: Int[Tensor, " batch"]
+    """The same for pieces."""
+    counted: Bool[Tensor, "batch position"]
+    """Valid positions from `skip_first` on."""
+    skipped: Bool[Tensor, "batch position"]
+    """Valid positions before."""
+
+    @property
+    def has_next(self) -> Bool[Tensor, "batch position"]:
+        """Where the next token lies in the same sequence."""
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None] - 1
+
+
+def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:
+    """0, 1, 2 ... for each run of equal values."""
+    return np.concatenate([[0], (values[1:] != values[:-1]).cumsum()]) if len(values) else values
+
+
+def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[ndarray, " n_sequences"]]:
+    """Document and piece of each sequence, both counted from 0 in the split's order."""
+    document = number_runs(split.documents)
+    first = np.searchsorted(document, document)
+    within = np.arange(len(document)) - first
+    return document, number_runs(document * (split.n_sequences + 1) + within // PIECE_SEQUENCES)
+
+
+def batches(split: Split, hook: str, skip_first: int) -> Iterator[Batch]:
+    """The split as float32 batches."""
+    document, piece = (torch.from_numpy(one) for one in document_numbers(split))
+    position = torch.arange(split.store.sequence_length)
+    rows = _Rows(split, hook)
+    for start, stop in _ranges(piece.numpy(), max(1, BATCH_TOKENS // split.store.sequence_length)):
+        part = slice(start, stop)
+        x = torch.from_numpy(rows.read(start, stop)).float()
+        lengths = torch.from_numpy(split.lengths[part])
+        valid, from_there = position < lengths[:, None], position >= skip_first
+        tokens = torch.from_numpy(split.tokens[part])
+        yield Batch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
+
+
+def _ranges(piece: Int[ndarray, " n_sequences"], per_batch: int) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences that cut no piece, of at most `per_batch` sequences unless one piece has more."""
+    ends = np.append(np.flatnonzero(piece[1:] != piece[:-1]) + 1, len(piece))
+    start = 0
+    while start < len(piece):
+        fitting = np.searchsorted(ends, start + per_batch, side="right") - 1
+        stop = int(ends[fitting]) if fitting >= 0 else start
+        if stop <= start:
+            stop = int(ends[np.searchsorted(ends, start, side="right")])
+        yield start, stop
+        start = stop
+
+
+class _Rows:
+    """Rows of a split's activations in ascending order, read chunk by chunk."""
+
+    def __init__(self, split: Split, hook: str) -> None:
+        self.split, self.hook = split, hook
+        self.start = self.stop = 0
+        self.held: list[ndarray] = []
+
+    def read(self, start: int, stop: int) -> Float[ndarray, "n position d_model"]:
+        while self.stop < stop:
+            end = min(self.stop + self.split.store.sequences_per_chunk, self.split.n_sequences)
+            self.held.append(self.split.read(self.hook, self.stop, end))
+            self.stop = end
+        block = self.held[0] if len(self.held) == 1 else np.concatenate(self.held)
+        wanted = block[start - self.start : stop - self.start]
+        self.held, self.start = [block[stop - self.start :]], stop
+        return wanted

@@ -1,0 +1,241 @@
+"""Temporal measures of many SAEs in one pass, put together: per SAE, per group of latents, beside those of x itself."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from tcsae.evaluate import probes, temporal_figures
+from tcsae.evaluate.activity import Code, join_codes, n_latents
+from tcsae.evaluate.batches import Batch
+from tcsae.evaluate.bootstrap import jackknife
+from tcsae.evaluate.code_ops import take
+from tcsae.evaluate.layout import N_GROUPS, Layout, View
+from tcsae.evaluate.temporal import Collector, TemporalSums
+from tcsae.evaluate.temporal_figures import (
+    COMMONEST,
+    NULL_DEFINITIONS,
+    NULLS,
+    latent_measures,
+    slowness,
+    token_measures,
+)
+from tcsae.shared.sae import SaeConfig
+from tcsae.shared.store import Split
+
+DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
+INTERVAL_RULE = f"95% of value minus null, jackknife over {N_GROUPS} groups of documents (probes: bootstrap over them)"
+PAIRS_RULE = "pairs within a sequence; documents' means over all of their counted tokens"
+
+
+class XMoments:
+    """Second moments of x and of its adjacent differences, by group of documents."""
+
+    def __init__(self, d_model: int) -> None:
+        self.n, self.n_pairs = (torch.zeros(N_GROUPS, dtype=torch.float64) for _ in range(2))
+        self.total = torch.zeros(N_GROUPS, d_model, dtype=torch.float64)
+        self.second, self.difference = (torch.zeros(N_GROUPS, d_model, d_model, dtype=torch.float64) for _ in range(2))
+
+    def add(self, view: View, x: Float[Tensor, "n d_model"]) -> None:
+        at = view.adjacent.nonzero().squeeze(1)
+        steps, step_group = x[at + 1] - x[at], view.group[at]
+        for group in range(N_GROUPS):
+            ours, moved = x[view.group == group], steps[step_group == group]
+            self.n[group] += len(ours)
+            self.n_pairs[group] += len(moved)
+            self.total[group] += ours.double().sum(0)
+            self.second[group] += (ours.T @ ours).double()
+            self.difference[group] += (moved.T @ moved).double()
+
+    def pca_slowness(self, k: int, without: int | None) -> float:
+        """Slowness of x projected on its first k principal components, all but one group together."""
+        keep = [group for group in range(N_GROUPS) if group != without]
+        n, mean = self.n[keep].sum(), self.total[keep].sum(0) / self.n[keep].sum()
+        covariance = self.second[keep].sum(0) / n - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        basis = vectors[:, -k:]
+        moved = (basis * (self.difference[keep].sum(0) @ basis)).sum() / self.n_pairs[keep].sum()
+        return float(moved / (2 * values[-k:].sum()))
+
+
+class TemporalObserver:
+    """Sees codes go by (`one_pass.Observer`); afterwards `measures` has each system's figures."""
+
+    def __init__(self, split: Split, skip_first: int, mean: Float64[Tensor, " d_model"], n_systems: int) -> None:
+        self.n_systems = n_systems
+        """Codes of systems from this number on are not looked at."""
+        self.layout = Layout(split, skip_first)
+        self.plan = probes.plan_probes(split, skip_first)
+        self.mean = mean.float()
+        self.moments = XMoments(len(mean))
+        self.x = Collector(len(mean), self.layout)
+        self.systems: dict[int, Collector] = {}
+        self.read: dict[int, list[Code]] = {}
+        self.view: View | None = None
+        self.rows: Int[Tensor, " m"] = torch.arange(0)
+        self._speeds: dict[tuple[int | None, int | None], tuple[float, float]] = {}
+
+    def begin(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+        """The batch's view, and x itself as a code."""
+        self.view = self.layout.view(batch)
+        self.rows = self.plan.rows(batch) if self.plan else torch.arange(0)
+        centred = x - self.mean
+        if self.view.n:
+            self.moments.add(self.view, centred)
+        self.x.add(self.view, centred)
+        self.read.setdefault(-1, []).append(centred[self.rows])
+
+    def see(self, system: int, code: Code) -> None:
+        """A system's code of the batch that began last."""
+        if system >= self.n_systems:
+            return
+        assert self.view is not None
+        if system not in self.systems:
+            self.systems[system] = Collector(n_latents(code), self.layout)
+        self.systems[system].add(self.view, code)
+        if len(self.rows):
+            self.read.setdefault(system, []).append(take(code, self.rows))
+
+    def measures(self, system: int, config: SaeConfig) -> dict[str, Any]:
+        """All measures of a system, as eval.json has them."""
+        sums = self.systems[system].sums
+        whole = sums.without(None)
+        groups = latent_groups(config, whole.active[0])
+        code = join_codes(self.read[system]) if self.read.get(system) else None
+        found: dict[str, Any] = {}
+        for name, which in groups.items():
+            rows, curves = self._rows(sums, which, config.k, name == "all")
+            if self.plan and code is not None:
+                rows |= probes.probe(self.plan, probes.widest(code, which))
+            found[name] = {"measures": rows, "curves": curves}
+        if self.plan and code is not None:
+            for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
+                found[name] = {"measures": probes.probe(self.plan, smooth)}
+        return {
+            "groups": found,
+            "x": self.of_x,
+            "scale": {
+                "mean_squared_norm": _ratio(whole.energy, whole.n),
+                "mean_l1_norm": _ratio(whole.magnitude, whole.n),
+            },
+            "interval_rule": INTERVAL_RULE,
+            "pairs": PAIRS_RULE,
+            "nulls": NULLS | dict.fromkeys(probes.DEFINITIONS, COMMONEST),
+            "null_definitions": NULL_DEFINITIONS,
+        }
+
+    @cached_property
+    def of_x(self) -> dict[str, Any]:
+        """The same of x itself, as far as they have a meaning there: no latent of it fires."""
+        everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
+        rows, curves = self._rows(self.x.sums, everything, None, True)
+        no_meaning = ("jaccard", "dwell", "rho_1_median", "rho_1_within_median", "slowness_to_pca")
+        rows = {name: row for name, row in rows.items() if not name.startswith(no_meaning)}
+        if self.plan:
+            rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))
+        return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
+
+    def _rows(
+        self, sums: TemporalSums, which: Bool[Tensor, " d_sae"], k: int | None, whole_code: bool
+    ) -> tuple[dict[str, Any], dict[str, list[float | None]]]:
+        """Measures with nulls and intervals of the latents `which`, and the curves over lags."""
+        filled = [group for group in range(N_GROUPS) if sums.n_documents[group]]
+        whole = sums.without(None)
+        full, curves = self._figures((whole, whole), which, k, whole_code, None)
+        left = []
+        if len(filled) > 1:
+            parts = ((group, sums.without(group)) for group in filled)
+            left = [self._figures((part, whole), which, k, whole_code, group)[0] for group, part in parts]
+        rows = {}
+        for name, pair in full.items():
+            spread = [one[name].difference for one in left]
+            rows[name] = {
+                "value": _json(pair.value),
+                "null": _json(pair.null),
+                "difference": _json(pair.difference),
+                "interval": jackknife(pair.difference, spread),
+                "replicates": [_json(one[name].value) for one in left],
+            }
+        return rows, {name: [_json(value) for value in curve] for name, curve in curves.items()}
+
+    def _figures(
+        self,
+        sums: tuple[TemporalSums, TemporalSums],
+        which: Bool[Tensor, " d_sae"],
+        k: int | None,
+        whole_code: bool,
+        without: int | None,
+    ) -> tuple[dict[str, "_Pair"], dict[str, list[float]]]:
+        """Values and nulls from (the sums without a group, all sums)."""
+        values, nulls, curves = latent_measures(*sums, which)
+        slow, permuted = values["slowness"], nulls["slowness"]
+        of_x, permuted_x = self._speed(None, without)
+        values["slowness_to_x"], nulls["slowness_to_x"] = slow / of_x, permuted / permuted_x
+        if k is not None:
+            # Permuted components are as slow as permuted x: without memory, both come to one.
+            of_pca, _ = self._speed(min(k, len(self.mean)), without)
+            values["slowness_to_pca"], nulls["slowness_to_pca"] = slow / of_pca, permuted / permuted_x
+        if whole_code:
+            of_tokens = token_measures(sums[0])
+            values, nulls = values | of_tokens.values, nulls | of_tokens.nulls
+        return {name: _Pair(values[name], nulls[name]) for name in NULLS if name in values}, curves
+
+    def _speed(self, k: int | None, without: int | None) -> tuple[float, float]:
+        """Slowness of x (None) or of k principal components of it, and of permuted x."""
+        if (k, without) not in self._speeds:
+            every = torch.ones(len(self.mean), dtype=torch.bool)
+            of_x = slowness(self.x.sums.without(without), every)
+            of_pca = of_x[0] if k is None else self.moments.pca_slowness(k, without)
+            self._speeds[k, without] = (of_pca, of_x[1])
+        return self._speeds[k, without]
+
+
+class _Pair(NamedTuple):
+    value: float
+    null: float
+
+    @property
+    def difference(self) -> float:
+        return self.value - self.null
+
+
+def latent_groups(config: SaeConfig, firings: Float64[Tensor, " d_sae"]) -> dict[str, Bool[Tensor, " d_sae"]]:
+    """All latents; with several groups also the first, and others that fire as often: a control for frequency."""
+    groups = {"all": torch.ones(config.d_sae, dtype=torch.bool)}
+    if len(config.groups) > 1:
+        stop = config.group_ranges()[0][1]
+        groups["first_group"] = torch.arange(config.d_sae) < stop
+        groups["frequency_matched"] = matched(firings, groups["first_group"])
+    return groups
+
+
+def matched(firings: Float64[Tensor, " d_sae"], chosen: Bool[Tensor, " d_sae"]) -> Bool[Tensor, " d_sae"]:
+    """As many of the other latents as are chosen (or all others), each the one left with the nearest firing rate.
+
+    The most frequent chosen latents pick first: they have the fewest likes.
+    """
+    rates = firings.numpy()
+    others = np.flatnonzero(~chosen.numpy())
+    left = list(others[np.argsort(rates[others], kind="stable")])
+    left_rates = [rates[one] for one in left]
+    found = torch.zeros_like(chosen)
+    for rate in np.sort(rates[chosen.numpy()])[::-1]:
+        if not left:
+            break
+        at = int(np.searchsorted(left_rates, rate))
+        if at == len(left) or (at > 0 and rate - left_rates[at - 1] <= left_rates[at] - rate):
+            at -= 1
+        found[left.pop(at)] = True
+        left_rates.pop(at)
+    return found
+
+
+def _json(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _ratio(total: Tensor, n: Tensor) -> float:
+    return float(total[0] / n[0])

@@ -1,0 +1,135 @@
+"""A sealed store grows: it becomes an unfinished one of a larger recipe, and keeps what that recipe leaves as it is.
+
+Sequences only ever follow those that are there, so chunks that are full stay. The last chunk of each split, if it is
+not full, is computed anew, statistics go on from the sums over the full ones. An extended store is, byte for byte, what
+one harvest of the larger recipe writes; only its history tells them apart.
+"""
+
+import base64
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from tcsae.shared.codec_record import RECORD as CODEC
+from tcsae.shared.codecs import EXACT, FIT_TOKENS, parameter_shapes
+from tcsae.shared.config import differences
+from tcsae.shared.files import write_atomic
+from tcsae.shared.journal import FOLDER, SEQUENCES, Journal
+from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, Manifest, Recipe
+from tcsae.shared.storage import local_root
+from tcsae.shared.store import Store, check_manifest, read_attributes
+
+KEPT = "kept"
+AMOUNTS = ("n_tokens", "n_sequences")
+
+
+class Kept:
+    """What an extended store keeps of the time before: nothing, if it is a new one."""
+
+    def __init__(self, journal: Journal, root: Path) -> None:
+        record = journal.read(KEPT)
+        self.shards: dict[str, dict[str, str]] = record["shards"] if record else {}
+        """Name of each kept shard -> its objects' keys and digests."""
+        self._sums: dict[str, str] = record["sums"] if record else {}
+        if record and not self.shards and not journal.has(CODEC):
+            # No shard of the larger recipe is there yet, and the old ones may be of another dtype.
+            for folder in (*(f"{split}/activations" for split in SPLITS), "codec"):
+                shutil.rmtree(root / folder, ignore_errors=True)
+
+    def sums(self, hook: str, n: int) -> Float[ndarray, " n"]:
+        """float64 sums over the kept train shards, added in order; see `statistics`."""
+        found = self._sums.get(hook)
+        return np.frombuffer(base64.b64decode(found)).copy() if found else np.zeros(n)
+
+
+def can_extend(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether `recipe` asks for more of what a sealed store holds, and for nothing else."""
+    ours = manifest.recipe
+    same_unit = (ours.n_sequences is None) == (recipe.n_sequences is None)
+    if manifest.state != SEALED or not same_unit or recipe.n_tokens <= ours.n_tokens:
+        return False
+    return not differences(ours, replace(recipe, n_tokens=ours.n_tokens, n_sequences=ours.n_sequences))
+
+
+def extend(location: str, recipe: Recipe) -> Manifest | None:
+    """Make the sealed store at `location` an unfinished one of `recipe`; None if it cannot be extended to that.
+
+    From then on it cannot be read until it is sealed again, and `open_writer` goes on with it. Killed before the last
+    write, it is the sealed store that it was. Returns the manifest that it had. Raises StoreError if another process
+    writes it.
+    """
+    root = local_root(location)
+    values = read_attributes(root)
+    manifest = None if values is None else check_manifest(location, values)
+    if manifest is None or not can_extend(manifest, recipe):
+        return None
+    journal = Journal(root, location)
+    try:
+        shutil.rmtree(root / FOLDER, ignore_errors=True)  # of an extension that was killed before its last write
+        for name, record in _records(Store(location, root, manifest)).items():
+            journal.write(name, record)
+        entry = {"content": manifest.content, "counts": manifest.counts, "sealed": manifest.times.get("sealed")}
+        entry |= {"n_tokens": manifest.recipe.n_tokens, "n_sequences": manifest.recipe.n_sequences}
+        history = (*manifest.history, entry)
+        unfinished = Manifest(state=HARVESTING, recipe=recipe, layout=manifest.layout, history=history)
+        write_atomic(root / "zarr.json", unfinished.root_metadata())
+    finally:
+        journal.release()
+    return manifest
+
+
+def n_kept(manifest: Manifest) -> dict[str, int]:
+    """How many chunks of each split an extension keeps: the full ones.
+
+    None where the codec's parameters would become others: they are fitted to the first FIT_TOKENS positions.
+    """
+    per_chunk = manifest.layout.sequences_per_chunk
+    full = {split: manifest.counts[split]["sequences"] // per_chunk for split in SPLITS}
+    n_positions = full["train"] * per_chunk * manifest.recipe.sequences.length
+    fits = manifest.recipe.codec in EXACT or n_positions >= FIT_TOKENS
+    return full if fits else dict.fromkeys(SPLITS, 0)
+
+
+def _records(store: Store) -> dict[str, dict[str, Any]]:
+    """The journal of a store of which all is known that an extension keeps."""
+    manifest = store.manifest
+    hooks = [hook.requested for hook in manifest.recipe.hooks]
+    rows = np.asarray(store.array("checksums")[:])
+    digests = {key: row.tobytes().hex() for key, row in zip(manifest.objects(), rows, strict=True)}
+    kept = n_kept(manifest)
+    shards = {}
+    for split, n in kept.items():
+        for number in range(n):
+            keys = [f"{split}/activations/{hook}/c/{number}/0/0" for hook in hooks]
+            shards[f"{split}-{number:08d}"] = {key: digests[key] for key in keys}
+    sums = {
+        hook: np.asarray(store.array(f"statistics/{hook}/sums")[:]).tobytes() for hook in hooks * bool(kept["train"])
+    }
+    records: dict[str, dict[str, Any]] = {
+        KEPT: {"shards": shards, "sums": {hook: base64.b64encode(data).decode() for hook, data in sums.items()}}
+    }
+    if manifest.recipe.codec not in EXACT and kept["train"]:
+        objects = {
+            key: digests[key]
+            for hook in manifest.recipe.hooks
+            for name, shape in parameter_shapes(manifest.recipe.codec, hook.d_model).items()
+            for key in [f"codec/{hook.requested}/{name}/c/{'/'.join('0' * len(shape))}"]
+        }
+        records[CODEC] = {"eval": {hook: store.eval.codec(hook) for hook in hooks}, "objects": objects}
+    if "first_full" in manifest.counts:  # otherwise phase 1 starts anew
+        counts = counts_to_go_on_from(manifest.counts)
+        n_sequences = {split: counts[split]["sequences"] for split in SPLITS}
+        records[SEQUENCES] = {"counts": counts, "n_sequences": n_sequences}
+    return records
+
+
+def counts_to_go_on_from(counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts of phase 1 before anything was left out for want of room: just before the first split was full."""
+    if counts["first_full"] is not None:
+        return counts["first_full"]
+    return {name: value for name, value in counts.items() if name != "corpus_exhausted"}

@@ -1,0 +1,205 @@
+"""Promise: `tcsae eval` does what its options say, scores everybody alike, and takes damage for what it is."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+from tcsae.evaluate.batches import batches
+from tcsae.evaluate.bootstrap import N_RESAMPLINGS, resamplings
+from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.compare import differences
+from tcsae.evaluate.run import REPLICATES, evaluate_runs
+from tcsae.evaluate.saebench import FILE, max_cosines
+from tcsae.shared.cli import cli
+from tcsae.shared.errors import RunError
+from tcsae.shared.store import Split, Store
+from tcsae.shared.tail import Tail
+
+spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+make_run, make_sae = toy.make_run, toy.make_sae
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return toy.write_store(tmp_path_factory.mktemp("store") / "a.zarr", toy.make_model(), toy.N_SEQUENCES)
+
+
+def call(store: Store, runs: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["--store", store.location, "--runs", str(runs), "eval", *arguments])
+
+
+def evaluation(runs: Path, name: str) -> dict:
+    return json.loads((runs / name / "eval.json").read_text())
+
+
+def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
+    make_run(tmp_path, "one", make_sae(), store)
+    make_run(tmp_path, "two", make_sae(groups=(0.25, 0.75)), store)
+    done = call(store, tmp_path, "--baselines")
+    assert done.exit_code == 0, done.output
+    for text in ("random topk", "untrained", "pca", "mean output", "95%", "through the tail", "x itself", "null is"):
+        assert text in done.stdout, text
+    assert "first_group: rho_1" in done.stdout
+    assert "frequency_matched: rho_1" in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines() if "│" in line) <= 122
+    figures = evaluation(tmp_path, "one")["baselines"]
+    assert figures["pca"]["explained_variance"] > figures["mean_output"]["explained_variance"]
+    assert figures["random_topk"]["l0"] <= 5
+    assert figures["untrained"]["l0"] > 10
+
+
+def test_intervals_hold_the_figure_and_grow_as_documents_get_fewer(store, tmp_path):
+    make_run(tmp_path, "one", make_sae(), store)
+    found = evaluate_runs(store, tmp_path)[0][0]
+    for name, value in found["metrics"].items():
+        if name != "dead_fraction":
+            low, high = found["intervals"][name]
+            assert low <= value <= high, name
+            assert low < high or name in ("l0", "l0_nonzero", "ce_loss_with_ablation"), name
+    draws = safetensors.torch.load_file(tmp_path / "one" / REPLICATES)
+    assert len(draws["ce_loss_score"]) == N_RESAMPLINGS + 1
+    assert float(draws["mse"][0]) == found["metrics"]["mse"]
+    spread = [float(resamplings(n)[1:].matmul(torch.arange(n).double()).std() / n) / n for n in (5, 500)]
+    assert spread[0] > 5 * spread[1]
+
+
+def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
+    make_run(tmp_path, "a", make_sae(), store)
+    make_run(tmp_path, "b", make_sae(), store)
+    make_run(tmp_path, "other", make_sae(seed=4), store)
+    done = call(store, tmp_path, "--compare", "a", "--with", "other")
+    assert done.exit_code == 0, done.output
+    assert "a minus other, paired over 10 documents" in done.stdout
+    evaluations = {one["name"]: one for one in evaluate_runs(store, tmp_path)[0]}
+    same = differences(tmp_path, evaluations["a"], evaluations["b"])
+    assert {tuple(one["interval"]) for one in same.values() if one["interval"]} == {(0.0, 0.0)}, "paired: no noise left"
+    found = differences(tmp_path, evaluations["a"], evaluations["other"])["mse"]
+    assert found["difference"] == pytest.approx(found["a"] - found["b"])
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    slow = differences(tmp_path, evaluations["a"], evaluations["other"])["rho_1"]
+    assert slow["difference"] == pytest.approx(slow["a"] - slow["b"])
+    evaluations["b"]["options"]["skip_first"] = 3
+    with pytest.raises(RunError, match="a and b differ in options .* cannot be paired"):
+        differences(tmp_path, evaluations["a"], evaluations["b"])
+    assert call(store, tmp_path, "--compare", "a").exit_code == 2
+
+
+def test_the_losses_that_no_sae_changes_are_worked_out_once(store, tmp_path, monkeypatch):
+    calls: list[int] = []
+    hidden = Tail.hidden
+
+    def counting(self: Tail, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return hidden(self, x)
+
+    monkeypatch.setattr(Tail, "hidden", counting)
+    n_batches = sum(1 for _ in batches(store.eval, toy.HOOK, 1))
+    make_run(tmp_path, "one", make_sae(), store)
+    first = evaluate_runs(store, tmp_path, Request(temporal=False))[0][0]
+    assert len(calls) == n_batches * 5, "x, the SAE, and three ablations"
+    calls.clear()
+    again = evaluate_runs(store, tmp_path, Request(force=True, temporal=False))[0][0]
+    assert len(calls) == n_batches * 2, "x and the SAE"
+    assert again["metrics"] == pytest.approx(first["metrics"], rel=1e-12)
+    assert again["baselines"] == first["baselines"]
+    for options in ({"skip_first": 2}, {"splice": "all"}):
+        calls.clear()
+        evaluate_runs(store, tmp_path, Request(temporal=False, **options))
+        assert len(calls) == n_batches * 5, options
+    (kept,) = [path for path in (tmp_path / ".reference").iterdir() if path.stat().st_mtime == 0] or [None]
+    assert kept is None
+    for path in (tmp_path / ".reference").iterdir():
+        path.write_bytes(b"damaged")
+    assert evaluate_runs(store, tmp_path, Request(force=True))[0][0]["metrics"] == pytest.approx(first["metrics"])
+
+
+@pytest.mark.parametrize("splice", ["counted", "all"])
+def test_splicing_replaces_what_it_says(store, tmp_path, splice):
+    """At skip_first = LENGTH - 2 nearly nothing is counted: only "all" still replaces the rest."""
+    make_run(tmp_path, "one", make_sae(), store)
+    request = Request(splice=splice, skip_first=toy.LENGTH - 2, temporal=False)
+    found = evaluate_runs(store, tmp_path, request)[0][0]
+    near = abs(found["metrics"]["ce_loss_with_sae"] - found["metrics"]["ce_loss_without_sae"])
+    zero = found["baselines"]["zero_output"]["kl_div_with_sae"]
+    ablated = found["metrics"]["kl_div_with_ablation"]
+    assert (zero == pytest.approx(ablated, rel=1e-6)) == (splice == "all")
+    assert found["splice"].startswith("xhat stands at the counted" if splice == "counted" else "xhat stands at all")
+    assert near >= 0
+
+
+def test_foreign_saes_stand_in_the_same_table(store, tmp_path):
+    ours = make_run(tmp_path, "ours", make_sae("relu"), store)
+    shutil.copytree(ours, tmp_path / "theirs")
+    (tmp_path / "theirs" / "tcsae.json").unlink()
+    config = json.loads((tmp_path / "theirs" / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = toy.HOOK
+    (tmp_path / "theirs" / "cfg.json").write_text(json.dumps(config))
+    done = call(store, tmp_path)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("│ theirs ") >= 2
+    mine, theirs = evaluation(tmp_path, "ours"), evaluation(tmp_path, "theirs")
+    assert theirs["metrics"] == mine["metrics"]
+    assert theirs["preset"] == "SAELens standard"
+    assert "Evaluated already: ours, theirs" in call(store, tmp_path).stderr
+    config["d_in"] = 99
+    (tmp_path / "theirs" / "cfg.json").write_text(json.dumps(config))
+    done = call(store, tmp_path)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: theirs: its SAE reads d_model 99")
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+def test_a_dead_sae_has_figures_and_says_so(store, tmp_path, activation):
+    sae = make_sae(activation)
+    sae.b_enc.data.fill_(-1e9)
+    make_run(tmp_path, "dead", sae, store)
+    done = call(store, tmp_path)
+    assert done.exit_code == 0, done.output
+    found = evaluation(tmp_path, "dead")
+    assert (found["metrics"]["dead_fraction"], found["metrics"]["l0"]) == (1.0, 0.0)
+    assert found["metrics"]["explained_variance"] is not None
+    measures = found["temporal"]["groups"]["all"]["measures"]
+    assert {measures[name]["value"] for name in ("jaccard_adjacent", "rho_1", "dwell", "token_share")} == {None}
+    core = json.loads((tmp_path / "dead" / FILE).read_text())
+    assert core["eval_result_metrics"]["misc_metrics"]["frac_alive"] == 0
+    assert core["eval_result_details"][0]["consistent_activation_heuristic"] == -1, "SAEBench's form of NaN"
+
+
+def test_more_than_is_asked_for_will_do(store, tmp_path, monkeypatch):
+    reads = []
+    read = Split.read
+    monkeypatch.setattr(Split, "read", lambda *arguments: reads.append(1) or read(*arguments))
+    make_run(tmp_path, "one", make_sae(), store)
+
+    def redone(**options: object) -> bool:
+        reads.clear()
+        evaluate_runs(store, tmp_path, Request(**options))
+        return bool(reads)
+
+    assert redone(temporal=False)
+    assert not redone(temporal=False)
+    assert redone(), "temporal measures were not there"
+    assert not redone(temporal=False)
+    assert redone(splice="all")
+    assert redone(skip_first=0, splice="all")
+    assert redone(skip_first=0, splice="all", baselines=True)
+    assert not redone(skip_first=0, splice="all")
+
+
+def test_the_largest_cosine_with_another(monkeypatch):
+    rows = torch.randn(37, 5, generator=torch.Generator().manual_seed(0))
+    unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    for block in (5, 37, 1000):
+        monkeypatch.setattr("tcsae.evaluate.saebench.BLOCK", block)
+        np.testing.assert_allclose(max_cosines(rows).numpy(), cosines.max(1), rtol=1e-5)

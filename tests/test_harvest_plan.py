@@ -1,0 +1,119 @@
+"""Promise: before the model runs, the plan says what will be on disk and what it takes; without room nothing begins."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from tcsae.harvest.plan import Probe
+from tcsae.harvest.run import harvest, plan_harvest
+from tcsae.shared.cli import cli
+from tcsae.shared.codecs import CODECS
+from tcsae.shared.errors import StoreError
+from tcsae.shared.store import open_store
+
+spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    toy.small_steps(monkeypatch, 8)
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
+    config = dataclasses.replace(tiny_config, codec=codec)
+    location = tmp_path / "store.zarr"
+    plan = plan_harvest(str(location), config)
+    records = toy.records(location)
+    assert records == {"sequences", "plan"}, "phase 1, and no more"
+    assert not list(location.rglob("*.partial"))
+    store = harvest(str(location), config)
+    for split in ("train", "eval"):
+        assert plan.sequences[split] == store.split(split).n_sequences
+        assert plan.tokens[split] == store.split(split).n_tokens == store.split(split).lengths.sum()
+    parts = store.n_bytes()
+    metadata = sum(file.stat().st_size for file in location.glob("*/activations/*/zarr.json"))
+    on_disk = sum(n for name, n in parts.items() if name.startswith("activations ")) - metadata
+    if codec == "compact":  # an estimate, for models and shards that are not toys
+        assert on_disk / 4 < plan.activations[codec] < on_disk * 4
+    else:
+        assert plan.activations[codec] == on_disk
+    tails = sum(n for name, n in parts.items() if name == "tail")
+    assert plan.needed - plan.activations[codec] == pytest.approx(tails, rel=0.2)
+    assert plan.left == sum(plan.tokens.values())
+
+
+def test_an_error_of_compact_costs_bits(tiny_config, tmp_path):
+    plans = [
+        plan_harvest(str(tmp_path / str(error)), dataclasses.replace(tiny_config, codec="compact", codec_error=error))
+        for error in (1e-1, 1e-2, 1e-3)
+    ]
+    sizes = [plan.activations["compact"] for plan in plans]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+
+
+def test_what_is_on_disk_is_not_planned_again(tiny_config, tmp_path):
+    location = tmp_path / "store.zarr"
+    whole = plan_harvest(str(location), tiny_config)
+    assert toy.harvest_in_child(location, tiny_config, 5, "journal/train-") == 9
+    rest = plan_harvest(str(location), tiny_config)
+    lengths = 5 * 8 * 32
+    assert 0 < whole.left - rest.left <= lengths
+    assert rest.needed < whole.needed and rest.activations == whole.activations
+
+
+@pytest.mark.parametrize(
+    "model, write, read, passes",
+    [
+        (1.0, 0.0, 0.0, 2),  # the first pass makes the store, the second is free
+        (1.0, 0.5, 0.5, 4),  # 3 passes: 3 without a store, 1.5 + 1.5 with one
+        (1.0, 0.1, 0.9, 12),
+        (1.0, 0.0, 1.0, None),
+    ],
+)
+def test_break_even(model, write, read, passes):
+    probe = Probe(model, write, read)
+    assert probe.break_even == passes
+    if passes:
+        assert passes * model > model + write + passes * read
+        assert (passes - 1) * model <= model + write + (passes - 1) * read + 1e-9
+
+
+def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
+    location = tmp_path / "store.zarr"
+    monkeypatch.setattr("tcsae.harvest.plan.disk_usage", lambda _: SimpleNamespace(free=5000))
+    with pytest.raises(StoreError, match=r"needs [\d.]+KB more and its disk has 5KB.*--codec.*--force"):
+        harvest(str(location), tiny_config)
+    assert toy.records(location) == {"sequences", "plan"}
+    assert harvest(str(location), tiny_config, force=True).manifest.state == "sealed"
+
+
+def test_a_dry_run_prints_the_plan_and_the_same_command_goes_on(tiny_lm, tiny_corpus, tmp_path):
+    options = [
+        "--store",
+        str(tmp_path / "store.zarr"),
+        "harvest",
+        "--model",
+        str(tiny_lm),
+        "--dataset",
+        str(tiny_corpus),
+    ]
+    options += ["--sequences", "80", "--sequence-length", "32", "--hook", toy.RESIDUAL, "--eval-every", "4"]
+    planned = CliRunner().invoke(cli, [*options, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    for words in ("sequences", "float16", "(chosen)", "about", "the disk has", "per token: the model", "tokens to go"):
+        assert words in planned.stdout
+    with pytest.raises(StoreError, match="unfinished"):
+        open_store(tmp_path / "store.zarr")
+    done = CliRunner().invoke(cli, options)
+    assert done.exit_code == 0, done.output
+    store = open_store(tmp_path / "store.zarr")
+    assert store.train.n_sequences + store.eval.n_sequences == 80
+    both = CliRunner().invoke(cli, [*options, "--tokens", "3K"])
+    assert both.exit_code == 2 and "--tokens or --sequences, not both" in both.stderr

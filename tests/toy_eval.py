@@ -1,0 +1,100 @@
+"""A language model of three layers, a store of its activations and SAEs for it: what tests of `eval` share.
+
+No test itself; loaded by path, as nothing below tests/ is a package.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
+from tcsae.shared.store import Store, open_store
+from tcsae.shared.tail import make_tail, save_tail
+from tcsae.shared.writer import Rows, open_writer
+
+LAYER, HOOK = 1, "blocks.1.hook_resid_post"
+LENGTH, WIDTH, VOCABULARY, LATENTS = 12, 16, 61, 40
+N_SEQUENCES = {"train": 30, "eval": 20}
+
+
+def make_model() -> GPTNeoXForCausalLM:
+    """Three layers, random weights."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+        initializer_range=0.4,
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def residual(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    kept = []
+    layer = model.gpt_neox.layers[LAYER]
+    handle = layer.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
+    model(torch.from_numpy(tokens).long())
+    handle.remove()
+    return (kept[0] if torch.is_tensor(kept[0]) else kept[0][0]).numpy()
+
+
+def write_store(path: Path, model: GPTNeoXForCausalLM, n_sequences: dict[str, int], with_tail: bool = True) -> Store:
+    recipe = Recipe(
+        model=ModelRecipe(name="toy", revision="1"),
+        corpus=CorpusRecipe(name="numbers", revision="1"),
+        sequences=SequenceRecipe(length=LENGTH),
+        hooks=(HookRecipe(requested=HOOK, canonical=HOOK, d_model=WIDTH),),
+        n_tokens=1,
+    )
+    writer = open_writer(str(path), recipe, Layout(sequences_per_chunk=8))
+    assert writer is not None
+    rng = np.random.default_rng(0)
+    rows = {}
+    for split in SPLITS:
+        n = n_sequences[split]
+        tokens = rng.integers(0, VOCABULARY, (n, LENGTH)).astype(np.int32)
+        lengths = rng.integers(1, LENGTH + 1, n).astype(np.int32)
+        rows[split] = Rows(tokens, lengths, np.arange(n) // 2, np.zeros(n, np.int32))
+    writer.commit(rows, {})
+    counts = {s: {"sequences": len(r.lengths), "tokens": int(r.lengths.sum())} for s, r in rows.items()}
+    writer.finish_sequences({s: one | {"documents": one["sequences"] // 2} for s, one in counts.items()})
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, {HOOK: residual(model, writer.tokens(shard))})
+    tail = {"none": "the hook is no residual stream"}
+    files = []
+    if with_tail:
+        folder = path.with_name(f"{path.name}-tail")
+        save_tail(make_tail(model, LAYER + 1), folder)
+        files, tail = writer.add_folder(f"tail/{HOOK}", folder), {"layers": 1, "max_difference": 0.0}
+    writer.seal({HOOK: tail}, files, {})
+    return open_store(path)
+
+
+def make_sae(activation: str = "topk", d_model: int = WIDTH, seed: int = 0, **more: object) -> SparseAutoencoder:
+    generator = torch.Generator().manual_seed(seed)
+    sae = SparseAutoencoder(SaeConfig(d_model=d_model, d_sae=LATENTS, activation=activation, k=5, **more))
+    for tensor in sae.parameters():
+        tensor.data = torch.randn(tensor.shape, generator=generator) / d_model**0.5
+    sae.b_enc.data[3] = -1e6  # dead
+    return sae
+
+
+def make_run(runs: Path, name: str, sae: SparseAutoencoder, store: Store, **changes: object) -> Path:
+    record = {
+        "name": name,
+        "preset": "topk",
+        "hook": HOOK,
+        "train": {"data": {"skip_first": 1, "hook": None}},
+        "store": {"content": store.content},
+        "steps": 7,
+        "tokens": 700,
+    }
+    save_sae(sae, runs / name, record | changes, {})
+    return runs / name
