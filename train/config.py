@@ -41,7 +41,7 @@ class DataConfig:
 class OptimizerConfig:
     """Adam, its schedule, and what happens to a gradient before it."""
 
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Peak learning rate."""
     beta1: float = 0.9
     beta2: float = 0.999

@@ -31,7 +31,9 @@ def full(model: Path, tokens: np.ndarray) -> Contestant:
 
     def run(_: Path) -> torch.Tensor:
         with torch.inference_mode():
-            return [plain(input_ids=part, use_cache=False).logits for part in ids.split(BATCH)][0]
+            for part in ids.split(BATCH):
+                logits = plain(input_ids=part, use_cache=False).logits
+            return logits
 
     return run
 
