@@ -13,6 +13,7 @@ from tcsae.shared.cli import Place, StageCommand
 @click.option("--with", "other", metavar="B", help="The run that --compare is with.")
 @click.option("--force", is_flag=True, help="Evaluate again what is evaluated already.")
 @click.option("--temporal/--no-temporal", default=True, show_default=True, help="Temporal and position measures.")
+@click.option("--details", is_flag=True, help="Also print every temporal measure with its null and interval.")
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
     "--splice",
@@ -34,6 +35,7 @@ def evaluate(
     compare: str | None,
     other: str | None,
     splice: Literal["counted", "all"],
+    details: bool,
     **settings: Any,
 ) -> None:
     """Score trained SAEs on the store's eval split, without the language model.
@@ -61,7 +63,7 @@ def evaluate(
     if pair and not refused:
         show_differences(runs_path, *evaluations)
     else:
-        show(evaluations, place.runs)
+        show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:
             say(f"Error: {line}")

@@ -11,7 +11,7 @@ from tcsae.shared.console import table
 COLUMNS = ("", "EV", "cos", "L2 ratio", "L0", "dead %", "CE", "CE score", "KL score")
 
 
-def show(evaluations: Sequence[dict[str, Any]], runs: str) -> None:
+def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False) -> None:
     """Print one table for each set of options, and how to read it."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in evaluations:
@@ -23,7 +23,7 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str) -> None:
         hook, n_tokens, n_documents = first["options"]["hook"], first["n_tokens"], first["n_documents"]
         table(f"{hook}, {n_tokens:,} eval tokens of {n_documents:,} documents", COLUMNS, rows)
         click.echo(_legend(first))
-        show_temporal(group)
+        show_temporal(group, details)
     if evaluations:
         click.echo(f"All figures, intervals and definitions: {runs}/NAME/eval.json")
 

@@ -7,8 +7,6 @@ import click
 
 from tcsae.shared.console import table
 
-DETAILED = 3
-"""Up to so many SAEs each get a table of their own."""
 SUMMARY = {
     "jaccard": "jaccard_corrected",
     "rho in doc": "rho_1_within",
@@ -22,8 +20,8 @@ SUMMARY = {
 }
 
 
-def show_temporal(evaluations: Sequence[dict[str, Any]]) -> None:
-    """One row an SAE, value minus null; a table of all measures for each of a few."""
+def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
+    """One row an SAE, value minus null; with `details` also a table of all measures for each."""
     measured = [one for one in evaluations if one.get("temporal")]
     if not measured:
         return
@@ -35,11 +33,11 @@ def show_temporal(evaluations: Sequence[dict[str, Any]]) -> None:
                 rows.append(_summary(name, found["measures"]))
     table("Temporal and position measures, each minus its null", ("", *SUMMARY), rows)
     click.echo("A star: the 95% interval leaves out zero. Medians over latents; all else pooled over them.")
-    if len(measured) <= DETAILED:
-        for one in measured:
-            _details(one)
-    else:
-        click.echo("Name up to three with --run for their tables of measure, null, difference and interval.")
+    if not details:
+        click.echo("Every measure with its value, null and interval: --details.")
+        return
+    for one in measured:
+        _details(one)
 
 
 def _summary(name: str, measures: dict[str, Any]) -> list[object]:

@@ -46,8 +46,11 @@ def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
     make_run(tmp_path, "two", make_sae(groups=(0.25, 0.75)), store)
     done = call(store, tmp_path, "--baselines")
     assert done.exit_code == 0, done.output
-    for text in ("random topk", "untrained", "pca", "mean output", "95%", "through the tail", "x itself", "null is"):
+    for text in ("random topk", "untrained", "pca", "mean output", "95%", "through the tail", "x itself", "--details"):
         assert text in done.stdout, text
+    assert "null is" not in done.stdout
+    done = call(store, tmp_path, "--details")
+    assert "null is" in done.stdout
     assert "first_group: rho_1" in done.stdout
     assert "frequency_matched: rho_1" in done.stdout
     assert max(len(line.rstrip()) for line in done.stdout.splitlines() if "│" in line) <= 122

@@ -50,7 +50,7 @@ def through_bridge(model: Path, tokens: np.ndarray) -> Contestant:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=256)
     asked = parser.parse_args()
     one_core()
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, (asked.sequences, LENGTH))
