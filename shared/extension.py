@@ -86,13 +86,14 @@ def extend(location: str, recipe: Recipe) -> Manifest | None:
 def n_kept(manifest: Manifest) -> dict[str, int]:
     """How many chunks of each split an extension keeps: the full ones.
 
-    None where the codec's parameters would become others: they are fitted to the first FIT_TOKENS positions.
+    None where the codec's parameters would become others: they are fitted to the first FIT_TOKENS positions. None of a
+    store of version 1, which lacks the sums.
     """
     per_chunk = manifest.layout.sequences_per_chunk
     full = {split: manifest.counts[split]["sequences"] // per_chunk for split in SPLITS}
     n_positions = full["train"] * per_chunk * manifest.recipe.sequences.length
     fits = manifest.recipe.codec in EXACT or n_positions >= FIT_TOKENS
-    return full if fits else dict.fromkeys(SPLITS, 0)
+    return full if fits and manifest.version > 1 else dict.fromkeys(SPLITS, 0)
 
 
 def _records(store: Store) -> dict[str, dict[str, Any]]:

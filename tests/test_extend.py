@@ -12,6 +12,7 @@ import pytest
 from tcsae.harvest.run import harvest, plan_harvest
 from tcsae.harvest.sequences import budgets
 from tcsae.shared.errors import StoreError
+from tcsae.shared.extension import n_kept
 from tcsae.shared.manifest import Manifest
 from tcsae.shared.store import open_store
 
@@ -211,6 +212,7 @@ def test_a_store_from_before_this_was_recorded_reads_its_text_anew(short, whole,
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     root = json.loads((location / "zarr.json").read_text())
     manifest: Manifest = manifest_from_json(root["attributes"]["tcsae"])
+    assert sum(n_kept(manifest).values()) > 5 and not any(n_kept(dataclasses.replace(manifest, version=1)).values())
     del manifest.counts["first_full"]
     (location / "zarr.json").write_bytes(manifest.root_metadata())
     made(location, short)
