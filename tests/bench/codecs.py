@@ -27,7 +27,7 @@ from tcsae.shared.cli import cli
 from tcsae.shared.codecs import check_codec
 from tcsae.shared.manifest import SPLITS
 from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, Shard, layout_for, open_writer
+from tcsae.shared.writer import Rows, Shard, open_writer
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
@@ -41,7 +41,8 @@ def convert(source: Store, location: Path, name: str) -> tuple[Store, float]:
     codec, _, asked = name.partition(":")
     error = check_codec(codec, float(asked) if asked else None)
     recipe = replace(source.manifest.recipe, codec=codec, codec_error=error)
-    writer = open_writer(str(location), recipe, layout_for(recipe))
+    # The same chunks, so the same order of batches: what differs in training is the codec.
+    writer = open_writer(str(location), recipe, source.manifest.layout)
     assert writer is not None
     parts = {split: source.split(split) for split in SPLITS}
     writer.commit({s: Rows(one.tokens, one.lengths, one.documents, one.starts) for s, one in parts.items()}, {})
