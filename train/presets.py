@@ -79,8 +79,8 @@ PRESETS = {
     ),
     "relu-l1": Preset("ReLU with an L1 penalty", _ours("relu", sparsity=SparsityConfig(l1=1.5))),
     "temporal-topk": Preset(
-        "TopK with relative slowness on all latents, over windows of 3",
-        _ours("topk", temporal=TemporalConfig(kind="relative", weight=3.0)),
+        "TopK whose adjacent codes are contrasted with other documents', on all latents",
+        _ours("topk", temporal=TemporalConfig(kind="contrastive", weight=3.0, temperature=0.3)),
     ),
     "temporal-matryoshka": Preset(
         "T-SAE-like: matryoshka BatchTopK, the first fifth contrasted with other documents",
