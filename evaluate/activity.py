@@ -17,11 +17,11 @@ def token_activity(code: Code | None, n: int) -> Float64[Tensor, "4 n"]:
     # A topk or relu code is never negative, so two of the four sums do for all.
     signed = bool((values < 0).any())
     terms = (values > 0, values != 0, values.abs(), values) if signed else (values > 0, values)
-    sums = [_row_sums(code, term) for term in terms]
+    sums = [row_sums(code, term) for term in terms]
     return torch.stack(sums if signed else [sums[0], sums[0], sums[1], sums[1]])
 
 
-def _row_sums(code: Code, terms: Tensor) -> Float64[Tensor, " n"]:
+def row_sums(code: Code, terms: Tensor) -> Float64[Tensor, " n"]:
     """Sum of each row's `terms`, which stand where the code's values do."""
     if not isinstance(code, SparseCode):
         return terms.sum(1, dtype=torch.float64)
@@ -38,7 +38,7 @@ def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> 
     """
     if isinstance(code, SparseCode):
         on = code.values > 0
-        keys = sequence[code.rows[on]] * code.d_sae + code.latents[on]
+        keys = sequence.index_select(0, code.rows[on]) * code.d_sae + code.latents[on]
         counts = torch.bincount(keys, minlength=n_sequences * code.d_sae).view(n_sequences, code.d_sae)
     else:
         counts = torch.zeros(n_sequences, code.shape[1], dtype=torch.int64)

@@ -5,6 +5,7 @@ on the first half of a document's tokens, tested on the second after a gap. Toke
 that were not trained on. A code that carries what stays the same should tell the document and not the token.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from tcsae.evaluate.activity import Code
 from tcsae.evaluate.batches import Batch, document_numbers
 from tcsae.evaluate.bootstrap import interval, point, resamplings
-from tcsae.evaluate.code_ops import entry_values, sums_by_label
+from tcsae.evaluate.code_ops import entry_values
 from tcsae.shared.codes import SparseCode
 from tcsae.shared.store import Split
 
@@ -26,10 +27,15 @@ GAP = 16
 MIN_TOKENS = 3 * GAP
 MAX_LATENTS = 512
 """Latents that are read, those of largest variance where there are more: bounds the time."""
+SLICE = 512
+"""Tokens squared at a time: 1 MB."""
 N_TOKEN_IDS, N_POSITION_BINS = 100, 8
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the ridge, relative to the mean of the Gram matrix's diagonal."""
 MEAN_OVER, EMA_DECAY = 8, 0.8
+
+_resamplings = lru_cache(maxsize=4)(resamplings)
+"""The same few documents for every code and target: 1 MB each."""
 
 TARGETS = ("document", "token", "position")
 DEFINITIONS = {
@@ -92,7 +98,9 @@ def plan_probes(split: Split, skip_first: int) -> Plan | None:
 
 def probe(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, dict[str, float | list[float] | None]]:
     """{"probe_document": {"value", "null", "difference", "interval"}, ...} of a code of the plan's tokens."""
-    code = (code - code.mean(0)) / code.std(0).mean().clamp(min=1e-12)
+    code = code - code.mean(0)
+    squares = torch.stack([part.square().sum(0) for part in code.split(SLICE)]).sum(0)
+    code.div_((squares / (len(code) - 1)).sqrt().mean().clamp(min=1e-12))
     half = ((plan.lengths - GAP) // 2)[plan.document]
     odd = plan.document % 2 == 1
     halves, documents = (plan.within < half, plan.within >= half + GAP), (~odd, odd)
@@ -122,8 +130,8 @@ def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept
     kept = which.nonzero().squeeze(1)
     if len(kept) > MAX_LATENTS:
         n = code.n_tokens if isinstance(code, SparseCode) else len(code)
-        labels, values = torch.zeros(n, dtype=torch.int64), entry_values(code)
-        total, squares = (sums_by_label(code, one, labels, 1)[0] for one in (values, values.square()))
+        values = entry_values(code)
+        total, squares = (_latent_sums(code, one) for one in (values, values.square()))
         variance = torch.where(which, squares / n - (total / n).square(), -1.0)
         kept = variance.topk(MAX_LATENTS).indices.sort().values
     if not isinstance(code, SparseCode):
@@ -134,6 +142,13 @@ def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept
     made = torch.zeros(code.n_tokens, len(kept))
     made.view(-1)[code.rows[at] * len(kept) + place[code.latents[at]]] = code.values[at]
     return made
+
+
+def _latent_sums(code: Code, values: Tensor) -> Float64[Tensor, " d_sae"]:
+    """Sum over all tokens of `values`, which stand where the code's values do."""
+    if isinstance(code, SparseCode):
+        return torch.bincount(code.latents, weights=values.double(), minlength=code.d_sae)
+    return values.sum(0, dtype=torch.float64)
 
 
 def _ridge(
@@ -149,12 +164,16 @@ def _ridge(
     documents.
     """
     held = (plan.within // 4 % 4 == 3) if "document" in targets else (plan.document // 2 % 4 == 3)
-    parts = [train & ~held, train & held]
-    grams = [code[part].T @ code[part] for part in parts]
-    scale = float(sum(grams).diagonal().mean()) + 1e-12  # type: ignore[union-attr]
-    one_hot = {name: _one_hot(classes) for name, classes in targets.items()}
-    sides = {name: [code[part].T @ made[part] for part in parts] for name, made in one_hot.items()}
-    held_out = code[parts[1]]
+    parts = [part.nonzero().squeeze(1) for part in (train & ~held, train & held, test)]
+    fitted, held_out, tested = (code[part] for part in parts)
+    grams = [one.T @ one for one in (fitted, held_out)]
+    scale = float((grams[0] + grams[1]).diagonal().mean()) + 1e-12
+    sides = {
+        name: [
+            _against_one_hot(one, classes[part], classes) for one, part in zip((fitted, held_out), parts, strict=False)
+        ]
+        for name, classes in targets.items()
+    }
     best = dict.fromkeys(targets, (-1.0, STRENGTHS[0]))
     for strength in STRENGTHS:
         factor = _factor(grams[0], strength * scale)
@@ -166,7 +185,7 @@ def _ridge(
     for name in targets:
         factor = _factor(grams[0] + grams[1], best[name][1] * scale)
         weights = torch.cholesky_solve(sides[name][0] + sides[name][1], factor)
-        guesses[name] = (code[test] @ weights).argmax(1)
+        guesses[name] = (tested @ weights).argmax(1)
     return guesses
 
 
@@ -174,11 +193,15 @@ def _factor(gram: Float[Tensor, "p p"], strength: float) -> Float[Tensor, "p p"]
     return torch.linalg.cholesky(gram + strength * torch.eye(len(gram)))
 
 
-def _one_hot(classes: Int[Tensor, " n"]) -> Float[Tensor, "n n_classes"]:
-    made = torch.zeros(len(classes), int(classes.max()) + 1)
+def _against_one_hot(
+    code: Float[Tensor, "m p"], classes: Int[Tensor, " m"], everywhere: Int[Tensor, " n"]
+) -> Float[Tensor, "p n_classes"]:
+    """code.T @ (one-hot classes - each class's share of all n tokens); -1: no class."""
+    n_classes = int(everywhere.max()) + 1
     known = (classes >= 0).nonzero().squeeze(1)
-    made[known, classes[known]] = 1.0
-    return made - made.mean(0)
+    sums = torch.zeros(n_classes, code.shape[1]).index_add_(0, classes[known], code[known])
+    shares = torch.bincount(everywhere[everywhere >= 0], minlength=n_classes) / len(everywhere)
+    return (sums - shares[:, None] * code.sum(0)).T
 
 
 def _scored(
@@ -194,7 +217,7 @@ def _scored(
 
     counts, hits, null = (per_document(one) for one in (truth >= 0, truth == named, truth == commonest))
     tested = counts > 0
-    weights = resamplings(int(tested.sum()))
+    weights = _resamplings(int(tested.sum()))
     n = weights @ counts[tested]
     value, chance = (weights @ one[tested] / n for one in (hits, null))
     return {

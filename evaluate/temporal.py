@@ -13,19 +13,21 @@ import torch
 from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.activity import Code, join_codes, n_latents
+from tcsae.evaluate.activity import Code, join_codes
 from tcsae.evaluate.code_ops import (
-    active_counts,
-    add_by_label,
+    Cells,
+    Held,
+    Pairs,
     add_lag_products,
+    by_latent,
+    cells,
+    compare_neighbours,
+    compare_pairs,
     entry_values,
-    pair_stats,
-    sums_by_label,
     take,
-    token_energy,
+    token_sums,
 )
 from tcsae.evaluate.layout import N_GROUPS, N_LABELS, Layout, View
-from tcsae.shared.codes import SparseCode
 
 N_LAGS = 32
 N_BINS = 400
@@ -33,6 +35,7 @@ N_BINS = 400
 
 
 UNGROUPED = ("permuted_by_position", "permuted_by_token", "permuted_token_squares")
+BY_LAG = ("n_pairs", "products", "edges", "edges_m", "m_squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +98,16 @@ class TemporalSums:
     magnitude: Float64[Tensor, " g"]
     """|f|_1."""
 
-    def without(self, group: int | None) -> "TemporalSums":
-        """All groups but one (None: all) added up, keeping an axis of one."""
-        keep = [one for one in range(N_GROUPS) if one != group]
-        return replace(
-            self,
-            **{
-                field.name: getattr(self, field.name)[keep].sum(0, keepdim=True)
-                for field in fields(self)
-                if field.name not in UNGROUPED
-            },
-        )
+    def without(self, group: int | None, n_lags: int = N_LAGS) -> "TemporalSums":
+        """All groups but one (None: all) added up, keeping an axis of one; of the lags the first alone."""
+        left = {}
+        for name in [field.name for field in fields(self) if field.name not in UNGROUPED]:
+            sums = getattr(self, name)
+            sums = sums[:, :n_lags] if name in BY_LAG else sums
+            # Slices, since a list of indices would copy the largest tables.
+            kept = [sums] if group is None else [sums[:group], sums[group + 1 :]]
+            left[name] = sum(part.sum(0, keepdim=True) for part in kept)
+        return replace(self, **left)
 
 
 def no_sums(width: int, n_positions: int) -> TemporalSums:
@@ -146,91 +148,106 @@ class Collector:
 
     def add(self, view: View, code: Code) -> None:
         """The code of a batch's counted tokens."""
-        if view.n:
-            mean = self._add_documents(view, _Pieces(view), code)
-            self._add_edges(view, code, mean)
-            add_lag_products(self.sums.products, self.sums.both, code, view.sequence, view.group)
-            self._add_labels(view, code)
-            self._add_token_pairs(view, code)
+        if not view.n:
+            return
+        held, moved = by_latent(code), by_latent(take(code, view.standing_in))
+        of_tokens = token_sums(code)
+        pieces, of_pieces = _Pieces(view), cells(held, view.piece)
+        mean, active = self._add_documents(pieces, held, of_pieces)
+        self._add_edges(view, held, of_pieces.look_up(mean))
+        self.sums.active_first.index_add_(0, pieces.group, active)  # of the last tokens, it has been taken away
+        add_lag_products(self.sums.products, self.sums.both, held, view.sequence, view.group)
+        self._add_labels(view, held, moved)
+        group = view.group[:-1][view.adjacent]
+        for kind, (one, its_sums) in enumerate(((held, of_tokens), (moved, of_tokens.at(view.standing_in)))):
+            pairs = compare_neighbours(one, its_sums, view.adjacent)
+            self._add_jaccard(kind, pairs, group)
+            self._add_distances(kind, pairs, group)
+        self._add_across(view, code)
+        self.sums.energy.index_add_(0, view.group, of_tokens.energy)
+        self.sums.magnitude.index_add_(0, view.group, of_tokens.magnitude)
 
-    def _add_documents(self, view: View, per_piece: "_Pieces", code: Code) -> Float64[Tensor, "n_pieces d_sae"]:
-        """What depends on a document's own sums alone; returns the documents' means."""
-        sums, values = self.sums, entry_values(code)
-        total, squares, active = (
-            sums_by_label(code, one, view.piece, view.n_pieces) for one in (values, values * values, values > 0)
-        )
-        into, n, n_1 = per_piece.group, per_piece.n[:, None], per_piece.n_pairs[:, :1]
+    def _add_documents(
+        self, pieces: "_Pieces", held: Held, of_pieces: Cells
+    ) -> tuple[Float64[Tensor, "n_pieces d_sae"], Float64[Tensor, "n_pieces d_sae"]]:
+        """What depends on a document's own sums alone; returns the documents' means and numbers of active tokens."""
+        sums, values = self.sums, entry_values(held)
+        total, squares, active = torch.zeros(3, len(pieces.n), sums.f.shape[1], dtype=torch.float64)
+        of_pieces.add(total, values)
+        of_pieces.add(squares, values.square())
+        of_pieces.add(active, values > 0)
+        n, n_1 = pieces.n, pieces.n_pairs[:, 0]
         pairs = (n * (n - 1)).clamp(min=1)
-        mean = total / n
-        sums.n.index_add_(0, into, per_piece.n)
-        sums.n_documents.index_add_(0, into, torch.ones_like(per_piece.n))
-        sums.n_pairs.index_add_(0, into, per_piece.n_pairs)
-        sums.f.index_add_(0, into, total)
-        sums.squares.index_add_(0, into, squares)
-        sums.active.index_add_(0, into, active)
-        sums.between.index_add_(0, into, total * mean)
-        sums.permuted_m.index_add_(0, into, n_1 * mean)
-        sums.permuted_squares.index_add_(0, into, n_1 * squares / n)
-        sums.permuted_products.index_add_(0, into, n_1 * (total.square() - squares) / pairs)
-        sums.permuted_active.index_add_(0, into, n_1 * active / n)
-        sums.permuted_both.index_add_(0, into, n_1 * active * (active - 1) / pairs)
-        sums.energy.index_add_(0, into, squares.sum(1))
-        for group in range(N_GROUPS):
-            ours = into == group
-            if ours.any():
-                sums.m_squares[group] += per_piece.n_pairs[ours].T @ mean[ours].square()
-        magnitude = sums_by_label(code, values.abs(), view.group, N_GROUPS).sum(1)
-        sums.magnitude.add_(magnitude)
-        return mean
+        sums.n.index_add_(0, pieces.group, n)
+        sums.n_documents.index_add_(0, pieces.group, torch.ones_like(n))
+        sums.n_pairs.index_add_(0, pieces.group, pieces.n_pairs)
+        one, total_squares = torch.ones_like(n), total.square()
+        for into, weights, terms in (
+            (sums.f, one, total),
+            (sums.squares, one, squares),
+            (sums.active, one, active),
+            (sums.between, 1 / n, total_squares),
+            (sums.permuted_m, n_1 / n, total),
+            (sums.permuted_squares, n_1 / n, squares),
+            (sums.permuted_products, n_1 / pairs, total_squares - squares),
+            (sums.permuted_active, n_1 / n, active),
+            (sums.permuted_both, n_1 / pairs, active.square() - active),
+        ):
+            into.addmm_(pieces.member * weights, terms)
+        mean = total / n[:, None]
+        for group in pieces.group.unique().tolist():
+            ours = pieces.group == group
+            sums.m_squares[group].addmm_(pieces.n_pairs[ours].T, mean[ours].square_())
+        return mean, active
 
-    def _add_edges(self, view: View, code: Code, mean: Tensor) -> None:
-        """Tokens near the ends of their sequence: they are first or second of fewer pairs."""
-        sums, width = self.sums, mean.shape[1]
+    def _add_edges(self, view: View, held: Held, mean: Tensor) -> None:
+        """Tokens near the ends of their sequence: they are first or second of fewer pairs. `mean`: as the values."""
+        sums, values = self.sums, entry_values(held)
         for distance in (view.from_start, view.to_end):
-            at = (distance < N_LAGS).nonzero().squeeze(1)
-            part, piece = take(code, at), view.piece[at]
-            values, labels = entry_values(part), view.group[at] * N_LAGS + distance[at]
-            means = mean[piece[part.rows], part.latents] if isinstance(part, SparseCode) else mean[piece]
-            add_by_label(sums.edges.view(-1, width), part, values, labels)
-            add_by_label(sums.edges_m.view(-1, width), part, values * means, labels)
-            end = (distance == 0).nonzero().squeeze(1)
-            part = take(code, end)
-            add_by_label(sums.edge_squares, part, entry_values(part).square(), view.group[end])
-        first = (view.to_end > 0).nonzero().squeeze(1)
-        part = take(code, first)
-        add_by_label(sums.active_first, part, entry_values(part) > 0, view.group[first])
+            near = cells(held, torch.where(distance < N_LAGS, view.group * N_LAGS + distance, -1))
+            near.add(sums.edges.flatten(0, 1), values)
+            near.add(sums.edges_m.flatten(0, 1), values * mean)
+            end = cells(held, torch.where(distance == 0, view.group, -1))
+            end.add(sums.edge_squares, values.square())
+        end.add(sums.active_first, -(values > 0).double())
 
-    def _add_labels(self, view: View, code: Code) -> None:
+    def _add_labels(self, view: View, held: Held, moved: Held) -> None:
         """Sums by position and by token, as they are and with stand-ins."""
-        sums, values, width = self.sums, entry_values(code), n_latents(code)
-        n_positions = sums.by_position.shape[1]
-        place = torch.empty_like(view.standing_in)
-        place[view.standing_in] = torch.arange(view.n)  # where each token stands in
-        keys = view.group * n_positions + view.position
-        add_by_label(sums.by_position.view(-1, width), code, values, keys)
-        sums.n_by_position.view(-1).add_(torch.bincount(keys, minlength=N_GROUPS * n_positions))
-        add_by_label(sums.permuted_by_position, code, values, view.position[place])
-        common = (view.token < N_LABELS).nonzero().squeeze(1)
-        part, keys = take(code, common), (view.group * N_LABELS + view.token)[common]
-        add_by_label(sums.by_token.view(-1, width), part, entry_values(part), keys)
-        sums.n_by_token.view(-1).add_(torch.bincount(keys, minlength=N_GROUPS * N_LABELS))
-        add_by_label(sums.token_squares, part, entry_values(part).square(), view.group[common])
-        standing = take(code, view.standing_in[common])
-        add_by_label(sums.permuted_by_token, standing, entry_values(standing), view.token[common])
-        add_by_label(sums.permuted_token_squares, standing, entry_values(standing).square(), torch.zeros_like(common))
+        sums, n_positions = self.sums, self.sums.by_position.shape[1]
+        known = view.token < N_LABELS
+        for labels, n_labels, into, counts in (
+            (view.group * n_positions + view.position, n_positions, sums.by_position, sums.n_by_position),
+            (torch.where(known, view.group * N_LABELS + view.token, -1), N_LABELS, sums.by_token, sums.n_by_token),
+        ):
+            cells(held, labels).add(into.flatten(0, 1), entry_values(held))
+            counts.view(-1).add_(torch.bincount(labels[labels >= 0], minlength=N_GROUPS * n_labels))
+        cells(held, torch.where(known, view.group, -1)).add(sums.token_squares, entry_values(held).square())
+        values = entry_values(moved)
+        cells(moved, view.position).add(sums.permuted_by_position, values)
+        cells(moved, torch.where(known, view.token, -1)).add(sums.permuted_by_token, values)
+        cells(moved, torch.where(known, 0, -1)).add(sums.permuted_token_squares, values.square())
 
-    def _add_token_pairs(self, view: View, code: Code) -> None:
-        """Jaccard, differences and distances of pairs of tokens."""
-        at = view.adjacent.nonzero().squeeze(1)
-        group = view.group[at]
+    def _add_across(self, view: View, code: Code) -> None:
+        """Pairs of tokens of different documents."""
         both = code if self.kept is None else join_codes([self.kept, code])
         self.kept = take(both, view.kept)
-        compare = _Comparison(self.sums, code)
-        compare.add(0, at, at + 1, group)
-        compare.add(1, view.standing_in[at], view.standing_in[at + 1], group)
-        across = _Comparison(self.sums, both)
-        across.add_jaccard(2, *view.partners)
-        across.add_distances(2, *view.joins)
+        self._add_jaccard(2, compare_pairs(both, view.partners.first, view.partners.second), view.partners.group)
+        self._add_distances(2, compare_pairs(both, view.joins.first, view.joins.second), view.joins.group)
+
+    def _add_jaccard(self, kind: int, pairs: Pairs, group: Int[Tensor, " m"]) -> None:
+        """Pairs of tokens without any active latent do not count."""
+        either = pairs.active - pairs.both
+        self.sums.jaccard[:, kind, 0].index_add_(0, group, pairs.both / either.clamp(min=1))
+        self.sums.jaccard[:, kind, 1].index_add_(0, group, (either > 0).double())
+
+    def _add_distances(self, kind: int, pairs: Pairs, group: Int[Tensor, " m"]) -> None:
+        """|f - f'|^2, and the same over |f|^2 + |f'|^2 (0 where both are zero)."""
+        difference = (pairs.energy - 2 * pairs.dots).clamp(min=0)
+        if kind < self.sums.difference.shape[1]:
+            self.sums.difference[:, kind].index_add_(0, group, difference)
+        relative = torch.where(pairs.energy > 0, difference / pairs.energy, 0.0)
+        keys = group * N_BINS + (relative * (N_BINS / 2)).long().clamp(max=N_BINS - 1)
+        self.sums.distances[:, kind].add_(torch.bincount(keys, minlength=N_GROUPS * N_BINS).view(N_GROUPS, N_BINS))
 
 
 class _Pieces:
@@ -244,42 +261,5 @@ class _Pieces:
         # A token with e tokens after it in its sequence is the first of a pair at lags 1 to e.
         self.n_pairs = ahead.flip(1).cumsum(1).flip(1)[:, 1:].double()
         self.group = torch.zeros(view.n_pieces, dtype=torch.int64).index_put_((view.piece,), view.group)
-
-
-class _Comparison:
-    """Compares pairs of tokens of one code."""
-
-    def __init__(self, sums: TemporalSums, code: Code) -> None:
-        self.sums, self.code = sums, code
-        self.energy, self.active = token_energy(code), active_counts(code)
-
-    def add(self, kind: int, first: Int[Tensor, " m"], second: Int[Tensor, " m"], group: Int[Tensor, " m"]) -> None:
-        dots, both = pair_stats(self.code, first, second)
-        self._jaccard(kind, both, first, second, group)
-        difference, relative = self._distances(dots, first, second)
-        self.sums.difference[:, kind].index_add_(0, group, difference)
-        self._histogram(kind, relative, group)
-
-    def add_jaccard(self, kind: int, first: Tensor, second: Tensor, group: Tensor) -> None:
-        self._jaccard(kind, pair_stats(self.code, first, second)[1], first, second, group)
-
-    def add_distances(self, kind: int, first: Tensor, second: Tensor, group: Tensor) -> None:
-        dots, _ = pair_stats(self.code, first, second)
-        self._histogram(kind, self._distances(dots, first, second)[1], group)
-
-    def _jaccard(self, kind: int, both: Tensor, first: Tensor, second: Tensor, group: Tensor) -> None:
-        """Pairs of tokens without any active latent do not count."""
-        either = self.active[first] + self.active[second] - both
-        some = (either > 0).double()
-        self.sums.jaccard[:, kind, 0].index_add_(0, group, both / either.clamp(min=1))
-        self.sums.jaccard[:, kind, 1].index_add_(0, group, some)
-
-    def _distances(self, dots: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """|f - f'|^2, and the same over |f|^2 + |f'|^2 (0 where both are zero)."""
-        energy = self.energy[first] + self.energy[second]
-        difference = (energy - 2 * dots).clamp(min=0)
-        return difference, torch.where(energy > 0, difference / energy, 0.0)
-
-    def _histogram(self, kind: int, relative: Tensor, group: Tensor) -> None:
-        keys = group * N_BINS + (relative * (N_BINS / 2)).long().clamp(max=N_BINS - 1)
-        self.sums.distances[:, kind].add_(torch.bincount(keys, minlength=N_GROUPS * N_BINS).view(N_GROUPS, N_BINS))
+        self.member = (self.group == torch.arange(N_GROUPS)[:, None]).double()
+        """[g, n_pieces]: 1 where a piece is of a group."""

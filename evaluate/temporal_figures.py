@@ -169,7 +169,7 @@ def _rhos(pooled: Pooled, which: Tensor, often: Tensor) -> tuple[dict[str, list[
             curves[f"{name}_median"] = (covariance / variance)[:, often].median(1).values.tolist()
             nulls[f"{name}_median"] = float((permuted / variance)[often].median())
         else:
-            curves[f"{name}_median"], nulls[f"{name}_median"] = [torch.nan] * N_LAGS, torch.nan
+            curves[f"{name}_median"], nulls[f"{name}_median"] = [torch.nan] * len(covariance), torch.nan
     return curves, nulls
 
 
@@ -186,11 +186,10 @@ def _dwell(sums: TemporalSums, which: Tensor, often: Tensor, values: dict[str, f
 
 def _share(by_label: Tensor, n_by_label: Tensor, squares: Tensor, which: Tensor) -> float:
     """Bias-corrected share of variance between labels, pooled over the latents `which`."""
-    n_label, cells = n_by_label[0], by_label[0][:, which].double()
-    n, total = n_label.sum(), cells.sum(0)
-    centre = total.square() / n
-    between = (cells.square() / n_label.clamp(min=1)[:, None]).sum(0) - centre
-    return _corrected(between.sum() / (squares[0][which] - centre).sum(), n, (n_label > 0).sum())
+    n_label, cells = n_by_label[0], by_label[0].double()
+    n, centre = n_label.sum(), cells.sum(0).square() / n_label.sum()
+    between = (1 / n_label.clamp(min=1)) @ cells.square_() - centre
+    return _corrected(between[which].sum() / (squares[0] - centre)[which].sum(), n, (n_label > 0).sum())
 
 
 def _corrected(share: Tensor, n: Tensor, n_labels: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Temporal measures of many SAEs in one pass, put together: per SAE, per group of latents, beside those of x itself."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -105,12 +106,10 @@ class TemporalObserver:
         whole = sums.without(None)
         groups = latent_groups(config, whole.active[0])
         code = join_codes(self.read[system]) if self.read.get(system) else None
-        found: dict[str, Any] = {}
-        for name, which in groups.items():
-            rows, curves = self._rows(sums, which, config.k, name == "all")
-            if self.plan and code is not None:
-                rows |= probes.probe(self.plan, probes.widest(code, which))
-            found[name] = {"measures": rows, "curves": curves}
+        found = self._rows(sums, groups, config.k)
+        if self.plan and code is not None:
+            for name, which in groups.items():
+                found[name]["measures"] |= probes.probe(self.plan, probes.widest(code, which))
         if self.plan and code is not None:
             for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
                 found[name] = {"measures": probes.probe(self.plan, smooth)}
@@ -131,7 +130,7 @@ class TemporalObserver:
     def of_x(self) -> dict[str, Any]:
         """The same of x itself, as far as they have a meaning there: no latent of it fires."""
         everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
-        rows, curves = self._rows(self.x.sums, everything, None, True)
+        rows, curves = self._rows(self.x.sums, {"all": everything}, None)["all"].values()
         no_meaning = ("jaccard", "dwell", "rho_1_median", "rho_1_within_median", "slowness_to_pca")
         rows = {name: row for name, row in rows.items() if not name.startswith(no_meaning)}
         if self.plan:
@@ -139,37 +138,34 @@ class TemporalObserver:
         return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
 
     def _rows(
-        self, sums: TemporalSums, which: Bool[Tensor, " d_sae"], k: int | None, whole_code: bool
-    ) -> tuple[dict[str, Any], dict[str, list[float | None]]]:
-        """Measures with nulls and intervals of the latents `which`, and the curves over lags."""
+        self, sums: TemporalSums, groups: Mapping[str, Bool[Tensor, " d_sae"]], k: int | None
+    ) -> dict[str, dict[str, Any]]:
+        """Of each group of latents: measures with nulls and intervals, and curves over lags."""
         filled = [group for group in range(N_GROUPS) if sums.n_documents[group]]
         whole = sums.without(None)
-        full, curves = self._figures((whole, whole), which, k, whole_code, None)
-        left = []
-        if len(filled) > 1:
-            parts = ((group, sums.without(group)) for group in filled)
-            left = [self._figures((part, whole), which, k, whole_code, group)[0] for group, part in parts]
-        rows = {}
-        for name, pair in full.items():
-            spread = [one[name].difference for one in left]
-            rows[name] = {
-                "value": _json(pair.value),
-                "null": _json(pair.null),
-                "difference": _json(pair.difference),
-                "interval": jackknife(pair.difference, spread),
-                "replicates": [_json(one[name].value) for one in left],
+        full = {name: self._figures((whole, whole), (name, which), k, None) for name, which in groups.items()}
+        left: dict[str, list[dict[str, _Pair]]] = {name: [] for name in groups}
+        for without in filled if len(filled) > 1 else []:
+            part = sums.without(without, n_lags=1)
+            for name, which in groups.items():
+                left[name].append(self._figures((part, whole), (name, which), k, without)[0])
+        found = {}
+        for name, (pairs, curves) in full.items():
+            found[name] = {
+                "measures": {key: _row(pair, [one[key] for one in left[name]]) for key, pair in pairs.items()},
+                "curves": {key: [_json(value) for value in curve] for key, curve in curves.items()},
             }
-        return rows, {name: [_json(value) for value in curve] for name, curve in curves.items()}
+        return found
 
     def _figures(
         self,
         sums: tuple[TemporalSums, TemporalSums],
-        which: Bool[Tensor, " d_sae"],
+        latents: tuple[str, Bool[Tensor, " d_sae"]],
         k: int | None,
-        whole_code: bool,
         without: int | None,
     ) -> tuple[dict[str, "_Pair"], dict[str, list[float]]]:
-        """Values and nulls from (the sums without a group, all sums)."""
+        """Values and nulls from (the sums without a group, all sums), of the latents of a name; and curves."""
+        name, which = latents
         values, nulls, curves = latent_measures(*sums, which)
         slow, permuted = values["slowness"], nulls["slowness"]
         of_x, permuted_x = self._speed(None, without)
@@ -178,7 +174,7 @@ class TemporalObserver:
             # Permuted components are as slow as permuted x: without memory, both come to one.
             of_pca, _ = self._speed(min(k, len(self.mean)), without)
             values["slowness_to_pca"], nulls["slowness_to_pca"] = slow / of_pca, permuted / permuted_x
-        if whole_code:
+        if name == "all":
             of_tokens = token_measures(sums[0])
             values, nulls = values | of_tokens.values, nulls | of_tokens.nulls
         return {name: _Pair(values[name], nulls[name]) for name in NULLS if name in values}, curves
@@ -200,6 +196,17 @@ class _Pair(NamedTuple):
     @property
     def difference(self) -> float:
         return self.value - self.null
+
+
+def _row(pair: _Pair, left: list[_Pair]) -> dict[str, Any]:
+    """As eval.json has it; `left`: the same with each group of documents left out."""
+    return {
+        "value": _json(pair.value),
+        "null": _json(pair.null),
+        "difference": _json(pair.difference),
+        "interval": jackknife(pair.difference, [one.difference for one in left]),
+        "replicates": [_json(one.value) for one in left],
+    }
 
 
 def latent_groups(config: SaeConfig, firings: Float64[Tensor, " d_sae"]) -> dict[str, Bool[Tensor, " d_sae"]]:

@@ -235,7 +235,8 @@ def test_lag_products_against_a_plain_loop(seed):
                 both[group[t]] += (k == 1) * (f[t] > 0) * (f[t + k] > 0)
     for code in (torch.from_numpy(f), positive_code(torch.from_numpy(f))):
         sums = no_sums(4, 8)
-        code_ops.add_lag_products(sums.products, sums.both, code, torch.from_numpy(sequence), torch.from_numpy(group))
+        held, at = code_ops.by_latent(code), (torch.from_numpy(sequence), torch.from_numpy(group))
+        code_ops.add_lag_products(sums.products, sums.both, held, *at)
         np.testing.assert_allclose(sums.products, expected, atol=1e-5)
         np.testing.assert_array_equal(sums.both, both)
 
