@@ -78,8 +78,8 @@ def by_latent(code: Code) -> Held:
     keys = code.latents.numpy()
     # NumPy sorts 16-bit integers by radix, some ten times faster.
     order = torch.from_numpy(np.argsort(keys.astype(np.uint16) if code.d_sae <= SMALL_KEYS else keys, kind="stable"))
-    parts = (one.index_select(0, order) for one in (code.values, code.latents, code.rows))
-    return Entries(*parts, code.n_tokens, code.d_sae)
+    values, latents, tokens = (one.index_select(0, order) for one in (code.values, code.latents, code.rows))
+    return Entries(values, latents, tokens, code.n_tokens, code.d_sae)
 
 
 def entry_values(code: Code | Entries) -> Tensor:

@@ -98,9 +98,10 @@ def plan_probes(split: Split, skip_first: int) -> Plan | None:
 
 def probe(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, dict[str, float | list[float] | None]]:
     """{"probe_document": {"value", "null", "difference", "interval"}, ...} of a code of the plan's tokens."""
-    code = code - code.mean(0)
-    squares = torch.stack([part.square().sum(0) for part in code.split(SLICE)]).sum(0)
-    code.div_((squares / (len(code) - 1)).sqrt().mean().clamp(min=1e-12))
+    mean = code.mean(0)
+    squares = torch.stack([(part - mean).square_().sum(0) for part in code.split(SLICE)]).sum(0)
+    spread = (squares / (len(code) - 1)).sqrt().mean().clamp(min=1e-12)
+    code = torch.cat([(part - mean).div_(spread) for part in code.split(SLICE)])
     half = ((plan.lengths - GAP) // 2)[plan.document]
     odd = plan.document % 2 == 1
     halves, documents = (plan.within < half, plan.within >= half + GAP), (~odd, odd)

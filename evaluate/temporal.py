@@ -98,15 +98,19 @@ class TemporalSums:
     magnitude: Float64[Tensor, " g"]
     """|f|_1."""
 
-    def without(self, group: int | None, n_lags: int = N_LAGS) -> "TemporalSums":
-        """All groups but one (None: all) added up, keeping an axis of one; of the lags the first alone."""
+    def without(self, group: int | None) -> "TemporalSums":
+        """All groups but one (None: all) added up, keeping an axis of one."""
+        names = [field.name for field in fields(self) if field.name not in UNGROUPED]
+        left = {name: getattr(self, name).sum(0, keepdim=True) for name in names}
+        whole = replace(self, **left)
+        return whole if group is None else whole.less(self, group, N_LAGS)
+
+    def less(self, by_group: "TemporalSums", group: int, n_lags: int) -> "TemporalSums":
+        """These sums over all groups without one of them; of the lags the first alone."""
         left = {}
         for name in [field.name for field in fields(self) if field.name not in UNGROUPED]:
-            sums = getattr(self, name)
-            sums = sums[:, :n_lags] if name in BY_LAG else sums
-            # Slices, since a list of indices would copy the largest tables.
-            kept = [sums] if group is None else [sums[:group], sums[group + 1 :]]
-            left[name] = sum(part.sum(0, keepdim=True) for part in kept)
+            whole, part = getattr(self, name), getattr(by_group, name)[group : group + 1]
+            left[name] = whole[:, :n_lags] - part[:, :n_lags] if name in BY_LAG else whole - part
         return replace(self, **left)
 
 

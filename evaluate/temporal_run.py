@@ -13,7 +13,7 @@ from tcsae.evaluate import probes, temporal_figures
 from tcsae.evaluate.activity import Code, join_codes, n_latents
 from tcsae.evaluate.batches import Batch
 from tcsae.evaluate.bootstrap import jackknife
-from tcsae.evaluate.code_ops import take
+from tcsae.evaluate.code_ops import take, where
 from tcsae.evaluate.layout import N_GROUPS, Layout, View
 from tcsae.evaluate.temporal import Collector, TemporalSums
 from tcsae.evaluate.temporal_figures import (
@@ -41,10 +41,10 @@ class XMoments:
         self.second, self.difference = (torch.zeros(N_GROUPS, d_model, d_model, dtype=torch.float64) for _ in range(2))
 
     def add(self, view: View, x: Float[Tensor, "n d_model"]) -> None:
-        at = view.adjacent.nonzero().squeeze(1)
+        at = where(view.adjacent)
         steps, step_group = x[at + 1] - x[at], view.group[at]
-        for group in range(N_GROUPS):
-            ours, moved = x[view.group == group], steps[step_group == group]
+        for group in view.group.unique().tolist():
+            ours, moved = x[where(view.group == group)], steps[where(step_group == group)]
             self.n[group] += len(ours)
             self.n_pairs[group] += len(moved)
             self.total[group] += ours.double().sum(0)
@@ -146,7 +146,7 @@ class TemporalObserver:
         full = {name: self._figures((whole, whole), (name, which), k, None) for name, which in groups.items()}
         left: dict[str, list[dict[str, _Pair]]] = {name: [] for name in groups}
         for without in filled if len(filled) > 1 else []:
-            part = sums.without(without, n_lags=1)
+            part = whole.less(sums, without, n_lags=1)
             for name, which in groups.items():
                 left[name].append(self._figures((part, whole), (name, which), k, without)[0])
         found = {}

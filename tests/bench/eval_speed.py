@@ -1,6 +1,6 @@
 """What evaluation costs beside the work that nobody can leave out.
 
-    python tests/bench/eval_speed.py --store STORE [--d-sae 4096] [--k 32] [--sequences 256] [--rounds 5] [--only NAME]
+    python tests/bench/eval_speed.py --store STORE [--d-sae 4096] [--k 32] [--sequences 1024] [--rounds 5] [--only NAME]
 
 One core; the store needs a tail. The SAE is random: directions of norm 1, encoder = decoder transposed. Bars:
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("core", "temporal", "tail", "ten", "model"))
     arguments = parser.parse_args()
