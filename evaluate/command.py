@@ -42,7 +42,8 @@ def evaluate(
 
     Also scores SAEs of others: folders below --runs in SAELens' layout. Writes eval.json into each folder, and
     saebench_core.json, the same in SAEBench's form; prints tables with 95% intervals over documents. The
-    cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds.
+    cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. Everything is
+    computed on the CPU.
     """
     if (compare is None) != (other is None):
         raise click.UsageError("--compare A needs --with B, and --with needs --compare.")

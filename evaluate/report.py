@@ -47,7 +47,7 @@ SHARES = ("cossim", "l2_ratio", "kl_div_score")
 def _legend(one: dict[str, Any]) -> str:
     skip_first = one["options"]["skip_first"]
     counted = f"positions from {skip_first} on" if skip_first else "all positions"
-    ev = f"EV: centred, pooled explained variance over {counted}. ±: half the {one['interval_rule']}."
+    ev = f"EV: centred, pooled explained variance over {counted}. ±: half the interval ({one['interval_rule']})."
     figures = one["metrics"]
     if one["no_tail"]:
         return f"{ev}\nNo tail, so no cross-entropies: {one['no_tail']}"
@@ -56,5 +56,5 @@ def _legend(one: dict[str, Any]) -> str:
     clean, zero = figures["ce_loss_without_sae"], figures["ce_loss_with_ablation"]
     return (
         f"{ev}\nCE, CE score and KL score come through the tail (clean CE {clean:.4g} nats, zero-ablated {zero:.4g}); "
-        f"the rest from activations alone.\n{one['splice'][0].upper()}{one['splice'][1:]}."
+        f"the rest from activations alone.\nSplice: {one['splice']}."
     )

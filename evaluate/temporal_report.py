@@ -20,6 +20,10 @@ SUMMARY = {
 }
 
 
+LAGS = (1, 2, 4, 8, 16, 32)
+"""At which the curves are printed; eval.json has every lag."""
+
+
 def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     """One row an SAE, value minus null; with `details` also a table of all measures for each."""
     measured = [one for one in evaluations if one.get("temporal")]
@@ -32,12 +36,19 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
                 name = one["name"] if group == "all" else f"  {group.replace('_', ' ')}"
                 rows.append(_summary(name, found["measures"]))
     table("Temporal and position measures, each minus its null", ("", *SUMMARY), rows)
-    click.echo("A star: the 95% interval leaves out zero. Medians over latents; all else pooled over them.")
+    click.echo(
+        "A star: the 95% interval leaves out zero. slow/x: below 0 is slower than x itself, relative to permuted "
+        "positions.\nMedians over latents; all else pooled over them."
+    )
     if not details:
         click.echo("Every measure with its value, null and interval: --details.")
         return
+    first = measured[0]["temporal"]
+    _details("x itself", first, {"all": first["x"]})
     for one in measured:
-        _details(one)
+        _details(one["name"], one["temporal"], one["temporal"]["groups"])
+    click.echo(f"Interval: {first['interval_rule']}.")
+    click.echo("Nulls: " + "; ".join(f"{name}: {text}" for name, text in first["null_definitions"].items()) + ".")
 
 
 def _summary(name: str, measures: dict[str, Any]) -> list[object]:
@@ -51,16 +62,17 @@ def _difference(row: dict[str, Any] | None) -> str | None:
     return f"{row['difference']:.3f}{'*' if interval and not interval[0] <= 0 <= interval[1] else ' '}"
 
 
-def _details(one: dict[str, Any]) -> None:
-    temporal, rows = one["temporal"], []
-    named = {group: found["measures"] for group, found in temporal["groups"].items()} | {"x": temporal["x"]["measures"]}
-    for group, measures in named.items():
-        for measure, row in measures.items():
+def _details(title: str, temporal: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Two tables: the measures of each group of latents, and how its autocorrelation falls with the lag."""
+    rows, curves = [], []
+    for group, found in groups.items():
+        prefix = "" if group == "all" else f"{group}: "
+        for measure, row in found["measures"].items():
             low, high = row["interval"] or (None, None)
             null = temporal["nulls"][measure]
-            label = measure if group == "all" else f"{group}: {measure}"
-            rows.append([label, row["value"], row["null"], row["difference"], low, high, null])
+            rows.append([prefix + measure, row["value"], row["null"], row["difference"], low, high, null])
+        for name, curve in found.get("curves", {}).items():
+            curves.append([prefix + name.replace("rho_1", "rho"), *(curve[lag - 1] for lag in LAGS)])
     columns = ("measure", "value", "null", "difference", "95% from", "to", "null is")
-    table(f"{one['name']}: {temporal['pairs']}", columns, rows)
-    click.echo(f"Interval: {temporal['interval_rule']}.")
-    click.echo("Nulls: " + "; ".join(f"{name}: {text}" for name, text in temporal["null_definitions"].items()) + ".")
+    table(f"{title}: {temporal['pairs']}", columns, rows)
+    table(f"{title}: autocorrelation by lag", ("", *map(str, LAGS)), curves)

@@ -58,3 +58,37 @@ def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
         assert 0.3 < found["metrics"]["explained_variance"] < 1
         has_tail = found["metrics"]["ce_loss_with_sae"] is not None
         assert has_tail == (hook == toy.RESIDUAL)
+
+
+PRESETS = ("topk", "relu-l1", "jumprelu", "batchtopk", "temporal-topk", "temporal-matryoshka")
+
+
+@pytest.mark.slow
+def test_every_measure_of_many_runs_without_the_language_model(tiny_store, tmp_path):
+    """Controls and temporal ones in one table, with all baselines, nulls and differences; again without the model."""
+
+    def tcsae(*arguments: str) -> str:
+        done = CliRunner().invoke(cli, ["--store", tiny_store, "--runs", str(tmp_path), *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    small = ("sae.d_sae=64", "sae.k=4", "data.n_segments=16", "data.segment_length=8", f"data.hook={toy.RESIDUAL}")
+    settings = [word for setting in small for word in ("--set", setting)]
+    presets = [word for preset in PRESETS for word in ("--preset", preset)]
+    tcsae("train", *presets, "--steps", "60", *settings)
+    printed = tcsae("eval", "--baselines", "--details")
+    evaluations = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/eval.json")}
+    assert len(evaluations) == len(PRESETS)
+    for name, found in evaluations.items():
+        assert f"│ {name}" in printed and f"{name}: autocorrelation by lag" in printed
+        assert found["baselines"].keys() == {"pca", "random_topk", "untrained", "zero_output", "mean_output"}
+        assert None not in [found["metrics"][key] for key in ("explained_variance", "ce_loss_score", "kl_div_score")]
+        rows = found["temporal"]["groups"]["all"]["measures"]
+        assert {"rho_1_within", "dwell", "boundary_auc", "position_share"} <= rows.keys()
+        for row in rows.values():
+            if row["value"] is not None and row["null"] is not None:
+                assert row["difference"] == pytest.approx(row["value"] - row["null"])
+    matryoshka = next(one for name, one in evaluations.items() if "matryoshka" in name)["temporal"]["groups"]
+    assert {"all", "first_group", "frequency_matched"} <= matryoshka.keys()
+    one, other = sorted(evaluations)[:2]
+    assert f"{one} minus {other}, paired over" in tcsae("eval", "--compare", one, "--with", other)

@@ -53,6 +53,11 @@ def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
     assert "null is" in done.stdout
     assert "first_group: rho_1" in done.stdout
     assert "frequency_matched: rho_1" in done.stdout
+    assert done.stdout.count("x itself: pairs within a sequence") == 1, "x is the same for all"
+    lags = [line for line in done.stdout.splitlines() if line.startswith("│ rho_within ")]
+    assert len(lags) == 3, "x and two runs"
+    curve = evaluation(tmp_path, "one")["temporal"]["groups"]["all"]["curves"]["rho_1_within"]
+    assert [cell.strip() for cell in lags[1].split("│")[2:4]] == [f"{curve[lag]:.4g}" for lag in (0, 1)]
     assert max(len(line.rstrip()) for line in done.stdout.splitlines() if "│" in line) <= 122
     figures = evaluation(tmp_path, "one")["baselines"]
     assert figures["pca"]["explained_variance"] > figures["mean_output"]["explained_variance"]

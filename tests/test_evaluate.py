@@ -333,12 +333,22 @@ def test_runs_that_are_not_there(store, tmp_path):
     assert "going: skipped, its training is unfinished" in done.stderr
 
 
+def one_line(store: Store, runs: Path) -> str:
+    """What the command says on stderr where it fails: one line."""
+    done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(runs), "eval"])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
 @pytest.mark.parametrize("n_eval, skip_first", [(0, 1), (20, LENGTH)])
 def test_nothing_to_score_on(model, store, tmp_path, n_eval, skip_first):
     empty = write_store(tmp_path / "empty.zarr", model, {"train": 5, "eval": n_eval})
     make_run(tmp_path / "runs", "one", make_sae(), store, train={"data": {"skip_first": skip_first}})
     with pytest.raises(StoreError, match=f"no position from {skip_first} on in {n_eval} sequences. Harvest more"):
         evaluate_runs(empty, tmp_path / "runs")
+    assert one_line(empty, tmp_path / "runs").startswith(f"Error: {empty.location}: its eval split has no position")
     assert not (tmp_path / "runs" / "one" / "eval.json").exists()
 
 
@@ -352,6 +362,9 @@ def test_a_damaged_chunk_is_named(store, tmp_path):
     make_run(tmp_path / "runs", "one", make_sae(), store)
     with pytest.raises(StoreError, match=r"eval/activations/.*damaged"):
         evaluate_runs(open_store(copy), tmp_path / "runs")
+    last = one_line(open_store(copy), tmp_path / "runs")
+    assert "eval/activations/" in last and "damaged" in last
+    assert not (tmp_path / "runs" / "one" / "eval.json").exists()
 
 
 def test_no_language_model_is_needed(store, tmp_path):

@@ -184,6 +184,32 @@ def test_batches_change_nothing(monkeypatch):
             torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=1e-6, atol=1e-6)
 
 
+def test_chunks_and_the_order_of_documents_change_nothing(monkeypatch):
+    """Values and the nulls in closed form; what is drawn (stand-ins, partners) depends on a document's number."""
+    split, drawn = FakeSplit(5), {"position_share", "token_share", "dwell_median"}
+
+    def figures() -> tuple[dict, dict, dict]:
+        sums = collect(split, 1, False).sums.without(None)
+        values, nulls, curves = latent_measures(sums, sums, EVERY)
+        kept = {name: null for name, null in nulls.items() if name not in drawn}
+        return values | token_measures(sums)[0], kept, curves
+
+    before = figures()
+    for n in (1, 3, 1000):
+        monkeypatch.setattr(FakeStore, "sequences_per_chunk", n)
+        for one, other in zip(figures(), before, strict=True):
+            assert one == {name: pytest.approx(value, rel=1e-6) for name, value in other.items()}
+    order = np.argsort(-split.documents, kind="stable")
+    split.documents = split.documents.max() - split.documents[order]
+    for name in ("lengths", "tokens", "code"):
+        setattr(split, name, getattr(split, name)[order])
+    across = {"jaccard_corrected", "boundary_auc", "boundary_ratio"}  # compare consecutive documents
+    for one, other in zip(figures(), before, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - across:
+            assert one[name] == pytest.approx(other[name], rel=1e-6), name
+
+
 def test_sparse_and_dense_codes_give_the_same_sums():
     split = FakeSplit(6)
     sparse, dense = (collect(split, 1, kind).sums for kind in (False, True))
