@@ -96,8 +96,13 @@ def plan_probes(split: Split, skip_first: int) -> Plan | None:
     )
 
 
-def probe(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, dict[str, float | list[float] | None]]:
-    """{"probe_document": {"value", "null", "difference", "interval"}, ...} of a code of the plan's tokens."""
+def probe(
+    plan: Plan, code: Float[Tensor, "n n_latents"]
+) -> tuple[dict[str, dict[str, float | list[float] | None]], dict[str, Float64[Tensor, " n_rows"]]]:
+    """{"probe_document": {"value", "null", "difference", "interval"}, ...} of a code of the plan's tokens.
+
+    And each value on every resampling of the probed documents, which are the same for all codes.
+    """
     mean = code.mean(0)
     squares = torch.stack([(part - mean).square_().sum(0) for part in code.split(SLICE)]).sum(0)
     spread = (squares / (len(code) - 1)).sqrt().mean().clamp(min=1e-12)
@@ -105,12 +110,12 @@ def probe(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, dict[str,
     half = ((plan.lengths - GAP) // 2)[plan.document]
     odd = plan.document % 2 == 1
     halves, documents = (plan.within < half, plan.within >= half + GAP), (~odd, odd)
-    found = {}
+    found, draws = {}, {}
     for names, (train, test) in ((("document",), halves), (("token", "position"), documents)):
         targets = {name: plan.targets[TARGETS.index(name)] for name in names}
         for name, guesses in _ridge(code, train, test, plan, targets).items():
-            found[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
-    return found
+            found[f"probe_{name}"], draws[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
+    return found, draws
 
 
 def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
@@ -207,8 +212,11 @@ def _against_one_hot(
 
 def _scored(
     plan: Plan, classes: Int[Tensor, " n"], test: Bool[Tensor, " n"], guesses: Int[Tensor, " n_test"]
-) -> dict[str, float | list[float] | None]:
-    """Share of hits over the tested tokens that have a class, against naming the commonest of these classes."""
+) -> tuple[dict[str, float | list[float] | None], Float64[Tensor, " n_rows"]]:
+    """Share of hits over the tested tokens that have a class, against naming the commonest of these classes.
+
+    Also the share on every resampling of the documents.
+    """
     known = classes[test] >= 0
     document, truth, named = plan.document[test][known], classes[test][known], guesses[known]
     commonest = torch.bincount(truth).argmax()
@@ -221,9 +229,10 @@ def _scored(
     weights = _resamplings(int(tested.sum()))
     n = weights @ counts[tested]
     value, chance = (weights @ one[tested] / n for one in (hits, null))
-    return {
+    found = {
         "value": point(value),
         "null": point(chance),
         "difference": point(value - chance),
         "interval": interval(value - chance),
     }
+    return found, value

@@ -96,7 +96,13 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         "seconds_shared_by": len(group.runs),
     }
     return [
-        _write(group, i, row, measured.firings[i], common | {"temporal": temporal[i]})
+        _write(
+            group,
+            i,
+            (row, observer.probe_draws.get(i, {}) if observer else {}),
+            measured.firings[i],
+            common | {"temporal": temporal[i]},
+        )
         for i, row in enumerate(rows[: len(group.runs)])
     ]
 
@@ -172,9 +178,14 @@ def _common(group: Group, measured: Measured, no_tail: str | None) -> dict[str, 
 
 
 def _write(
-    group: Group, i: int, rows: Mapping[str, Tensor], firings: Tensor | None, common: dict[str, Any]
+    group: Group,
+    i: int,
+    figures: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    firings: Tensor | None,
+    common: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write a run's files, eval.json last; returns what that holds."""
+    """Write a run's files, eval.json last; returns what that holds. `figures`: the metrics and the probes, by row."""
+    rows, probed = figures
     loaded, folder = group.runs[i], group.runs[i].run.path
     evaluation = _about(loaded, group.store) | {"metrics": _points(rows)}
     evaluation["intervals"] = {name: interval(rows[name]) for name in rows if len(rows[name]) > 1}
@@ -183,7 +194,7 @@ def _write(
     details = saebench.feature_details(loaded.sae, firings, common["n_tokens"])
     core = saebench.core_output(evaluation, loaded.sae, details, group.store.manifest.recipe.model.name)
     write_json(folder / saebench.FILE, core)
-    draws = {name: values.contiguous() for name, values in rows.items() if len(values) > 1}
+    draws = {name: values.contiguous() for name, values in {**rows, **probed}.items() if len(values) > 1}
     write_atomic(folder / REPLICATES, safetensors.torch.save(draws, {"content": group.store.content}))
     write_json(folder / EVALUATION, evaluation)
     return evaluation

@@ -75,6 +75,8 @@ class TemporalObserver:
         self.x = Collector(len(mean), self.layout)
         self.systems: dict[int, Collector] = {}
         self.read: dict[int, list[Code]] = {}
+        self.probe_draws: dict[int, dict[str, Float64[Tensor, " n_rows"]]] = {}
+        """Of each system measured: what its probes find on every resampling of the documents."""
         self.view: View | None = None
         self.rows: Int[Tensor, " m"] = torch.arange(0)
         self._speeds: dict[tuple[int | None, int | None], tuple[float, float]] = {}
@@ -109,10 +111,13 @@ class TemporalObserver:
         found = self._rows(sums, groups, config.k)
         if self.plan and code is not None:
             for name, which in groups.items():
-                found[name]["measures"] |= probes.probe(self.plan, probes.widest(code, which))
+                rows, draws = probes.probe(self.plan, probes.widest(code, which))
+                found[name]["measures"] |= rows
+                if name == "all":
+                    self.probe_draws[system] = draws
         if self.plan and code is not None:
             for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
-                found[name] = {"measures": probes.probe(self.plan, smooth)}
+                found[name] = {"measures": probes.probe(self.plan, smooth)[0]}
         return {
             "groups": found,
             "x": self.of_x,
@@ -134,7 +139,7 @@ class TemporalObserver:
         no_meaning = ("jaccard", "dwell", "rho_1_median", "rho_1_within_median", "slowness_to_pca")
         rows = {name: row for name, row in rows.items() if not name.startswith(no_meaning)}
         if self.plan:
-            rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))
+            rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))[0]
         return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
 
     def _rows(

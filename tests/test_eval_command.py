@@ -101,6 +101,21 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     assert call(store, tmp_path, "--compare", "a").exit_code == 2
 
 
+def test_probes_are_compared_on_the_same_documents(store, tmp_path, monkeypatch):
+    """The toy's sequences are too short for the usual gap."""
+    monkeypatch.setattr("tcsae.evaluate.probes.GAP", 2)
+    monkeypatch.setattr("tcsae.evaluate.probes.MIN_TOKENS", 6)
+    for name, seed in (("a", 0), ("b", 0), ("other", 4)):
+        make_run(tmp_path, name, make_sae(seed=seed), store)
+    one, same, other = evaluate_runs(store, tmp_path)[0]
+    for name in ("probe_document", "probe_token", "probe_position"):
+        found = differences(tmp_path, one, other)[name]
+        assert found["a"] == one["temporal"]["groups"]["all"]["measures"][name]["value"]
+        assert found["difference"] == pytest.approx(found["a"] - found["b"])
+        assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+        assert differences(tmp_path, one, same)[name]["interval"] == [0.0, 0.0]
+
+
 def test_the_losses_that_no_sae_changes_are_worked_out_once(store, tmp_path, monkeypatch):
     calls: list[int] = []
     hidden = Tail.hidden

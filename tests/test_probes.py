@@ -59,11 +59,12 @@ def carrying(plan: Plan, target: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("target", probes.TARGETS)
 def test_a_probe_finds_what_is_there_and_only_that(plan, target):
-    found = probe(plan, carrying(plan, target))
+    found, draws = probe(plan, carrying(plan, target))
     for name in probes.TARGETS:
         row = found[f"probe_{name}"]
         assert row["difference"] == pytest.approx(row["value"] - row["null"])
         assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+        assert float(draws[f"probe_{name}"][0]) == row["value"]
         if name == target:
             assert row["value"] > 0.8
             assert row["interval"][0] > 0
@@ -72,12 +73,12 @@ def test_a_probe_finds_what_is_there_and_only_that(plan, target):
 
 
 def test_noise_tells_nothing(plan):
-    for row in probe(plan, noise(plan)).values():
+    for row in probe(plan, noise(plan))[0].values():
         assert row["difference"] < 0.05
 
 
 def test_a_dead_code_tells_nothing_and_does_not_fail(plan):
-    for row in probe(plan, torch.zeros(len(plan.document), 8)).values():
+    for row in probe(plan, torch.zeros(len(plan.document), 8))[0].values():
         assert np.isfinite(row["value"])
         assert row["difference"] <= 0.05
 
@@ -111,5 +112,5 @@ def test_smoothing_is_causal_and_stays_within_a_document(plan):
 def test_a_slow_code_tells_more_of_its_document_when_it_is_averaged(plan):
     directions = torch.randn(len(plan.lengths), 30, generator=torch.Generator().manual_seed(2))
     weak = noise(plan) + 0.5 * directions[plan.document]
-    plain, mean = probe(plan, weak), probe(plan, smoothed(plan, weak)["mean_pooled"])
+    plain, mean = (probe(plan, code)[0] for code in (weak, smoothed(plan, weak)["mean_pooled"]))
     assert mean["probe_document"]["value"] > plain["probe_document"]["value"] + 0.1
