@@ -155,6 +155,7 @@ class Tail:
         self._unembedding = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.vocabulary: int = self._unembedding.weight.shape[0]
+        self.slice_tokens: int = max(SLICE_MIN_TOKENS, SLICE_LOGITS // self.vocabulary)
         self.d_model: int = model.config.hidden_size
         self.n_layers: int = model.config.num_hidden_layers
 
@@ -192,7 +193,7 @@ class Tail:
     ) -> Float[Tensor, "*axes vocabulary"]:
         """Final hidden states to logits, soft-capped where the family does so (Gemma 2: arXiv:2408.00118, 2).
 
-        `out` takes the result, without gradients: fresh memory for every slice costs a sixth of the multiplication.
+        `out` takes the result, without gradients.
         """
         if out is None:
             logits = self._unembedding(hidden)
@@ -201,11 +202,6 @@ class Tail:
         if self._unembedding.bias is not None:
             out.add_(self._unembedding.bias)
         return out if self._softcap is None else out.div_(self._softcap).tanh_().mul_(self._softcap)
-
-    @property
-    def slice_tokens(self) -> int:
-        """Tokens whose logits are made at a time."""
-        return max(SLICE_MIN_TOKENS, SLICE_LOGITS // self.vocabulary)
 
     def logits(self, x: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position vocabulary"]:
         """All logits at once: for small inputs. `slices` is for the rest."""

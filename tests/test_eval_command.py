@@ -17,6 +17,7 @@ from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.run import REPLICATES, evaluate_runs
 from tcsae.evaluate.saebench import FILE, max_cosines
+from tcsae.evaluate.tail_metrics import sequence_losses
 from tcsae.shared.cli import cli
 from tcsae.shared.errors import RunError
 from tcsae.shared.store import Split, Store
@@ -155,6 +156,26 @@ def test_splicing_replaces_what_it_says(store, tmp_path, splice):
     assert (zero == pytest.approx(ablated, rel=1e-6)) == (splice == "all")
     assert found["splice"].startswith("xhat stands at the counted" if splice == "counted" else "xhat stands at all")
     assert near >= 0
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+@pytest.mark.parametrize("block", [1, 1 << 18])
+def test_losses_are_those_of_the_logits(store, monkeypatch, factor, block):
+    """A few rows at a time, and with logits so large that an exponential of them is no number."""
+    monkeypatch.setattr("tcsae.evaluate.tail_metrics.BLOCK_LOGITS", block)
+    tail = Tail.load(store.tail_path(toy.HOOK))
+    tail._unembedding.weight.mul_(factor)
+    (batch, *_) = batches(store.eval, toy.HOOK, 1)
+    others = [batch.x * 0.7, batch.x.flip(0)]
+    found = sequence_losses(tail, batch.x, others, batch.tokens, batch.counted, batch.has_next)
+    p = tail.logits(batch.x).double().log_softmax(-1)
+    targets = batch.tokens.roll(-1, 1).long()[..., None]
+    for one, x in zip(found, (batch.x, *others), strict=True):
+        q = tail.logits(x).double().log_softmax(-1)
+        ce = torch.where(batch.counted & batch.has_next, -q.gather(2, targets).squeeze(2), 0).sum(1)
+        kl = torch.where(batch.counted, (p.exp() * (p - q)).sum(2), 0).sum(1)
+        torch.testing.assert_close(one.ce, ce, rtol=1e-5, atol=1e-5 * factor)
+        torch.testing.assert_close(one.kl, kl, rtol=1e-5, atol=1e-5 * factor)
 
 
 def test_foreign_saes_stand_in_the_same_table(store, tmp_path):

@@ -142,6 +142,18 @@ def test_next_token_loss_of_any_lengths(lengths: list[int]) -> None:
             assert loss[row, i].item() == pytest.approx(paid, abs=1e-4)
 
 
+@every_family
+def test_logits_fill_the_memory_they_are_given(family: str) -> None:
+    lm = whole(family)
+    tail = Tail(make_tail(lm.model, 2))
+    hidden = tail.hidden(lm.activations[2]).flatten(0, 1)
+    if family == "gpt-neox":  # of the families with a bias there, none is among these
+        tail._unembedding.bias = nn.Parameter(torch.randn(VOCABULARY), requires_grad=False)
+    out = torch.full((len(hidden), VOCABULARY), torch.nan)
+    assert tail.unembed(hidden, out) is out
+    torch.testing.assert_close(out, tail.unembed(hidden))
+
+
 def test_slices_carry_a_kl_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail_module, "SLICE_MIN_TOKENS", 50)
     monkeypatch.setattr(tail_module, "SLICE_LOGITS", 1)
