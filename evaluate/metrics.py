@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tcsae.evaluate.activity import Code, token_activity
 
-DEFINITION_VERSION = 2
-"""Raised whenever a figure's definition changes: evaluations of another version are done again."""
+DEFINITION_VERSION = 3
+"""Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {
     "explained_variance": "1 - sum |x - xhat|^2 / (sum |x|^2 - n |mean x|^2), pooled over the counted positions",

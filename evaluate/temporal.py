@@ -106,7 +106,7 @@ class TemporalSums:
         return whole if group is None else whole.less(self, group, N_LAGS)
 
     def less(self, by_group: "TemporalSums", group: int, n_lags: int) -> "TemporalSums":
-        """These sums over all groups without one of them; of the lags the first alone."""
+        """These sums over all groups without one of them; of the lags the first `n_lags`."""
         left = {}
         for name in [field.name for field in fields(self) if field.name not in UNGROUPED]:
             whole, part = getattr(self, name), getattr(by_group, name)[group : group + 1]

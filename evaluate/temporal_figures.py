@@ -10,6 +10,8 @@ from torch import Tensor
 from tcsae.evaluate.layout import N_LABELS
 from tcsae.evaluate.temporal import N_BINS, N_LAGS, TemporalSums
 
+FAR = 8
+"""A lag that is a measure of its own, with an interval."""
 MIN_FIRINGS = 50
 """A median is over the latents that fire at least so often."""
 
@@ -36,6 +38,7 @@ NULLS = {
     "rho_1_median": PERMUTED,
     "rho_1_within": PERMUTED,
     "rho_1_within_median": PERMUTED,
+    f"rho_{FAR}_within": PERMUTED,
     "slowness": PERMUTED,
     "slowness_to_x": PERMUTED,
     "slowness_to_pca": PERMUTED,
@@ -57,6 +60,7 @@ DEFINITIONS = {
     "rho_1": "sum over latents of cov(f_t, f_t+k) / sum of var(f), k = 1, around the mean of the split; curves has "
     f"k = 1..{N_LAGS}, pooled and median over latents with at least {MIN_FIRINGS} firings",
     "rho_1_within": "the same around the document's own mean",
+    f"rho_{FAR}_within": f"the same at k = {FAR}; its null is that of k = 1, as permuted positions know no lag",
     "slowness": "sum over latents of E(f_t+1 - f_t)^2 / (2 sum of var(f)): 1 for a code without memory",
     "slowness_to_x": "slowness over that of x itself",
     "slowness_to_pca": "slowness over that of x on as many principal components as the SAE has active latents",
@@ -136,7 +140,7 @@ def latent_measures(sums: TemporalSums, everything: TemporalSums, which: Bool[Te
     pooled = pool(sums)
     often = which & (sums.active[0] >= MIN_FIRINGS)
     rates, nulls = _rhos(pooled, which, often)
-    values = {name: curve[0] for name, curve in rates.items()}
+    values = {name: curve[0] for name, curve in rates.items()} | {f"rho_{FAR}_within": rates["rho_1_within"][FAR - 1]}
     values["slowness"], nulls["slowness"] = slowness(sums, which)
     _dwell(sums, which, often, values, nulls)
     values["position_share"] = _share(sums.by_position, sums.n_by_position, sums.squares, which)
@@ -170,6 +174,7 @@ def _rhos(pooled: Pooled, which: Tensor, often: Tensor) -> tuple[dict[str, list[
             nulls[f"{name}_median"] = float((permuted / variance)[often].median())
         else:
             curves[f"{name}_median"], nulls[f"{name}_median"] = [torch.nan] * len(covariance), torch.nan
+    nulls[f"rho_{FAR}_within"] = nulls["rho_1_within"]
     return curves, nulls
 
 

@@ -18,6 +18,7 @@ from tcsae.evaluate.layout import N_GROUPS, Layout, View
 from tcsae.evaluate.temporal import Collector, TemporalSums
 from tcsae.evaluate.temporal_figures import (
     COMMONEST,
+    FAR,
     NULL_DEFINITIONS,
     NULLS,
     latent_measures,
@@ -151,7 +152,7 @@ class TemporalObserver:
         full = {name: self._figures((whole, whole), (name, which), k, None) for name, which in groups.items()}
         left: dict[str, list[dict[str, _Pair]]] = {name: [] for name in groups}
         for without in filled if len(filled) > 1 else []:
-            part = whole.less(sums, without, n_lags=1)
+            part = whole.less(sums, without, n_lags=FAR)
             for name, which in groups.items():
                 left[name].append(self._figures((part, whole), (name, which), k, without)[0])
         found = {}

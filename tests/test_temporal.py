@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tcsae.evaluate import batches, code_ops
 from tcsae.evaluate.layout import N_GROUPS, N_LABELS, Layout
 from tcsae.evaluate.temporal import N_LAGS, Collector, no_sums
-from tcsae.evaluate.temporal_figures import MIN_FIRINGS, latent_measures, pool, scaled, slowness, token_measures
+from tcsae.evaluate.temporal_figures import FAR, MIN_FIRINGS, latent_measures, pool, scaled, slowness, token_measures
 from tcsae.evaluate.temporal_run import XMoments, latent_groups, matched
 from tcsae.shared.codes import SparseCode, positive_code
 from tcsae.shared.sae import SaeConfig
@@ -100,7 +100,7 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
     means = {one: f[document == one].mean(0) for one in np.unique(document)}
     within = f - np.array([means[one] for one in document])
     often = (f > 0).sum(0) >= MIN_FIRINGS
-    for lag in (1, 2, 5, N_LAGS):
+    for lag in (1, 2, 5, FAR, N_LAGS):
         pairs = naive_pairs(split, skip_first, lag)
         raw = np.mean([(a - mean) * (b - mean) for a, b, _ in pairs], 0)
         around = np.mean([(a - means[d]) * (b - means[d]) for a, b, d in pairs], 0)
@@ -109,6 +109,7 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
         assert pool(whole).covariance[lag - 1].numpy() == pytest.approx(raw, rel=1e-6, abs=1e-9)
         half = torch.from_numpy((raw / np.where(variance > 0, variance, 1))[often]).median()
         assert curves["rho_1_median"][lag - 1] == pytest.approx(float(half), rel=1e-6)
+    assert values[f"rho_{FAR}_within"] == curves["rho_1_within"][FAR - 1]
     adjacent = naive_pairs(split, skip_first, 1)
     steps = np.mean([(a - b) ** 2 for a, b, _ in adjacent], 0).sum()
     assert values["slowness"] == pytest.approx(steps / (2 * variance.sum()), rel=1e-6)
