@@ -19,7 +19,7 @@ spec.loader.exec_module(toy)
 
 @pytest.mark.slow
 def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
-    toy.small_steps(monkeypatch, 4)
+    toy.small_steps(monkeypatch, 4, 2)
     for module in ("writer", "extension"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", 512)
     full = dataclasses.replace(tiny_config, codec="compact", n_tokens=6000)
