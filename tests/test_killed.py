@@ -235,11 +235,11 @@ def killed_after(n_records: int, location, config) -> bool:
         if len(toy.records(location)) >= n_records:
             process.kill()
             break
-        time.sleep(0.001)
+        time.sleep(0.003)
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path, n_kills):
     location, n = tmp_path / "store.zarr", 0
     for i in range(n_kills):
