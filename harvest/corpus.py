@@ -146,7 +146,7 @@ def find_corpus(choice: CorpusChoice) -> Corpus:
     except HubError as error:
         known = [EMBEDDED, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
         raise DataError(not_found("dataset", choice.name, name, known, error)) from error
-    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": revision})
+    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": commit})
 
 
 def _check_local(choice: CorpusChoice) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -137,6 +138,36 @@ def test_an_unknown_dataset_is_one_line_with_what_there_is(name, words):
     with pytest.raises(DataError, match=words) as caught:
         find_corpus(CorpusChoice(name=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "choice, asked",
+    [
+        (CorpusChoice(name="openwebtext"), ("Skylion007/openwebtext", "refs/convert/parquet")),
+        (CorpusChoice(name="openwebtext", revision="main"), ("Skylion007/openwebtext", "main")),
+        (CorpusChoice(name="own/er", config="en", split="test", field="body"), ("own/er", None)),
+    ],
+)
+def test_a_dataset_of_the_hub_is_streamed_at_the_commit_that_is_recorded(monkeypatch, choice, asked):
+    looked_up, loaded = [], []
+
+    def commit(kind, name, revision):
+        looked_up.append((kind, name, revision))
+        return "0123abc"
+
+    def load(reader, **options):
+        loaded.append((reader, options))
+        return datasets.Dataset.from_list([{choice.field: text} for text in TEXTS]).to_iterable_dataset()
+
+    monkeypatch.setattr("tcsae.harvest.corpus.hub_commit", commit)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert texts(choice, 3) == TEXTS[3:]
+    assert looked_up == [("dataset", *asked)]
+    options = {"split": choice.split, "streaming": True, "name": choice.config, "revision": "0123abc"}
+    assert loaded == [(asked[0], options)]
+    recipe = find_corpus(choice).recipe
+    assert (recipe.name, recipe.revision, recipe.config) == (asked[0], "0123abc", choice.config)
+    assert (recipe.split, recipe.field) == (choice.split, choice.field)
 
 
 def test_a_missing_column_names_those_that_are_there(write):

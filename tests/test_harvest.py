@@ -280,6 +280,21 @@ def test_settings_that_cannot_be_are_refused(short):
     assert choices == {"codec": list(CODECS), "lm_dtype": list(DTYPES), "device": list(DEVICES)}
 
 
+def test_without_a_bos_token_none_is_prepended(short, tiny_lm, tmp_path):
+    folder = tmp_path / "no-bos"
+    shutil.copytree(tiny_lm, folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text())
+            found.pop("bos_token", None)
+            (folder / name).write_text(json.dumps(found))
+    model = dataclasses.replace(short.model, name=str(folder))
+    config = dataclasses.replace(short, model=model, sequences=dataclasses.replace(short.sequences, prepend_bos=True))
+    with pytest.raises(ModelError, match="The tokenizer of no-bos has no BOS token. Leave --prepend-bos out"):
+        harvest(str(tmp_path / "store.zarr"), config)
+    assert not (tmp_path / "store.zarr").exists()
+
+
 def test_one_place_under_two_names_is_refused(short, tmp_path):
     with pytest.raises(ConfigError, match=f"{RESIDUAL} and blocks.2.hook_out are the same place, blocks.2.hook"):
         harvest(str(tmp_path / "store.zarr"), dataclasses.replace(short, hooks=(RESIDUAL, "blocks.2.hook_out")))

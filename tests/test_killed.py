@@ -239,7 +239,7 @@ def killed_after(n_records: int, location, config) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path, n_kills):
     location, n = tmp_path / "store.zarr", 0
     for i in range(n_kills):
