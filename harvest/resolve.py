@@ -12,7 +12,7 @@ from tcsae.harvest.corpus import Corpus
 from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.codecs import check_codec
 from tcsae.shared.errors import ConfigError, ModelError
-from tcsae.shared.manifest import ModelRecipe, Recipe
+from tcsae.shared.manifest import HookRecipe, ModelRecipe, Recipe
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "datasets", "zarr", "numpy")
 
@@ -44,6 +44,7 @@ def resolve(
             raise ModelError(f"The tokenizer of {model.name} has no BOS token. Leave --prepend-bos out.")
         capture = load(model, config.hooks, asked)
         hooks = capture.hooks
+        _check_places(hooks)
         asked = replace(asked, attention=capture.attention)
         pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     if stored is None:
@@ -96,6 +97,16 @@ def check_dtype(dtype: str, device: str) -> None:
             f"--lm-dtype {dtype} on a CPU: matrix products in half precision take about 100 times as long there. "
             "Leave it at float32, or give --device cuda."
         )
+
+
+def _check_places(hooks: tuple[HookRecipe, ...]) -> None:
+    """Raises ConfigError if two hooks are one place under two names."""
+    for i, hook in enumerate(hooks):
+        for other in hooks[:i]:
+            if hook.canonical == other.canonical:
+                raise ConfigError(
+                    f"--hook {other.requested} and {hook.requested} are the same place, {hook.canonical}. Give one."
+                )
 
 
 def _same_hooks(stored: Recipe, asked: ModelRecipe, hooks: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 """A writer's progress: one record per commit, each written only after the bytes that it speaks of are on disk."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,13 +20,18 @@ SEQUENCES = "sequences"
 class Journal:
     """The records below `root`/journal, and the lock that keeps other writers out.
 
-    Raises StoreError if another process holds the lock.
+    Raises StoreError if another process holds the lock, or if nothing can be written there.
     """
 
     def __init__(self, root: Path, location: str) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = os.open(root / LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = os.open(root / LOCK, os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk, which is said elsewhere
+            raise StoreError(f"{location} cannot be written ({error.strerror}). Give another --store.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

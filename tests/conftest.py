@@ -106,9 +106,10 @@ def tiny_config(tiny_lm, tiny_corpus):
 def tiny_store(tiny_config, tmp_path_factory) -> str:
     """Location of a sealed store of `tiny_config`, with 8 sequences a chunk."""
     from tcsae.harvest.run import harvest
+    from tcsae.shared.manifest import Layout
 
     location = str(tmp_path_factory.mktemp("stores") / "tiny.zarr")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+        patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
         harvest(location, tiny_config)
     return location
