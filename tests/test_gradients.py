@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, select_topk, threshold_code, topk_code
+from tcsae.shared.codes import (
+    ROWS,
+    SparseCode,
+    batchtopk_code,
+    decode,
+    positive_code,
+    select_topk,
+    threshold_code,
+    topk_code,
+)
 from tcsae.shared.sae import SaeConfig
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import (
@@ -18,8 +27,9 @@ from tcsae.train.config import (
     TemporalConfig,
     TrainConfig,
 )
+from tcsae.train.dense import activate, activation_backward_
 from tcsae.train.loader import Batch
-from tcsae.train.losses import l1_dense, l1_sparse
+from tcsae.train.losses import l1_sparse
 from tcsae.train.temporal import dense_term, info_nce, partners, sparse_term
 from tcsae.train.trainer import Trainer
 
@@ -138,18 +148,31 @@ def test_partners_are_adjacent_and_negatives_of_other_documents():
     assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1) == 0
 
 
-def test_l1_terms_equal_autograd():
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+@pytest.mark.parametrize("l1", [0.0, 0.7])
+@pytest.mark.parametrize("n", [1, ROWS, 2 * ROWS + 3])
+def test_dense_activations_equal_autograd_over_several_slices(kind, l1, n):
     torch.manual_seed(0)
-    dense = torch.randn(11, 5)
-    leaf = dense.clone().requires_grad_()
-    expected = 0.7 * leaf.abs().sum(1).mean()
-    expected.backward()
-    grad = torch.zeros(11, 5)
-    torch.testing.assert_close(l1_dense(dense, 0.7, grad), expected.detach())
+    raw, bias, upstream = torch.randn(n, 5), torch.randn(5) - torch.tensor([0, 0, 0, 0, 9.0]), torch.randn(n, 5)
+    leaf = (raw + bias).requires_grad_()
+    expected = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[kind](leaf)
+    ((upstream * expected).sum() + l1 * expected.abs().sum()).backward()
+    pre, grad = raw.clone(), upstream.clone()
+    code = pre if kind == "relu" else torch.empty_like(pre)
+    activity = activate(kind, pre, bias, code)
+    torch.testing.assert_close(code, expected.detach())
+    assert activity.n_active == int((expected > 0).sum())
+    assert activity.fired.tolist() == (expected > 0).any(0).tolist()
+    assert activity.total == pytest.approx(float(expected.abs().sum()))
+    torch.testing.assert_close(activation_backward_(kind, grad, pre, l1), leaf.grad.sum(0))
     torch.testing.assert_close(grad, leaf.grad)
-    code = positive_code(dense.relu())
+
+
+def test_l1_of_a_sparse_code():
+    torch.manual_seed(0)
+    code = positive_code(torch.randn(11, 5).relu())
     entries = torch.zeros_like(code.values)
-    torch.testing.assert_close(l1_sparse(code, 0.7, entries), 0.7 * dense.relu().sum(1).mean())
+    torch.testing.assert_close(l1_sparse(code, 0.7, entries), 0.7 * code.dense().sum(1).mean())
     torch.testing.assert_close(entries, torch.full_like(entries, 0.7 / 11))
 
 

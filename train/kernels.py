@@ -47,13 +47,3 @@ class LatentOrder:
     ) -> Float[Tensor, "d_sae d_model"]:
         """For each latent, the sum over its entries of value times the token's row."""
         return F.embedding_bag(self._tokens, rows, self._starts, per_sample_weights=values[self.order], mode="sum")
-
-
-def gelu_backward_(grad: Float[Tensor, "n d_sae"], pre: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-    """grad times GELU'(pre) (exact form, not the tanh one), in place."""
-    return torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="none", grad_input=grad)
-
-
-def relu_backward_(grad: Float[Tensor, "n d_sae"], activations: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-    """grad where the activation is positive, else 0, in place."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, activations, 0.0, grad_input=grad)

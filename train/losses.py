@@ -12,10 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.codes import SparseCode
-
-ROWS = 128
-"""Tokens per slice of a dense difference, so that it stays in cache and no second code-sized tensor is made."""
+from tcsae.shared.codes import ROWS, SparseCode
 
 
 class Pairs(NamedTuple):
@@ -26,16 +23,11 @@ class Pairs(NamedTuple):
     """Share of pair (i, i + lag) in the mean over windows and their pairs: over all lags they sum to 1, or to 0."""
 
 
-def l1_dense(activations: Float[Tensor, "n d_sae"], weight: float, grad: Float[Tensor, "n d_sae"]) -> Tensor:
-    """weight * mean over tokens of sum |f| (eq. 4, second term)."""
-    scale = weight / len(activations)
-    for start in range(0, len(activations), ROWS):
-        grad[start : start + ROWS].add_(torch.sign(activations[start : start + ROWS]), alpha=scale)
-    return torch.linalg.vector_norm(activations, 1) * scale
-
-
 def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]) -> Tensor:
-    """As `l1_dense`, for the non-negative entries of a sparse code; the caller masks entries that are 0."""
+    """weight * mean over tokens of sum |f| (eq. 4, second term), for non-negative entries; the caller masks zeros.
+
+    That of a dense code is part of its backward pass (tcsae.train.dense).
+    """
     scale = weight / max(1, code.n_tokens)
     grad.add_(scale)
     return code.values.sum() * scale

@@ -1,7 +1,6 @@
 """One run in training: its weights, optimiser and step. The backward pass is written out; nothing builds a graph."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
 from tcsae.train.loader import Batch
-from tcsae.train.losses import difference_dense, l1_dense, l1_sparse
+from tcsae.train.losses import difference_dense, l1_sparse
 from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
 
 LOSS_DECAY = 0.98
@@ -99,7 +98,8 @@ class Trainer:
         assert W_dec.grad is not None
         if config.optimizer.unit_decoder:
             # Along a unit row the gradient would only be undone by the norm, yet it would feed Adam's moments.
-            W_dec.grad.sub_(torch.linalg.vecdot(W_dec.grad, W_dec)[:, None] * W_dec)
+            products = torch.mul(W_dec.grad, W_dec, out=self.workspace.get("rows", *W_dec.shape))
+            W_dec.grad.addcmul_(W_dec, products.sum(1)[:, None], value=-1)
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm))
         self._guard(result)
         for group in self.optimizer.param_groups:
@@ -124,14 +124,14 @@ class Trainer:
         x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
         jump = config.sae.activation == "jumprelu"
         state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0)
-        losses = {"reconstruction": reconstruct(sae, state, config.group_weights)}
+        losses = {"reconstruction": reconstruct(sae, state, config.group_weights, self.workspace)}
         grad = code_gradient(sae, state, self.workspace)
         weight = self._add_terms(losses, state, batch, grad)
         threshold_grad = None
         if jump:
             losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
         dead = self.dead()
-        fired, n_active = set_gradients(sae, state, grad, threshold_grad)
+        fired, n_active = set_gradients(sae, state, grad, threshold_grad, config.sparsity.l1 / n)
         self.tokens_since_fired.add_(n).masked_fill_(fired, 0)
         if config.dead.aux_weight and config.sae.activation != "gelu":
             aux_k = min(config.dead.aux_k, config.sae.d_sae)
@@ -159,8 +159,11 @@ class Trainer:
             losses["position"] = config.temporal.position_penalty * value
             self._add(grad, unit, config.temporal.position_penalty, code)
         if config.sparsity.l1:
-            add: Callable[..., Tensor] = l1_sparse if isinstance(code, SparseCode) else l1_dense
-            losses["l1"] = float(add(code, config.sparsity.l1, grad))
+            if isinstance(code, SparseCode):
+                losses["l1"] = float(l1_sparse(code, config.sparsity.l1, grad))
+            else:  # its gradient is added on the way back through the activation
+                assert state.activity is not None
+                losses["l1"] = config.sparsity.l1 * state.activity.total / len(code)
         return weight
 
     def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor]:
