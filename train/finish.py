@@ -33,6 +33,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "ended": progress.ended,
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
+        "device": trainer.sample.device.type,
         "finished": True,
         "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
     }

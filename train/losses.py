@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tcsae.shared.codes import ROWS, SparseCode
+from tcsae.shared.device import sum_dtype
 
 
 class Pairs(NamedTuple):
@@ -42,7 +43,7 @@ def difference_dense(
 
     d/df_i = 2 [ c_{i-lag} (f_i - f_{i-lag}) - c_i (f_{i+lag} - f_i) ], c = the pair weights.
     """
-    value = activations.new_zeros((), dtype=torch.float64)
+    value = activations.new_zeros((), dtype=sum_dtype(activations.device))
     n = len(activations)
     for lag, weights in pairs:
         for start in range(0, n - lag, ROWS):
@@ -65,7 +66,8 @@ def difference_sparse(
     rows, flat, v = code.rows, zeros.view(-1), code.values
     at = rows * code.d_sae + code.latents
     flat.scatter_(0, at, v)
-    value = v.new_zeros((), dtype=torch.float64)
+    wide = sum_dtype(v.device)
+    value = v.new_zeros((), dtype=wide)
     for lag, weights in pairs:
         # Neighbours beyond the first and last row are never used: their pair weight is 0.
         previous = flat.index_select(0, (at - lag * code.d_sae).clamp_(min=0))
@@ -75,7 +77,7 @@ def difference_sparse(
         ahead = after * (following - v)
         grad.add_(before * (v - previous), alpha=2).sub_(ahead, alpha=2)
         # ||f_{i+lag} - f_i||^2: over entries of i, v^2 - 2 v v', and over entries of i + lag, v'^2.
-        value += torch.dot((before * v - after * following - ahead).double(), v.double())
+        value += torch.dot((before * v - after * following - ahead).to(wide), v.to(wide))
     flat.scatter_(0, at, 0.0)
     return value
 

@@ -30,7 +30,12 @@ RESTORES = 2
 
 
 def train_runs(
-    store: Store, runs_path: Path, runs: Sequence[Run], fresh: bool = False, tracker: str | None = None
+    store: Store,
+    runs_path: Path,
+    runs: Sequence[Run],
+    fresh: bool = False,
+    tracker: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
@@ -44,7 +49,7 @@ def train_runs(
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
             say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker).train()
+        _Pass(store, runs_path, data, together, tracker, torch.device(device)).train()
     return [load_record(runs_path / name) for name in names]
 
 
@@ -86,8 +91,9 @@ class _Member:
             restore(kept[-1], trainer)
             n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
-            if told["threads"] != about["threads"]:
-                say(f"{run.name}: {about['threads']} threads now, {told['threads']} before: rounding will differ.")
+            for what in ("threads", "device"):
+                if told[what] != about[what]:
+                    say(f"{run.name}: {what} {told[what]} before, {about[what]} now: rounding will differ.")
         config = run.config
         self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
@@ -142,11 +148,18 @@ class _Pass:
     """Runs that read the same batches."""
 
     def __init__(
-        self, store: Store, runs_path: Path, data: DataConfig, runs: Sequence[Run], tracker: str | None
+        self,
+        store: Store,
+        runs_path: Path,
+        data: DataConfig,
+        runs: Sequence[Run],
+        tracker: str | None,
+        device: torch.device,
     ) -> None:
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
-        self.loader = SegmentLoader(store, data)
-        self.workspace = Workspace()
+        self.device = device
+        self.loader = SegmentLoader(store, data, device=device)
+        self.workspace = Workspace(device)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
 
@@ -164,6 +177,7 @@ class _Pass:
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
+            "device": self.device.type,
         }
         return _Member(run, path, trainer, about, self.tracker)
 
@@ -212,5 +226,6 @@ class _Pass:
         weights = sum(parameter.numel() * 4 for one in self.members for parameter in one.trainer.sae.parameters())
         n = self.loader.config.n_segments * self.loader.config.segment_length
         buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
+        on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
-        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory")
+        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory, {on}")

@@ -53,7 +53,10 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains one SAE, a batch a step. `sample` [n, d_model] sets the input scale and the first decoder bias."""
+    """Trains one SAE, a batch a step, on the device that `sample` and `workspace` are on.
+
+    `sample` [n, d_model] sets the input scale and the first decoder bias.
+    """
 
     config: TrainConfig
     sample: Float[Tensor, "n d_model"]
@@ -71,16 +74,16 @@ class Trainer:
         if self.initial is None:
             self.sae = initial_sae(config, self.sample * self.scale)
         else:
-            self.sae = self.initial
+            self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
         self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
-        self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64)
+        self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.sample.device)
         ranges = config.sae.group_ranges()
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
         penalised = config.temporal.position_penalty > 0
-        self.positions = PositionPenalty(self.n_positions, self.scope[1]) if penalised else None
+        self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device) if penalised else None
 
     def _learns(self, parameter: Tensor) -> bool:
         """All but a batchtopk's threshold, which is found at the end."""
@@ -218,8 +221,11 @@ class Trainer:
 
     @torch.no_grad()
     def finished_sae(self) -> SparseAutoencoder:
-        """A copy that reads unscaled activations; a batchtopk gets the threshold at which L0 is k on the sample."""
-        sae = SparseAutoencoder(self.config.sae)
+        """A copy on the CPU that reads unscaled activations.
+
+        A batchtopk's gets the threshold at which L0 is k on the sample.
+        """
+        sae = SparseAutoencoder(self.config.sae).to(self.sample.device)
         sae.load_state_dict(self.sae.state_dict())
         if self.config.sae.activation == "batchtopk":
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
@@ -228,4 +234,4 @@ class Trainer:
             # The last entry kept has to stay above the threshold: fires on strict >.
             sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
-        return sae.eval()
+        return sae.cpu().eval()
