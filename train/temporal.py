@@ -91,12 +91,30 @@ def partners(batch: Batch, seed: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " 
 
 def info_nce(
     a: Float[Tensor, "p d"], b: Float[Tensor, "p d"], others: Bool[Tensor, "p p"], temperature: float
-) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of cosines: each row's partner against the partners of other documents' rows."""
-    scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature
-    scores = scores.masked_fill(~(others | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf)
-    target = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+) -> tuple[Float[Tensor, ""], Float[Tensor, "p d"], Float[Tensor, "p d"]]:
+    """Symmetric InfoNCE of cosines, each row's partner against the partners of other documents' rows; d / da, d / db.
+
+    With S = cos(a_i, b_j) / temperature and p pairs, d / dS = (softmax over rows + softmax over columns - 2 I) / (2 p).
+    """
+    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    (unit_a, norm_a), (unit_b, norm_b) = _unit(a), _unit(b)
+    scores = (unit_a @ unit_b.T / temperature).masked_fill_(~(others | own), -torch.inf)
+    by_row, by_column = scores.log_softmax(1), scores.log_softmax(0)
+    value = -(by_row.diagonal() + by_column.diagonal()).mean() / 2
+    slope = (by_row.exp() + by_column.exp() - 2 * own) / (2 * len(a) * temperature)
+    return value, _along_sphere(slope @ unit_b, unit_a, norm_a), _along_sphere(slope.T @ unit_a, unit_b, norm_b)
+
+
+def _unit(x: Float[Tensor, "p d"]) -> tuple[Float[Tensor, "p d"], Float[Tensor, "p 1"]]:
+    norm = x.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+    return x / norm, norm
+
+
+def _along_sphere(
+    grad: Float[Tensor, "p d"], unit: Float[Tensor, "p d"], norm: Float[Tensor, "p 1"]
+) -> Float[Tensor, "p d"]:
+    """From the gradient at a normed row to that at the row itself."""
+    return (grad - unit * (grad * unit).sum(1, keepdim=True)) / norm
 
 
 def contrastive_dense(
@@ -128,14 +146,11 @@ def contrastive(
 
 
 def _contrast(rows: Float[Tensor, "two_p d"], others: Bool[Tensor, "p p"], temperature: float) -> tuple[float, Tensor]:
-    """Value and gradient, by autograd on a leaf of the few rows that take part."""
+    """Value and gradient at the few rows that take part: first each pair's first, then each pair's second."""
     if len(others) < 2:
         return 0.0, torch.zeros_like(rows)
-    with torch.enable_grad():
-        leaf = rows.detach().requires_grad_()
-        value = info_nce(leaf[: len(others)], leaf[len(others) :], others, temperature)
-        (grad,) = torch.autograd.grad(value, leaf)
-    return value.item(), grad
+    value, *grads = info_nce(rows[: len(others)], rows[len(others) :], others, temperature)
+    return float(value), torch.cat(grads)
 
 
 def positions_of(batch: Batch) -> Int[Tensor, " n"]:
