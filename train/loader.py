@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     starts: Int[ndarray, " n_segments"]
     """Position of each segment's first token in its sequence."""
     documents: Int[ndarray, " n_segments"]
+    n_left_out: int = 0
+    """Tokens of this batch that are not in it, as data.max_norm asks."""
 
 
 class Block(NamedTuple):
@@ -88,6 +90,11 @@ class SegmentLoader:
         """Tokens in an epoch: every valid position from `skip_first` on, once."""
         return int(self._length.sum())
 
+    @property
+    def n_skipped(self) -> int:
+        """Valid tokens that no epoch has: the sequences' positions before `skip_first`."""
+        return int(self.store.train.lengths.sum()) - self.n_tokens
+
     def block_bytes(self) -> int:
         """Of one block in memory."""
         return self._block_memory().nbytes
@@ -140,7 +147,8 @@ class SegmentLoader:
         if not keep.any():
             raise StoreError(f"data.max_norm={self.config.max_norm} leaves no segment of a batch. Raise it.")
         x = batch.x[torch.from_numpy(keep[segment]).to(self._device)]
-        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep])
+        n_left_out = len(batch.x) - len(x)
+        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep], n_left_out)
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""

@@ -24,7 +24,6 @@ from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
-CHECKPOINT_EVERY_S = 600.0
 RESTORES = 2
 """Instabilities that a run with guard.action=restore survives."""
 
@@ -85,6 +84,7 @@ class _Member:
     def __init__(self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None) -> None:
         self.run, self.path, self.trainer, self.about = run, path, trainer, about
         self.started, self.seconds = time.monotonic(), 0.0
+        self.saved = self.started
         n_bytes = 0
         if kept := checkpoints(path):
             told = read_about(kept[-1])
@@ -120,6 +120,8 @@ class _Member:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
+        elif time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes:
+            self.checkpoint_between()
 
     def _unstable(self, why: str, batch: Batch, number: int) -> None:
         """End the run, or bring back its last good state and leave this batch out."""
@@ -136,7 +138,16 @@ class _Member:
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
+    def checkpoint_between(self) -> None:
+        """A checkpoint at no step of its own: when time has passed, or training is interrupted.
+
+        Not of a run that would be brought back: started again there, it would be brought back to there.
+        """
+        if self.run.config.guard.checkpoint_steps and self.bring_back is None and self.live:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
+        self.saved = time.monotonic()
         told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
         save_checkpoint(self.path, self.trainer, told)
 
@@ -200,8 +211,7 @@ class _Pass:
                     advance(len(batch.x))
             except KeyboardInterrupt:
                 for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
+                    member.checkpoint_between()
                 raise
         for member in self.members:
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
@@ -209,17 +219,11 @@ class _Pass:
                 file.unlink()
 
     def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
-        """Numbered batches while any run wants them; a checkpoint of all every ten minutes."""
-        saved = time.monotonic()
+        """Numbered batches while any run wants them."""
         for number, batch in zip(range(done, last), self.loader, strict=False):
             if not any(member.live for member in self.members):
                 return
             yield number, batch
-            if time.monotonic() - saved > CHECKPOINT_EVERY_S:
-                saved = time.monotonic()
-                for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
 
     def _announce(self) -> None:
         """Memory, before it is used: weights, gradients and two moments of each run, buffers, two blocks of data."""
@@ -227,5 +231,6 @@ class _Pass:
         n = self.loader.config.n_segments * self.loader.config.segment_length
         buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
+        tokens = f"{self.loader.n_tokens:,} tokens an epoch ({self.loader.n_skipped:,} left out by data.skip_first)"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
-        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory, {on}")
+        say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")

@@ -22,6 +22,8 @@ from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_t
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
 CALIBRATION_TOKENS = 4096
+NO_GRADIENT = 1e-5
+"""A gradient this small, times the code's norm and over the term's value, is rounding."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Progress:
 
     n_steps: int = 0
     n_tokens: int = 0
+    n_left_out: int = 0
+    """Tokens of segments that data.max_norm left out."""
     mean_loss: float = 0.0
     n_restored: int = 0
     ended: str = ""
@@ -119,10 +123,15 @@ class Trainer:
         """A batch is done with, used or not: schedules and ends go by batches seen."""
         self.progress.n_steps += 1
         self.progress.n_tokens += len(batch.x)
+        self.progress.n_left_out += batch.n_left_out
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> StepResult:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
+        if self.config.optimizer.gradients == "autograd":
+            from tcsae.train.reference import autograd_gradients  # which imports this module
+
+            return autograd_gradients(self, batch)
         sae, config, n = self.sae, self.config, len(batch.x)
         x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
         jump = config.sae.activation == "jumprelu"
@@ -150,8 +159,8 @@ class Trainer:
             pairs = pairs_of(config.temporal, batch)
             losses["temporal"] = weight * float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
         elif config.temporal.active:
-            value, unit, target = self._temporal(code, batch, grad)
-            weight = self._temporal_weight(target, unit)
+            value, unit, target, entries = self._temporal(code, batch, grad)
+            weight = self.temporal_weight(value, target, unit, entries)
             losses["temporal"] = weight * value
             self._add(grad, unit, weight, code)
         if self.positions is not None:
@@ -169,24 +178,36 @@ class Trainer:
                 losses["l1"] = config.sparsity.l1 * state.activity.total / len(code)
         return weight
 
-    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Value and gradient at weight 1 over the scope, and the reconstruction's gradient over the same."""
-        config, seed = self.config.temporal, hash((self.config.init_seed, self.progress.n_steps)) % 2**32
+    def step_seed(self) -> int:
+        """Of what a run draws for itself in this step."""
+        return hash((self.config.init_seed, self.progress.n_steps)) % 2**32
+
+    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+        """Over the scope: value and gradient at weight 1, the reconstruction's gradient, and the code's entries."""
+        config, seed = self.config.temporal, self.step_seed()
         if isinstance(code, SparseCode):
             part, at = code.part(*self.scope)
             value, unit = sparse_term(config, part, batch, self.workspace, seed)
-            return value, unit, grad[at]
+            return value, unit, grad[at], part.values
         columns = slice(*self.scope)
         value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed)
-        return value, unit, grad[:, columns]
+        return value, unit, grad[:, columns], code[:, columns]
 
-    def _temporal_weight(self, target: Tensor, unit: Tensor) -> float:
-        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up."""
+    def temporal_weight(self, value: float, target: Tensor, unit: Tensor, code: Tensor) -> float:
+        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up.
+
+        `value` and `unit` are the term and its gradient at weight 1, `target` is the reconstruction's gradient; both
+        are with respect to the entries `code`, of which the active ones count. Where nothing but rounding is left of
+        the term's gradient (no latent fires twice in a row), it gets no weight: any share would be noise.
+        """
         config = self.config.temporal
         if not config.budget:
             return self._risen(config.weight)
-        norm = float(unit.norm())
-        return self._risen(config.budget * float(target.norm()) / norm if norm else 0.0)
+        active = code != 0
+        norm, size = float((unit * active).norm()), float(code.norm())
+        if norm * size <= NO_GRADIENT * abs(value):
+            return 0.0
+        return self._risen(config.budget * float((target * active).norm()) / norm)
 
     def _risen(self, weight: float) -> float:
         return weight * min(
