@@ -6,11 +6,11 @@ from tcsae.harvest.corpus import CorpusChoice
 from tcsae.harvest.language_model import EMBEDDED
 from tcsae.harvest.sequences import check_sequences
 from tcsae.shared.codecs import check_codec
+from tcsae.shared.device import DEVICES
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.manifest import SequenceRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("auto", "cuda", "mps", "cpu")
 MOST_POSITIONS = 1 << 20
 """In one forward pass. What a shard takes in memory grows with it, so a slip of the finger has to be refused."""
 

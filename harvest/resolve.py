@@ -4,13 +4,12 @@ import importlib.metadata
 import platform
 from dataclasses import replace
 
-import torch
-
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Corpus
 from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.codecs import check_codec
+from tcsae.shared.device import choose_device
 from tcsae.shared.errors import ConfigError, ModelError
 from tcsae.shared.manifest import HookRecipe, ModelRecipe, Recipe
 
@@ -69,25 +68,18 @@ def load(model: LanguageModel, hooks: tuple[str, ...], recipe: ModelRecipe) -> C
 
     Raises ConfigError if this machine has no such device; ModelError for the rest.
     """
-    if recipe.device not in available_devices():
-        raise ConfigError(
-            f"The device {recipe.device} is not here; there is: {', '.join(available_devices())}. "
-            "Give one of these (--device NAME), and for a store of another device also another --store."
-        )
+    try:
+        choose_device(recipe.device)
+    except ConfigError as error:
+        raise ConfigError(f"{error} For a store of another device give another --store, too.") from error
     return Capture(model, hooks, recipe.batch_size, recipe.device, recipe.dtype)
-
-
-def available_devices() -> list[str]:
-    """Kinds of device that this machine has, fastest first."""
-    found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
-    return [name for name, there in found if there]
 
 
 def pick_device(asked: str, stored: Recipe | None) -> str:
     """ "auto" is the device of the store that is there, so that a sealed one is used anywhere; else the best here."""
     if asked != "auto":
         return asked
-    return stored.model.device if stored is not None else available_devices()[0]
+    return stored.model.device if stored is not None else choose_device(asked).type
 
 
 def check_dtype(dtype: str, device: str) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tcsae.harvest import command
-from tcsae.harvest.config import DEVICES, DTYPES
+from tcsae.harvest.config import DTYPES
 from tcsae.harvest.corpus import CorpusChoice
-from tcsae.harvest.resolve import available_devices
 from tcsae.harvest.run import HarvestConfig, harvest, remove_store
 from tcsae.shared.cli import cli
 from tcsae.shared.codecs import CODECS
+from tcsae.shared.device import DEVICES, available_devices
 from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
 from tcsae.shared.manifest import SPLITS
 from tcsae.shared.store import open_store
@@ -324,7 +324,7 @@ def test_a_device_that_is_not_here_is_named(short, uninterrupted, tmp_path, monk
     with pytest.raises(StoreError, match="model.device: 'cpu', not 'cuda'"):
         harvest(str(uninterrupted), config)
     # auto is the device of the store that is there: a sealed one made elsewhere is used here.
-    monkeypatch.setattr("tcsae.harvest.resolve.available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr("tcsae.shared.device.available_devices", lambda: ["cuda", "cpu"])
     assert harvest(str(uninterrupted), short).manifest.recipe.model.device == "cpu"
 
 

@@ -24,13 +24,17 @@ from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
-CHECKPOINT_EVERY_S = 600.0
 RESTORES = 2
 """Instabilities that a run with guard.action=restore survives."""
 
 
 def train_runs(
-    store: Store, runs_path: Path, runs: Sequence[Run], fresh: bool = False, tracker: str | None = None
+    store: Store,
+    runs_path: Path,
+    runs: Sequence[Run],
+    fresh: bool = False,
+    tracker: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
@@ -44,7 +48,7 @@ def train_runs(
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
             say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker).train()
+        _Pass(store, runs_path, data, together, tracker, torch.device(device)).train()
     return [load_record(runs_path / name) for name in names]
 
 
@@ -80,14 +84,16 @@ class _Member:
     def __init__(self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None) -> None:
         self.run, self.path, self.trainer, self.about = run, path, trainer, about
         self.started, self.seconds = time.monotonic(), 0.0
+        self.saved = self.started
         n_bytes = 0
         if kept := checkpoints(path):
             told = read_about(kept[-1])
             restore(kept[-1], trainer)
             n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
-            if told["threads"] != about["threads"]:
-                say(f"{run.name}: {about['threads']} threads now, {told['threads']} before: rounding will differ.")
+            for what in ("threads", "device"):
+                if told[what] != about[what]:
+                    say(f"{run.name}: {what} {told[what]} before, {about[what]} now: rounding will differ.")
         config = run.config
         self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
@@ -114,6 +120,8 @@ class _Member:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
+        elif time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes:
+            self.checkpoint_between()
 
     def _unstable(self, why: str, batch: Batch, number: int) -> None:
         """End the run, or bring back its last good state and leave this batch out."""
@@ -130,7 +138,16 @@ class _Member:
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
+    def checkpoint_between(self) -> None:
+        """A checkpoint at no step of its own: when time has passed, or training is interrupted.
+
+        Not of a run that would be brought back: started again there, it would be brought back to there.
+        """
+        if self.run.config.guard.checkpoint_steps and self.bring_back is None and self.live:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
+        self.saved = time.monotonic()
         told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
         save_checkpoint(self.path, self.trainer, told)
 
@@ -142,11 +159,18 @@ class _Pass:
     """Runs that read the same batches."""
 
     def __init__(
-        self, store: Store, runs_path: Path, data: DataConfig, runs: Sequence[Run], tracker: str | None
+        self,
+        store: Store,
+        runs_path: Path,
+        data: DataConfig,
+        runs: Sequence[Run],
+        tracker: str | None,
+        device: torch.device,
     ) -> None:
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
-        self.loader = SegmentLoader(store, data)
-        self.workspace = Workspace()
+        self.device = device
+        self.loader = SegmentLoader(store, data, device=device)
+        self.workspace = Workspace(device)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
 
@@ -164,6 +188,7 @@ class _Pass:
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
+            "device": self.device.type,
         }
         return _Member(run, path, trainer, about, self.tracker)
 
@@ -186,8 +211,7 @@ class _Pass:
                     advance(len(batch.x))
             except KeyboardInterrupt:
                 for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
+                    member.checkpoint_between()
                 raise
         for member in self.members:
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
@@ -195,22 +219,18 @@ class _Pass:
                 file.unlink()
 
     def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
-        """Numbered batches while any run wants them; a checkpoint of all every ten minutes."""
-        saved = time.monotonic()
+        """Numbered batches while any run wants them."""
         for number, batch in zip(range(done, last), self.loader, strict=False):
             if not any(member.live for member in self.members):
                 return
             yield number, batch
-            if time.monotonic() - saved > CHECKPOINT_EVERY_S:
-                saved = time.monotonic()
-                for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
 
     def _announce(self) -> None:
         """Memory, before it is used: weights, gradients and two moments of each run, buffers, two blocks of data."""
         weights = sum(parameter.numel() * 4 for one in self.members for parameter in one.trainer.sae.parameters())
         n = self.loader.config.n_segments * self.loader.config.segment_length
         buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
+        on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
+        tokens = f"{self.loader.n_tokens:,} tokens an epoch ({self.loader.n_skipped:,} left out by data.skip_first)"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
-        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory")
+        say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
