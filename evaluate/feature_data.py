@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.contexts import Context
@@ -71,7 +71,8 @@ def feature_data(
     latents = alive.nonzero().squeeze(1).tolist()
     measures = latent_measures(features, sae)
     near, together = nearest_by_decoder(sae.W_dec, alive), features.firing.nearest(alive)
-    labels = {latent: label_tokens(features.contexts.kept(latent), tokens) for latent in latents}
+    rarity = token_rarity(tokens)
+    labels = {latent: label_tokens(features.contexts.kept(latent), tokens, rarity) for latent in latents}
     shown: set[int] = set()
     chunks: dict[int, dict[int, Any]] = {}
     for latent in latents:
@@ -113,15 +114,25 @@ def latent_measures(features: Features, sae: SparseAutoencoder) -> dict[str, np.
     return {name: (one if name in kept else one.masked_fill(dead, torch.nan)).numpy() for name, one in values.items()}
 
 
-def label_tokens(contexts: Iterable[Context], tokens: Int[np.ndarray, "n_sequences length"]) -> list[int]:
-    """The token ids that a latent fires on most, by its summed activation relative to each sequence's peak."""
+def token_rarity(tokens: Int[np.ndarray, "n_sequences length"]) -> Float64[np.ndarray, " vocabulary"]:
+    """log(tokens / tokens of an id), by id: how much it says that a latent fires on it."""
+    counts = np.bincount(tokens.ravel())
+    return np.log(tokens.size / np.maximum(counts, 1))
+
+
+def label_tokens(
+    contexts: Iterable[Context],
+    tokens: Int[np.ndarray, "n_sequences length"],
+    rarity: Float64[np.ndarray, " vocabulary"],
+) -> list[int]:
+    """The token ids that tell most of a latent: its summed share of each sequence's peak, times the token's rarity."""
     total: dict[int, float] = {}
     for one in contexts:
         shares = one.activations / one.activations.max()
         for at in np.flatnonzero(shares >= LABEL_SHARE):
             token = int(tokens[one.sequence, at])
             total[token] = total.get(token, 0.0) + float(shares[at])
-    return sorted(total, key=lambda token: (-total[token], token))[:N_LABELS]
+    return sorted(total, key=lambda token: (-total[token] * rarity[token], token))[:N_LABELS]
 
 
 def _context(one: Context) -> list[Any]:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tcsae.evaluate.activity import join_codes
-from tcsae.evaluate.batches import batches
+from tcsae.evaluate.batches import batches, n_sequences
 from tcsae.evaluate.contexts import ContextCollector
 from tcsae.evaluate.latent_figures import LatentFigures, latent_figures
 from tcsae.evaluate.layout import Layout
@@ -47,8 +48,17 @@ class Part(NamedTuple):
     """About how many tokens; None: all of the split."""
 
     @property
+    def n_sequences(self) -> int:
+        return n_sequences(self.split, self.max_tokens)
+
+    @property
     def n_tokens(self) -> int:
-        return min(self.split.n_tokens, self.max_tokens or self.split.n_tokens)
+        """Valid ones, the first positions included."""
+        return int(self.split.lengths[: self.n_sequences].sum())
+
+    @property
+    def tokens(self) -> Int[np.ndarray, "n_sequences length"]:
+        return self.split.tokens[: self.n_sequences]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import numpy as np
 
 from tcsae.evaluate.candidates import Candidate, Request, candidate, evaluable, load
 from tcsae.evaluate.contexts import Context
-from tcsae.evaluate.feature_data import LABELS, label_tokens, latent_measures
+from tcsae.evaluate.feature_data import LABELS, label_tokens, latent_measures, token_rarity
 from tcsae.evaluate.feature_pass import Features, Part, collect_features
 from tcsae.evaluate.lens import Lenses
 from tcsae.evaluate.neighbours import Nearest, nearest_by_decoder
@@ -40,8 +40,12 @@ class Found(NamedTuple):
     run: Candidate
     sae: SparseAutoencoder
     latent: int
-    split: Split
+    part: Part
     features: Features
+
+    @property
+    def split(self) -> Split:
+        return self.part.split
 
 
 def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Found:
@@ -57,7 +61,7 @@ def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Foun
     part = Part(split, run.options.hook, run.options.skip_first, request.max_tokens)
     with progress(f"feature {request.latent}", total=part.n_tokens) as advance:
         (features,) = collect_features(part, [sae], advance)
-    return Found(run, sae, request.latent, split, features)
+    return Found(run, sae, request.latent, part, features)
 
 
 def show_feature(store: Store, found: Found, n_contexts: int) -> None:
@@ -79,7 +83,7 @@ def show_feature(store: Store, found: Found, n_contexts: int) -> None:
         f"{rho[0]:.3f}, {rho[7]:.3f} at 8; permuted {null:.3f}",
         soft_wrap=True,
     )
-    tokens = label_tokens(features.contexts.kept(latent), found.split.tokens)
+    tokens = label_tokens(features.contexts.kept(latent), found.part.tokens, token_rarity(found.part.tokens))
     console.print(_chips("fires on", [(texts[token], None) for token in tokens]), soft_wrap=True)
     for line in _lens(store, found, texts):
         console.print(line, soft_wrap=True)
@@ -109,7 +113,7 @@ def _lens(store: Store, found: Found, texts: TokenTexts) -> list[Any]:
     from rich.text import Text
 
     hook, latent = found.run.options.hook, found.latent
-    lenses = Lenses(store, found.split)
+    lenses = Lenses(store, found.part)
     peaks = found.features.contexts.maximum()
     one = lenses.of(hook, found.sae.W_dec.detach()[latent : latent + 1] * peaks[latent])
     if one is None:

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tcsae.evaluate.feature_pass import Part
 from tcsae.shared.errors import TcsaeError
-from tcsae.shared.store import Split, Store
+from tcsae.shared.store import Store
 from tcsae.shared.tail import Tail
 
 N_TOKENS = 8
@@ -16,7 +17,8 @@ BLOCK = 256
 DEFINITION = (
     "Change of each token's logit, minus the mean change over the vocabulary, when the latent's decoder row times its "
     "largest activation is added to the mean activation, in a sequence of one position, through every layer after the "
-    "hook, the final norm and the unembedding. Only tokens that occur in the split: the rest were never learned."
+    "hook, the final norm and the unembedding. Only tokens that occur in the text looked at: the rest may never have "
+    "been learned."
 )
 
 
@@ -55,10 +57,11 @@ def logit_lens(
 class Lenses:
     """The lens after each hook of a store, or why there is none."""
 
-    def __init__(self, store: Store, split: Split) -> None:
+    def __init__(self, store: Store, part: Part) -> None:
         self.store = store
-        valid = torch.arange(store.sequence_length) < torch.from_numpy(split.lengths)[:, None]
-        self.tokens = torch.from_numpy(split.tokens)[valid].unique().long()
+        lengths = torch.from_numpy(part.split.lengths[: part.n_sequences])
+        valid = torch.arange(store.sequence_length) < lengths[:, None]
+        self.tokens = torch.from_numpy(part.tokens)[valid].unique().long()
         self._tails: dict[str, Tail | str] = {}
 
     def tail(self, hook: str) -> Tail | str:

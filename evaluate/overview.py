@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tcsae.evaluate import metrics, tail_metrics, temporal_run
+from tcsae.evaluate.candidates import UNTRAINED
 from tcsae.evaluate.paper import COLUMNS as PAPER_COLUMNS
 from tcsae.evaluate.paper import paper_blocks
 from tcsae.evaluate.plots import Point, Series, curves_by_number, frontier
@@ -67,6 +68,8 @@ def overview(store: Store, included: Sequence[Included], excluded: Sequence[Excl
         "interval_rules": [evaluations[0]["interval_rule"], temporal_run.INTERVAL_RULE],
         "definitions": DEFINITIONS,
         "frontiers": _frontiers(included),
+        "untrained": [one.number for one in included if one not in _trained(included)],
+        "several_hooks": len({one.hook for one in included}) > 1,
         "histories": _histories(included),
         "paper_columns": PAPER_COLUMNS,
         "paper": blocks,
@@ -148,7 +151,7 @@ def _frontiers(included: Sequence[Included]) -> list[dict[str, str]]:
     made = []
     for x_name, x_label, y_name, y_label in FRONTIERS:
         points = []
-        for one in included:
+        for one in _trained(included):
             (x, _), (y, interval) = _value(one, x_name), _value(one, y_name)
             if x is not None and y is not None:
                 points.append(Point(one.number, x, y, interval))
@@ -157,6 +160,11 @@ def _frontiers(included: Sequence[Included]) -> list[dict[str, str]]:
             svg = frontier(points, (x_label, y_label))
             made.append({"title": f"{y_label} against {x_label}", "svg": svg, "told": told})
     return made
+
+
+def _trained(included: Sequence[Included]) -> list[Included]:
+    """Without those that took no step on purpose: far off, they would squeeze the rest."""
+    return [one for one in included if not one.evaluation["preset"].startswith(UNTRAINED)]
 
 
 def _histories(included: Sequence[Included]) -> list[dict[str, str]]:

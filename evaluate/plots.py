@@ -103,10 +103,10 @@ def frontier(points: Sequence[Point], labels: tuple[str, str]) -> str:
             at = (point.x, point.y)
             axes.annotate(str(point.number), at, xytext=(6, 3), textcoords="offset points", fontsize=8.5)
         axes.margins(0.14)
-        for side, axis in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-            middle = sum(side) / 2
-            room = max((side[1] - side[0]) / 2, 0.01 * abs(middle))  # L0 of two topk SAEs: no difference to blow up
-            axis(middle - room, middle + room)
+        left, right = axes.get_xlim()
+        middle, room = (left + right) / 2, (right - left) / 2
+        room = max(room, 0.01 * abs(middle))  # L0 of several topk SAEs: no difference to blow up
+        axes.set_xlim(middle - room, middle + room)
         axes.ticklabel_format(useOffset=False)
         _label(axes, labels)
         return _svg(figure)
@@ -189,7 +189,7 @@ def themed(svg: str) -> str:
     for colour, name in _longest_first(COLOURS.items()):
         svg = svg.replace(colour, f"var({name})")
     svg = re.sub(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', _opening, svg, count=1)
-    return re.sub(r"\s+", " ", re.sub(r">\s+<", "><", svg))
+    return re.sub(r"\s+", " ", re.sub(r">\s+<", "><", svg)).strip()
 
 
 def _opening(match: re.Match[str]) -> str:

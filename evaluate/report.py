@@ -85,26 +85,30 @@ class _Report:
         self.store, self.request = store, request
         self.split = store.split(request.split)
         self.included, self.excluded = included, excluded
-        self.texts, self.lenses = TokenTexts(store), Lenses(store, self.split)
+        self.texts = TokenTexts(store)
+        self.lenses = Lenses(store, self._part(store.hook(), 0))
         self.shown: set[int] = set()
         self.needed: set[int] = set()
 
     def write(self, folder: Path, identity: dict[str, Any]) -> None:
         """Every file of it."""
         pages = page_files.Pages(folder)
-        n_tokens = Part(self.split, "", 0, self.request.max_tokens).n_tokens
         passes = self._passes()
-        with progress("report", total=n_tokens * len(passes)) as advance:
+        with progress(
+            "report", total=sum(self._part(one.hook, one.skip_first).n_tokens for one, *_ in passes)
+        ) as advance:
             for together in passes:
-                hook, skip_first = together[0].hook, together[0].skip_first
-                part = Part(self.split, hook, skip_first, self.request.max_tokens)
+                part = self._part(together[0].hook, together[0].skip_first)
                 found = collect_features(part, [one.loaded.sae for one in together], advance)
                 for one in together:
-                    self._sae(pages, one, found.pop(0))
+                    self._sae(pages, one, part, found.pop(0))
         self._shared(pages)
         values = overview(self.store, self.included, self.excluded)
         pages.page("index.html", "overview.html", **values, generator=f"tcsae {__version__}")
         page_files.mark(folder, identity)
+
+    def _part(self, hook: str, skip_first: int) -> Part:
+        return Part(self.split, hook, skip_first, self.request.max_tokens)
 
     def _passes(self) -> list[list[Included]]:
         """Runs that can share a pass: of one hook and one set of counted positions, and not too many latents."""
@@ -120,11 +124,11 @@ class _Report:
                 passes.append([one])
         return passes
 
-    def _sae(self, pages: page_files.Pages, one: Included, features: Features) -> None:
+    def _sae(self, pages: page_files.Pages, one: Included, part: Part, features: Features) -> None:
         """The pages and data of one SAE."""
         tail = self.lenses.tail(one.hook)
         directions = one.loaded.sae.W_dec.detach() * features.contexts.maximum()[:, None]
-        data = feature_data(features, one.loaded.sae, self.lenses.of(one.hook, directions), self.split.tokens)
+        data = feature_data(features, one.loaded.sae, self.lenses.of(one.hook, directions), part.tokens)
         self.shown |= data.sequences
         self.needed |= data.tokens
         folder = f"runs/{one.name}"
@@ -148,7 +152,7 @@ class _Report:
         self._chunks(pages, folder, data)
 
     def _chunks(self, pages: page_files.Pages, folder: str, data: FeatureData) -> None:
-        pages.data(f"{folder}/data/index.js", "index", data.listing)
+        pages.data(f"{folder}/data/index.js", "index", data.listing | {"per_file": page_files.PER_FILE})
         for number, chunk in data.chunks.items():
             pages.data(f"{folder}/data/{number}.js", "features", chunk)
 

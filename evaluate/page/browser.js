@@ -143,7 +143,7 @@
     }
     try {
       await load(`data/${Math.floor(latent / data.index.per_chunk)}.js`);
-      const files = new Set(data.features[latent].contexts.map(([sequence]) => Math.floor(sequence / 32)));
+      const files = new Set(data.features[latent].contexts.map(([sequence]) => Math.floor(sequence / data.index.per_file)));
       await Promise.all(Array.from(files, (file) => load(`${root}sequences/${file}.js`)));
     } catch (error) {
       box.replaceChildren(make("p", { class: "warn" }, error.message));
