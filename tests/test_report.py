@@ -2,6 +2,7 @@
 shows text as text; `tcsae feature` shows the same of one latent in the terminal.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -9,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tcsae.evaluate.page_files import script
 from tcsae.evaluate.paper import PRINTED, closed_form
 from tcsae.evaluate.plots import Point, Series, curves_by_number, frontier, histogram, lines
+from tcsae.shared.cli import cli
 from tcsae.shared.runs import load_evaluation
 from tcsae.shared.store import open_store
 
@@ -280,8 +283,32 @@ def test_one_feature_in_the_terminal(evaluated, toy_report, written, monkeypatch
     assert "\x1b[31m" not in shaded, "the corpus's own"
 
 
-def test_a_dead_feature_says_so(evaluated, toy_report):
-    name = next(name for name in runs_of(evaluated) if name.startswith("topk"))
-    done = toy_report.call(evaluated, "feature", "--run", name, "--id", "0", "--max-tokens", "1")
-    assert done.exit_code == 0
-    assert "Latent 0" in done.stdout
+def test_without_tail_tokenizer_or_record_the_pages_say_so(tmp_path):
+    """A store of somebody's own activations, and an SAE of another tool."""
+    spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), toy.N_SEQUENCES, with_tail=False)
+    ours = toy.make_run(tmp_path / "runs", "gelu", toy.make_sae("gelu"), store)
+    theirs = tmp_path / "runs" / "theirs"
+    shutil.copytree(toy.make_run(tmp_path / "other", "relu", toy.make_sae("relu"), store), theirs)
+    (theirs / "tcsae.json").unlink()
+    config = json.loads((theirs / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = toy.HOOK
+    (theirs / "cfg.json").write_text(json.dumps(config))
+    arguments = ["--store", store.location, "--runs", str(tmp_path / "runs")]
+    done = CliRunner().invoke(cli, [*arguments, "eval", "report"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    out = tmp_path / "report"
+    assert "no tail: the hook is no residual stream" in (out / "index.html").read_text()
+    assert "has no tail for blocks.1.hook_resid_post" in (out / "runs" / ours.name / "features.html").read_text()
+    assert "Preset SAELens standard" in (out / "runs" / "theirs" / "index.html").read_text()
+    index = value(out / "runs" / "theirs" / "data" / "index.js")
+    assert index["promotes"] is None
+    assert 3 not in index["latents"], "it never fires"
+    assert set(value(out / "sequences" / "vocabulary.js").values()) <= {f"⟨{i}⟩" for i in range(toy.VOCABULARY)}
+    done = CliRunner().invoke(cli, [*arguments, "feature", "--run", "theirs", "--id", "3"])
+    assert done.exit_code == 0, done.output
+    assert "It is active at none of the " in done.stdout
+    done = CliRunner().invoke(cli, [*arguments, "feature", "--run", "theirs", "--id", "4"])
+    assert "no logit lens: " in done.stdout

@@ -49,13 +49,17 @@
   // ---- The list: search, filters, order
   const column = (name) => (name === "latent" ? data.index.latents : data.index.columns[name]);
 
-  function quantile(name, share) {
-    const values = column(name).filter((value) => value !== null).sort((a, b) => a - b);
+  function quantile(name, share, among = () => true) {
+    const values = column(name).filter((value, i) => value !== null && among(i)).sort((a, b) => a - b);
     return values.length ? values[Math.round(share * (values.length - 1))] : null;
   }
 
   const PRESETS = {
-    slow: () => ({ filters: { rho_8_within: [quantile("rho_8_within", 0.75), null], density: [null, quantile("density", 0.25)] }, sort: "rho_8_within" }),
+    slow: () => { // the slowest of the rare: the slowest of all are dense
+      const rare = quantile("density", 0.25);
+      const slow = quantile("rho_8_within", 0.8, (i) => column("density")[i] <= rare);
+      return { filters: { rho_8_within: [slow, null], density: [null, rare] }, sort: "rho_8_within" };
+    },
     position: () => ({ filters: { position_share: [Math.max(quantile("position_share", 0.95), 0.001), null] }, sort: "position_share" }),
     document: () => ({ filters: { document_share: [quantile("document_share", 0.9), null] }, sort: "document_share" }),
     token: () => ({ filters: { token_share: [quantile("token_share", 0.9), null] }, sort: "token_share" }),
