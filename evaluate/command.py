@@ -52,8 +52,8 @@ def evaluate(
 
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
-    from tcsae.evaluate.report import show
     from tcsae.evaluate.run import evaluate_runs
+    from tcsae.evaluate.tables import show
     from tcsae.shared.console import say
     from tcsae.shared.errors import RunError
     from tcsae.shared.store import open_store

@@ -64,7 +64,7 @@ def train(
 def show(records: list[dict[str, Any]], runs: str) -> None:
     """Print one row a run, with its last figures on training batches."""
     from tcsae.shared.console import sparkline, table
-    from tcsae.train.tracking import read_metrics
+    from tcsae.shared.runs import read_metrics
 
     columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
     rows = []

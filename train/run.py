@@ -11,6 +11,7 @@ import torch
 from tcsae.shared.config import differences, to_dict
 from tcsae.shared.console import progress, say, size
 from tcsae.shared.errors import RunError
+from tcsae.shared.runs import METRICS
 from tcsae.shared.sae import RECORD, load_record, load_sae
 from tcsae.shared.store import Store
 from tcsae.train.buffers import Workspace
@@ -19,7 +20,7 @@ from tcsae.train.config import DataConfig
 from tcsae.train.finish import save_run
 from tcsae.train.loader import Batch, SegmentLoader
 from tcsae.train.plan import Run
-from tcsae.train.tracking import METRICS, RunLog, metrics_line, open_tracker
+from tcsae.train.tracking import RunLog, metrics_line, open_tracker
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768

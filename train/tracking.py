@@ -15,7 +15,6 @@ from tcsae.train.loader import Batch
 from tcsae.train.losses import Pairs, difference_dense, difference_sparse
 from tcsae.train.trainer import StepResult, Trainer
 
-METRICS = "metrics.jsonl"
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -60,12 +59,6 @@ def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[f
     n = len(batch.x)
     variance = float(square / n - (mean / n).square().sum())
     return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if it has not been written."""
-    file = Path(path) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 class Tracker(NamedTuple):
