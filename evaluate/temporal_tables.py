@@ -38,8 +38,7 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     table("Temporal and position measures, each minus its null", ("", *SUMMARY, "rho(k)"), rows)
     click.echo(
         "A star: the 95% interval leaves out zero. slow/x: below 0 is slower than x itself, relative to permuted "
-        "positions.
-Medians over latents; all else pooled over them. rho(k): within documents, lags 1 to 32."
+        "positions.\nMedians over latents; all else pooled over them. rho(k): within documents, lags 1 to 32."
     )
     if not details:
         click.echo("Every measure with its value, null and interval: --details.")
