@@ -149,6 +149,11 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
     train_runs(store, tmp_path, runs)
     assert (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns == before
     assert "trained already, reused" in capsys.readouterr().err
+    record = json.loads((tmp_path / runs[0].name / "tcsae.json").read_text())
+    del record["train"]["optimizer"]["gradients"]  # as of a version that did not have the setting
+    (tmp_path / runs[0].name / "tcsae.json").write_text(json.dumps(record))
+    train_runs(store, tmp_path, runs)
+    assert "trained already, reused" in capsys.readouterr().err
     longer = [run._replace(config=with_settings(run.config, ["steps=61"])) for run in runs]
     with pytest.raises(RunError, match=r"trained otherwise \(train.steps: 60, not 61\). Use --fresh"):
         train_runs(store, tmp_path, longer)

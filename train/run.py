@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from tcsae.shared.config import differences, to_dict
+from tcsae.shared.config import differences, from_dict, to_dict
 from tcsae.shared.console import progress, say, size
-from tcsae.shared.errors import RunError
+from tcsae.shared.errors import ConfigError, RunError
 from tcsae.shared.runs import METRICS
 from tcsae.shared.sae import RECORD, load_record, load_sae
 from tcsae.shared.store import Store
 from tcsae.train.buffers import Workspace
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
-from tcsae.train.config import DataConfig
+from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.finish import save_run
 from tcsae.train.loader import Batch, SegmentLoader
 from tcsae.train.plan import Run
@@ -67,7 +67,8 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool) -> bool:
         for file in (*kept, path / RECORD, path / METRICS):
             file.unlink(missing_ok=True)
         return False
-    told = {"train": found.get("train", {}), "store": found.get("store", {}).get("content"), "from": found.get("from")}
+    settings = _with_defaults(found.get("train", {}))
+    told = {"train": settings, "store": found.get("store", {}).get("content"), "from": found.get("from")}
     asked = {"train": to_dict(run.config), "store": store.content, "from": run.init_from}
     if differing := differences(told, asked):
         raise RunError(
@@ -77,6 +78,14 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool) -> bool:
         say(f"{run.name}: trained already, reused ({path}). Train it again with --fresh.")
         return True
     return False
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is."""
+    try:
+        return to_dict(from_dict(TrainConfig, settings))
+    except ConfigError:  # a setting that is gone, or none at all: it differs
+        return settings
 
 
 class _Member:
