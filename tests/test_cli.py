@@ -1,9 +1,9 @@
 """Promise: the command line says what is wrong in one line, with the right exit code, on the right stream."""
 
 import importlib.metadata
+import resource
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -26,10 +26,16 @@ def test_help_teaches_and_is_fast(run, command):
     assert len(done.output.splitlines()) > 8
     seconds = []
     for _ in range(3):
-        start = time.monotonic()
+        before = _seconds_of_children()
         subprocess.run([sys.executable, "-m", "tcsae", *command, "--help"], check=True, capture_output=True)
-        seconds.append(time.monotonic() - start)
+        seconds.append(_seconds_of_children() - before)
     assert min(seconds) < 0.5
+
+
+def _seconds_of_children() -> float:
+    """Of the processor: how long a command waits for one says nothing about it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("name", STAGES)
