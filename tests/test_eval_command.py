@@ -50,6 +50,7 @@ def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
     for text in ("random topk", "untrained", "pca", "mean output", "95%", "through the tail", "x itself", "--details"):
         assert text in done.stdout, text
     assert "null is" not in done.stdout
+    assert any(set(word) <= set("▁▂▃▄▅▆▇█") for word in done.stdout.split()), "curves over lags"
     done = call(store, tmp_path, "--details")
     assert "null is" in done.stdout
     assert "first_group: rho_1" in done.stdout
