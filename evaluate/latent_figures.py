@@ -7,14 +7,14 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from tcsae.evaluate.temporal import TemporalSums
-from tcsae.evaluate.temporal_figures import pool
+from tcsae.evaluate.temporal_figures import FAR, pool
 
 MEASURES = {
     "density": "share of the counted tokens at which the latent is active (f > 0)",
     "dwell": "mean length of its runs of firing, over what firing without memory at the same rate gives",
     "rho_1": "autocorrelation at lag 1, around the mean of the split",
     "rho_1_within": "autocorrelation at lag 1, around each document's own mean",
-    "rho_8_within": "the same at lag 8",
+    f"rho_{FAR}_within": f"the same at lag {FAR}",
     "slowness": "E(f_t+1 - f_t)^2 / (2 var f): 1 without memory, 0 for what never changes",
     "position_share": "share of its variance between absolute positions; bias-corrected, 0 for labels that say nothing",
     "document_share": "the same between documents",
@@ -48,7 +48,7 @@ def latent_figures(sums: TemporalSums) -> LatentFigures:
         "dwell": first * (1 - p) / (first - both),
         "rho_1": pooled.covariance[0] / pooled.variance,
         "rho_1_within": rho[0],
-        "rho_8_within": rho[7],
+        f"rho_{FAR}_within": rho[FAR - 1],
         "slowness": moved / (2 * n_1 * pooled.variance),
         "position_share": _shares(sums.by_position, sums.n_by_position, sums.squares),
         "document_share": _corrected(between / (pooled.n * pooled.variance), pooled.n, sums.n_documents[0]),

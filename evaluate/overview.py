@@ -26,7 +26,8 @@ RESULTS = {
 TEMPORAL = {
     "jaccard_corrected": "Jaccard",
     "rho_1": "autocorrelation",
-    "rho_1_within": "…within document",
+    "rho_1_within": "autocorr. within doc.",
+    "rho_8_within": "persistence (lag 8)",
     "slowness_to_x": "slowness / x",
     "dwell": "dwell",
     "position_share": "position",

@@ -19,6 +19,11 @@ COLOURS = {INK: "--ink", FAINT: "--ink-2", GRID: "--grid"} | {one: f"--c{i}" for
 """Colours drawn with, and the page's variables that stand for them."""
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
 MARKERS = "osD^vPX*<>ph"
+BESIDE = ((6, 3), (-11, 3), (6, -9), (-11, -9))
+"""Where a point's number stands, in turn: neighbours seldom meet."""
+SPREAD = 4.0
+"""Ratio of the largest x to the smallest from which on an axis is logarithmic."""
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tcsae",
@@ -84,7 +89,7 @@ def curves_by_number(curves: Sequence[tuple[int, Series]], labels: tuple[str, st
             ends.append((curve.y[-1], number, curve.x[-1], _colour(i)))
         every = [value for _, curve in curves for value in curve.y[len(curve.y) // 10 :] if np.isfinite(value)]
         if every:  # the first steps would squeeze the rest
-            low, high = min(every), max(every)
+            low, high = float(np.quantile(every, 0.04)), max(every)
             room = 0.06 * (high - low or 1.0)
             axes.set_ylim(low - room, high + room)
             for y, number, x, colour in _apart(ends, 1.1 * room):
@@ -101,15 +106,26 @@ def frontier(points: Sequence[Point], labels: tuple[str, str]) -> str:
                 axes.plot([point.x] * 2, point.y_interval, color=_colour(i), linewidth=1.2)
             axes.plot([point.x], [point.y], MARKERS[i % len(MARKERS)], color=_colour(i), markersize=6)
             at = (point.x, point.y)
-            axes.annotate(str(point.number), at, xytext=(6, 3), textcoords="offset points", fontsize=8.5)
+            axes.annotate(str(point.number), at, BESIDE[i % 4], textcoords="offset points", fontsize=8.5)
         axes.margins(0.14)
-        left, right = axes.get_xlim()
-        middle, room = (left + right) / 2, (right - left) / 2
-        room = max(room, 0.01 * abs(middle))  # L0 of several topk SAEs: no difference to blow up
-        axes.set_xlim(middle - room, middle + room)
-        axes.ticklabel_format(useOffset=False)
+        _scale_x(axes, [point.x for point in points])
         _label(axes, labels)
         return _svg(figure)
+
+
+def _scale_x(axes: "Axes", values: Sequence[float]) -> None:
+    """Logarithmic where values are far apart; never so wide that next to no difference looks like one."""
+    axes.ticklabel_format(useOffset=False)
+    if min(values) > 0 and max(values) > SPREAD * min(values):
+        ticks = [one for one in TICKS if min(values) / 2 < one < 2 * max(values)]
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{one:g}" for one in ticks])
+        axes.minorticks_off()
+        return
+    left, right = axes.get_xlim()
+    middle, room = (left + right) / 2, (right - left) / 2
+    room = max(room, 0.01 * abs(middle))
+    axes.set_xlim(middle - room, middle + room)
 
 
 def histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, log: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What a report costs: time (of the clock and of all cores), peak memory, size, and how fast its pages open in a browser.
+"""What a report costs: seconds of the clock and of all cores, peak memory, size, and how fast its pages open.
 
     tcsae harvest train eval
     python tests/bench/report.py [--store data/activations.zarr] [--runs data/runs] [--run NAME ...] [--split eval]
