@@ -13,6 +13,7 @@ from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.codecs import check_codec
 from tcsae.shared.errors import ConfigError, ModelError
 from tcsae.shared.manifest import ModelRecipe, Recipe
+from tcsae.shared.ranks import ranks
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "datasets", "zarr", "numpy")
 
@@ -73,6 +74,8 @@ def load(model: LanguageModel, hooks: tuple[str, ...], recipe: ModelRecipe) -> C
             f"The device {recipe.device} is not here; there is: {', '.join(available_devices())}. "
             "Give one of these (--device NAME), and for a store of another device also another --store."
         )
+    if recipe.device == "cuda":
+        torch.cuda.set_device(ranks().local % torch.cuda.device_count())
     return Capture(model, hooks, recipe.batch_size, recipe.device, recipe.dtype)
 
 
