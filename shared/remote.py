@@ -134,6 +134,9 @@ class RemoteObjects(Objects):
         at, size = 0, self.size(key)
         if size is None:
             raise FileNotFoundError(self.name(key))
+        if size <= BLOCK_BYTES or not self.listable:  # a plain web server may not know ranges
+            yield self._bytes(key)
+            return
         while at < size:
             start, stop = at, min(at + BLOCK_BYTES, size)
             yield memoryview(
