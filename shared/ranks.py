@@ -1,6 +1,7 @@
 """Which of several processes this one is: torchrun's RANK and WORLD_SIZE, or the same set by any scheduler."""
 
 import os
+from datetime import timedelta
 from typing import NamedTuple
 
 from tcsae.shared.errors import ConfigError
@@ -19,6 +20,8 @@ class Ranks(NamedTuple):
         return self.world > 1
 
 
+WAIT_S = 7 * 24 * 3600.0
+"""For the other processes: their SAEs may take longer."""
 ALONE = Ranks(0, 1, 0)
 
 
@@ -36,3 +39,35 @@ def ranks() -> Ranks:
     if not 0 <= found.rank < found.world:
         raise ConfigError(f"RANK={found.rank}: of WORLD_SIZE={found.world}, it must be 0 to {found.world - 1}.")
     return found
+
+
+def has_rendezvous() -> bool:
+    """Whether the processes can meet, as torchrun arranges it."""
+    return "MASTER_ADDR" in os.environ
+
+
+def start_group(ours: Ranks) -> None:
+    """Meet the other processes. Raises ConfigError if nothing says where."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if not has_rendezvous():
+        raise ConfigError(
+            "One run in several processes takes a rendezvous (MASTER_ADDR, MASTER_PORT). Start it with torchrun: "
+            f"torchrun --nproc-per-node {ours.world} -m tcsae train ..."
+        )
+    backend = "cpu:gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ours.local % torch.cuda.device_count())
+        backend += ",cuda:nccl"
+    dist.init_process_group(backend, rank=ours.rank, world_size=ours.world, timeout=timedelta(seconds=WAIT_S))
+
+
+def wait_for_all(ours: Ranks) -> None:
+    """Until every process is here."""
+    import torch.distributed as dist
+
+    start_group(ours)
+    dist.barrier()

@@ -4,6 +4,7 @@ With several groups of latents, prefix g reconstructs x_hat_g = sum_{h <= g} f_h
 a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the plain autoencoder.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.kernels import LatentOrder, entry_gradients, gelu_backward_, relu_backward_
 
+BatchCode = Callable[[Tensor, int], SparseCode]
+"""BatchTopK's choice from the pre-activations [n, d_sae] and k."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
 
@@ -53,7 +56,13 @@ class Pass:
         return self.errors[-1]
 
 
-def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Workspace, margin: float) -> Pass:
+def encode(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "n d_model"],
+    workspace: Workspace,
+    margin: float,
+    batch_code: BatchCode = batchtopk_code,
+) -> Pass:
     """Pre-activations and code of a batch; `margin` is half the bandwidth below a jumprelu's thresholds."""
     n, config = len(x), sae.config
     inputs, scaling = x, None
@@ -68,7 +77,7 @@ def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Wor
         case "topk":
             code: SparseCode | Tensor = topk_code(pre, config.k)
         case "batchtopk":
-            code = batchtopk_code(pre, config.k)
+            code = batch_code(pre, config.k)
         case "jumprelu":
             code = threshold_code(pre, sae.threshold, margin)
         case "gelu":

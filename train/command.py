@@ -33,12 +33,17 @@ def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh
       tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2
 
     Interrupted, the same command goes on where the last checkpoint is, to the same weights.
+
+    In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
+    same as trained alone; a single run is trained by all, each on its part of every batch.
     """
     from pathlib import Path
 
+    from tcsae.shared.ranks import ranks
     from tcsae.shared.store import open_store
     from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_runs
+    from tcsae.train.several import train_together
 
     store = open_store(place.store)
     settings = [*asked["settings"], f"data.seed={seed}"]
@@ -46,7 +51,11 @@ def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh
         settings.append(f"steps={steps}")
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(asked["presets"], settings, asked["sweeps"], config_file, asked["init_from"])
-    show(train_runs(store, Path(place.runs), plan_runs(store, request), fresh, tracker), place.runs)
+    runs, runs_path, ours = plan_runs(store, request), Path(place.runs), ranks()
+    if not ours.several:
+        show(train_runs(store, runs_path, runs, fresh, tracker), place.runs)
+    elif records := train_together(store, runs_path, runs, ours, fresh, tracker):
+        show(records, place.runs)
 
 
 def show(records: list[dict[str, Any]], runs: str) -> None:
