@@ -33,7 +33,7 @@ class Holder(NamedTuple):
     host: str
     pid: int
     token: str
-    e_tag: str
+    tag: dict[str, str]
     left_s: float
     """Until it is taken for dead; renewed, it starts again."""
 
@@ -57,7 +57,7 @@ class Lease(Lock):
         self._objects, self._name = objects, name
         self._token = uuid.uuid4().hex
         self._key = self._shared_key() if shared else name
-        self._e_tag: str | None = None
+        self._tag: dict[str, str] | None = None
         self._renewed = time.monotonic()
         self._lost = False
         self._guard = threading.Lock()
@@ -101,8 +101,8 @@ class Lease(Lock):
     def share(self) -> None:
         with self._guard:
             old, self._key = self._key, self._shared_key()
-            self._e_tag = self._written(None)
-            self._lost = self._e_tag is None
+            self._tag = self._written(None)
+            self._lost = self._tag is None
             self._objects.delete([old])
 
     def _shared_key(self) -> str:
@@ -112,40 +112,40 @@ class Lease(Lock):
         return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self._token}).encode()
 
     def _create(self, force: bool) -> bool:
-        self._e_tag = self._written(None)
-        if self._e_tag is None:
+        self._tag = self._written(None)
+        if self._tag is None:
             there = _holder(self._objects, self._key)
             if there is None:  # released in between
-                self._e_tag = self._written(None)
+                self._tag = self._written(None)
             elif force or there.left_s <= 0:
-                self._e_tag = self._written(there.e_tag)
-        return self._e_tag is not None
+                self._tag = self._written(there.tag)
+        return self._tag is not None
 
-    def _written(self, e_tag: str | None) -> str | None:
-        """The e_tag of our record, written unless another's is there; None if it is."""
-        found = self._objects.put_if(self._key, self._record(), e_tag)
+    def _written(self, tag: dict[str, str] | None) -> dict[str, str] | None:
+        """The tag of our record, written unless another's is there; None if it is."""
+        found = self._objects.put_if(self._key, self._record(), tag)
         if found is None and (there := _holder(self._objects, self._key)) and there.token == self._token:
-            return there.e_tag  # done at the first try, whose answer was lost
+            return there.tag  # done at the first try, whose answer was lost
         return found
 
     def _renew(self) -> None:
         while not self._end.wait(LEASE_S / RENEWALS):
             with self._guard:
                 try:
-                    e_tag = self._written(self._e_tag)
+                    tag = self._written(self._tag)
                 except StoreError:
                     continue  # not reached: tried again until the lease is over
-                if e_tag is None:
+                if tag is None:
                     self._lost = True
                     return
-                self._e_tag, self._renewed = e_tag, time.monotonic()
+                self._tag, self._renewed = tag, time.monotonic()
 
 
 def _holder(objects: "RemoteObjects", key: str) -> Holder | None:
     try:
-        data, e_tag, modified = objects.get_with_tag(key)
+        data, tag, modified = objects.get_with_tag(key)
     except FileNotFoundError:
         return None
     told = json.loads(data)
     age = (datetime.now(UTC) - modified).total_seconds()
-    return Holder(key, told["host"], told["pid"], told["token"], e_tag, LEASE_S - age)
+    return Holder(key, told["host"], told["pid"], told["token"], tag, LEASE_S - age)

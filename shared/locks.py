@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Optional
 
+from tcsae.shared.errors import StoreError
+
 
 class Lock(ABC):
     """A lock that is held."""
@@ -50,4 +52,7 @@ class FileLock(Lock):
 
     def share(self) -> None:
         assert self._descriptor is not None
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError("Another process took the store's lock just now. Start again when it is done.") from error

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcsae.shared.errors import StoreError
+from tcsae.shared.errors import RemoteError
 from tcsae.shared.leases import Lease, alive, describe
 from tcsae.shared.locks import Lock
 from tcsae.shared.objects import BLOCK_BYTES, Objects, T
@@ -18,6 +18,8 @@ from tcsae.shared.objects import BLOCK_BYTES, Objects, T
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+Tag = dict[str, str]
+"""What tells one state of an object from the next: S3 and Azure have an e_tag, Google a version."""
 SCHEMES = ("s3", "gs", "az", "http", "https")
 N_READERS = 64
 """Requests under way at once, at most."""
@@ -33,10 +35,6 @@ CREDENTIALS = {
     "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or what else Azure takes.",
 }
 MULTIPART_BYTES = 1 << 30
-
-
-class RemoteError(StoreError):
-    """An object store that cannot be reached, or refuses."""
 
 
 def remote_objects(location: str) -> "RemoteObjects":
@@ -172,23 +170,23 @@ class RemoteObjects(Objects):
     def holder(self, name: str) -> str:
         return describe(alive(self, name))
 
-    def get_with_tag(self, key: str) -> tuple[bytes, str, datetime]:
-        """An object, its e_tag and when it was written. Raises FileNotFoundError."""
+    def get_with_tag(self, key: str) -> tuple[bytes, Tag, datetime]:
+        """An object, its tag and when it was written. Raises FileNotFoundError."""
         import obstore
 
-        def ask() -> tuple[bytes, str, datetime]:
+        def ask() -> tuple[bytes, Tag, datetime]:
             found = obstore.get(self.store, key)
-            return bytes(found.bytes()), str(found.meta["e_tag"]), found.meta["last_modified"]
+            return bytes(found.bytes()), _tag(found.meta), found.meta["last_modified"]
 
         return self._asked(key, ask)
 
-    def put_if(self, key: str, data: bytes, e_tag: str | None) -> str | None:
-        """Create an object (`e_tag` None), or replace it if it is what it was; the new e_tag, or None if not done."""
+    def put_if(self, key: str, data: bytes, tag: Tag | None) -> Tag | None:
+        """Create an object (`tag` None), or replace it if it is what it was; the new tag, or None if not done."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        def ask() -> str | None:
-            return obstore.put(self.store, key, data, mode={"e_tag": e_tag} if e_tag else "create")["e_tag"]
+        def ask() -> Tag:
+            return _tag(obstore.put(self.store, key, data, mode=tag or "create"))  # type: ignore[arg-type]
 
         try:
             return self._asked(key, ask)
@@ -258,6 +256,10 @@ class RemoteObjects(Objects):
             part = list(keys[start : start + 1000])
             with contextlib.suppress(FileNotFoundError):
                 self._asked(part[0], partial(obstore.delete, self.store, part))
+
+
+def _tag(meta: Any) -> Tag:
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
 
 
 def _explanation(location: str, text: str) -> str:

@@ -29,8 +29,10 @@ DIGEST_BYTES = 32
 def stored_bytes(location: str) -> int:
     """Bytes of all objects of a store: what `find_faults` reads."""
     objects = objects_at(location)
-    values = read_attributes(objects) if not objects.listable else None
-    return sum((object_sizes(objects, check_manifest(location, values)) if values else objects.listed()).values())
+    if objects.listable:
+        return sum(objects.listed().values())
+    values = read_attributes(objects)
+    return sum(object_sizes(objects, check_manifest(location, values)).values()) if values else 0
 
 
 def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
