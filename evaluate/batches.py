@@ -53,9 +53,9 @@ def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[nd
     return document, number_runs(document * (split.n_sequences + 1) + within // PIECE_SEQUENCES)
 
 
-def batches(split: Split, hook: str, skip_first: int) -> Iterator[Batch]:
-    """The split as float32 batches."""
-    document, piece = (torch.from_numpy(one) for one in document_numbers(split))
+def batches(split: Split, hook: str, skip_first: int, max_tokens: int | None = None) -> Iterator[Batch]:
+    """The split as float32 batches; of a part of it, the first pieces of documents that hold `max_tokens` in all."""
+    document, piece = (torch.from_numpy(one[: n_sequences(split, max_tokens)]) for one in document_numbers(split))
     position = torch.arange(split.store.sequence_length)
     rows = _Rows(split, hook)
     for start, stop in _ranges(piece.numpy(), max(1, BATCH_TOKENS // split.store.sequence_length)):
@@ -65,6 +65,15 @@ def batches(split: Split, hook: str, skip_first: int) -> Iterator[Batch]:
         valid, from_there = position < lengths[:, None], position >= skip_first
         tokens = torch.from_numpy(split.tokens[part])
         yield Batch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
+
+
+def n_sequences(split: Split, max_tokens: int | None) -> int:
+    """Sequences of the pieces of documents, from the split's first on, that `max_tokens` reach into; None: all."""
+    if max_tokens is None or max_tokens >= split.n_tokens:
+        return split.n_sequences
+    piece = document_numbers(split)[1]
+    last = int(np.searchsorted(split.lengths.cumsum(), max_tokens))
+    return int(np.searchsorted(piece, piece[last], side="right"))
 
 
 def _ranges(piece: Int[ndarray, " n_sequences"], per_batch: int) -> Iterator[tuple[int, int]]:

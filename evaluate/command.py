@@ -52,9 +52,9 @@ def evaluate(
 
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
-    from tcsae.evaluate.report import show
     from tcsae.evaluate.run import evaluate_runs
     from tcsae.evaluate.several import evaluate_dealt
+    from tcsae.evaluate.tables import show
     from tcsae.shared.console import say
     from tcsae.shared.errors import RunError
     from tcsae.shared.ranks import ranks

@@ -81,15 +81,14 @@ class Capture:
     ) -> dict[str, Float[ndarray, "n sequence_length d_model"]]:
         """float32 activations of every hook; heads are flattened; positions beyond a length hold anything finite.
 
-        Sequences go through the model in order of length, `batch_size` at a time, cut to the longest of the batch, so
-        that short documents do not pay for padding. Attention is causal: what is cut off changes nothing. From a GPU,
-        a batch is copied while the next is computed.
+        Sequences go through the model in order of length, in equal batches of at most `batch_size`, cut to the longest
+        of the batch, so that short documents do not pay for padding. Attention is causal: what is cut off changes
+        nothing. From a GPU, a batch is copied while the next is computed.
         """
         found = {hook.requested: np.zeros((*tokens.shape, hook.d_model), np.float32) for hook in self.hooks}
         order = np.argsort(lengths, kind="stable")
         waiting: _OnTheWay | None = None
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in np.array_split(order, max(1, -(-len(order) // self.batch_size))):
             longest = int(lengths[rows].max())
             sent = _OnTheWay(rows, self._batch(tokens[rows, :longest]))
             if waiting is not None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     default="pydocs",
     show_default=True,
     metavar="NAME",
-    help="The text: pydocs (the documentation installed here), openwebtext, a file or folder of .txt, .jsonl, .json or "
-    ".parquet, or a Hub id.",
+    help="The text: pydocs (the documentation installed here), openwebtext, a file or folder of .txt, .md, .rst, "
+    ".jsonl, .json or .parquet, or a Hub id.",
 )
 @click.option("--dataset-revision", metavar="REV", help="Branch, tag or commit of a Hub dataset.")
 @click.option("--dataset-config", metavar="NAME", help="Configuration of a Hub dataset.")

@@ -6,11 +6,13 @@ from tcsae.harvest.corpus import CorpusChoice
 from tcsae.harvest.language_model import EMBEDDED
 from tcsae.harvest.sequences import check_sequences
 from tcsae.shared.codecs import check_codec
+from tcsae.shared.device import DEVICES
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.manifest import SequenceRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("auto", "cuda", "mps", "cpu")
+MOST_POSITIONS = 1 << 20
+"""In one forward pass. What a shard takes in memory grows with it, so a slip of the finger has to be refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +58,13 @@ class HarvestConfig:
     """Relative squared error of the codec `compact`; None: its default."""
 
     def __post_init__(self) -> None:
+        if self.corpus.seed < 0:
+            raise ConfigError(f"--seed {self.corpus.seed}: 0 for the corpus's own order, or a number above.")
+        if self.model.batch_size * self.sequences.length > MOST_POSITIONS:
+            raise ConfigError(
+                f"--batch-size {self.model.batch_size}: at most {MOST_POSITIONS // self.sequences.length} sequences of "
+                f"{self.sequences.length} in one forward pass."
+            )
         if self.n_sequences is not None and self.n_sequences < 10:
             raise ConfigError(f"--sequences {self.n_sequences}: at least ten.")
         check_sequences(self.sequences, self.most_tokens)

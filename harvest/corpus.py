@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit
+from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit, not_found
 from tcsae.shared.console import progress
-from tcsae.shared.errors import DataError, unknown
+from tcsae.shared.errors import ConfigError, DataError
 from tcsae.shared.manifest import CorpusRecipe
 
 EMBEDDED = "pydocs"
 ALIASES = {"openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet")}
 """Short name -> dataset and revision; `datasets` refuses the loading script that OpenWebText's main branch has."""
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+MARKUP = (".md", ".rst")
+"""Read as text where there is nothing else: beside data they only describe it."""
+LOCAL_READERS = {"text", *READERS.values()}
 PACKED = (".gz", ".zst")
 SHUFFLE_BUFFER = 10_000
 Document = str | list[int]
@@ -96,7 +99,7 @@ class Corpus:
         except StopIteration as error:  # it looks at the first record, and there is none
             raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.") from error
         except Exception as error:  # below lie a dozen formats, compressions and protocols, each with its own errors
-            raise DataError(f"{self.recipe.name} cannot be opened ({first_line(error)}).") from error
+            raise DataError(f"{self.recipe.name} cannot be opened ({first_line(error)}). {self._cure()}") from error
 
     def _guarded(self, items: Iterator[Any], start: int, step: int) -> Iterator[Any]:
         n = start
@@ -107,16 +110,24 @@ class Corpus:
         except Exception as error:  # as in `_load`
             raise DataError(
                 f"{self.recipe.name} cannot be read on from document {n} or soon after ({first_line(error)}). "
-                "If this was the network, start the same harvest again: it goes on where it stopped."
+                f"{self._cure()}"
             ) from error
+
+    def _cure(self) -> str:
+        if self.reader in LOCAL_READERS:
+            return "Repair the file, or give another --dataset."
+        return "If this was the network, start the same harvest again: it goes on where it stopped."
 
 
 def find_corpus(choice: CorpusChoice) -> Corpus:
     """Find a corpus and name its revision: a digest of local files, or a commit of the Hub. Its text is not parsed.
 
-    Raises DataError: unknown, unreachable, or of no kind that can be read.
+    Raises DataError: unknown, unreachable, or of no kind that can be read; ConfigError: options of the Hub for what is
+    local.
     """
     path = Path(choice.name).expanduser()
+    if choice.name == EMBEDDED or (choice.name not in ALIASES and path.exists()):
+        _check_local(choice)
     if choice.name == EMBEDDED:
         from tcsae.data.pydocs import pydocs_revision
 
@@ -134,10 +145,19 @@ def find_corpus(choice: CorpusChoice) -> Corpus:
         commit = hub_commit("dataset", name, revision)
     except HubError as error:
         known = [EMBEDDED, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
-        raise DataError(
-            f"{unknown('dataset', choice.name, known)} No file or folder has this name here, and {name} {error}."
-        ) from error
-    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": revision})
+        raise DataError(not_found("dataset", choice.name, name, known, error)) from error
+    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": commit})
+
+
+def _check_local(choice: CorpusChoice) -> None:
+    """Raises ConfigError for what only a dataset of the Hub has."""
+    for option, value, usual in (
+        ("--dataset-revision", choice.revision, None),
+        ("--dataset-config", choice.config, None),
+        ("--split", choice.split, "train"),
+    ):
+        if value != usual:
+            raise ConfigError(f"{option} {value}: {choice.name} is no dataset of the Hub and has none. Leave it out.")
 
 
 def _recipe(choice: CorpusChoice, name: str, revision: str) -> CorpusRecipe:
@@ -155,13 +175,14 @@ def _recipe(choice: CorpusChoice, name: str, revision: str) -> CorpusRecipe:
 def _local_files(path: Path) -> tuple[str, list[Path]]:
     """The reader for a file, or for a folder's readable files, and those files, sorted."""
     candidates = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    files = [file for file in candidates if _ending(file) in READERS and not file.name.startswith(".")]
-    kinds = sorted({READERS[_ending(file)] for file in files})
+    seen = [file for file in candidates if not file.name.startswith(".")]
+    files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if _ending(file) in MARKUP]
+    kinds = sorted({READERS.get(_ending(file), "text") for file in files})
     if len(kinds) != 1:
         found = f"files for {' and '.join(kinds)}, which are read differently" if kinds else "nothing that can be read"
         raise DataError(
-            f"{path} holds {found}. Give a file, or a folder with one kind of files: .txt (a document each), "
-            ".jsonl, .json (both also .gz or .zst) or .parquet."
+            f"{path} holds {found}. Give a file, or a folder with one kind of files: .txt, .md or .rst (a "
+            "document each), .jsonl, .json (both also .gz or .zst) or .parquet."
         )
     if any(file.suffix == ".zst" for file in files) and importlib.util.find_spec("zstandard") is None:
         raise DataError(f"{path} is packed with zstd, which needs a package: pip install zstandard.")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit
-from tcsae.shared.errors import ConfigError, ModelError, unknown
+from tcsae.harvest.sources import HubError, digest_files, first_line, hub_commit, not_found
+from tcsae.shared.errors import ConfigError, ModelError
 
 EMBEDDED = "embedded"
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -88,7 +88,5 @@ def find_model(name: str, revision: str | None = None) -> LanguageModel:
     try:
         return LanguageModel(name, name, hub_commit("model", name, revision))
     except HubError as error:
-        known = [EMBEDDED, "a local folder with config.json", "a Hub id such as EleutherAI/pythia-70m"]
-        raise ModelError(
-            f"{unknown('model', name, known)} No folder has this name here, and {name} {error}."
-        ) from error
+        known = [EMBEDDED, "a local folder with config.json", "a Hub id (as in owner/name)"]
+        raise ModelError(not_found("model", name, name, known, error)) from error

@@ -4,16 +4,15 @@ import importlib.metadata
 import platform
 from dataclasses import replace
 
-import torch
-
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Corpus
 from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.codecs import check_codec
+from tcsae.shared.device import choose_device
 from tcsae.shared.errors import ConfigError, ModelError
-from tcsae.shared.manifest import ModelRecipe, Recipe
-from tcsae.shared.ranks import ranks
+from tcsae.shared.manifest import HookRecipe, ModelRecipe, Recipe
+from tcsae.shared.ranks import device_of, ranks
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "datasets", "zarr", "numpy")
 
@@ -45,6 +44,7 @@ def resolve(
             raise ModelError(f"The tokenizer of {model.name} has no BOS token. Leave --prepend-bos out.")
         capture = load(model, config.hooks, asked)
         hooks = capture.hooks
+        _check_places(hooks)
         asked = replace(asked, attention=capture.attention)
         pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     if stored is None:
@@ -69,27 +69,18 @@ def load(model: LanguageModel, hooks: tuple[str, ...], recipe: ModelRecipe) -> C
 
     Raises ConfigError if this machine has no such device; ModelError for the rest.
     """
-    if recipe.device not in available_devices():
-        raise ConfigError(
-            f"The device {recipe.device} is not here; there is: {', '.join(available_devices())}. "
-            "Give one of these (--device NAME), and for a store of another device also another --store."
-        )
-    if recipe.device == "cuda":
-        torch.cuda.set_device(ranks().local % torch.cuda.device_count())
+    try:
+        device_of(ranks(), choose_device(recipe.device))
+    except ConfigError as error:
+        raise ConfigError(f"{error} For a store of another device give another --store, too.") from error
     return Capture(model, hooks, recipe.batch_size, recipe.device, recipe.dtype)
-
-
-def available_devices() -> list[str]:
-    """Kinds of device that this machine has, fastest first."""
-    found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
-    return [name for name, there in found if there]
 
 
 def pick_device(asked: str, stored: Recipe | None) -> str:
     """ "auto" is the device of the store that is there, so that a sealed one is used anywhere; else the best here."""
     if asked != "auto":
         return asked
-    return stored.model.device if stored is not None else available_devices()[0]
+    return stored.model.device if stored is not None else choose_device(asked).type
 
 
 def check_dtype(dtype: str, device: str) -> None:
@@ -99,6 +90,16 @@ def check_dtype(dtype: str, device: str) -> None:
             f"--lm-dtype {dtype} on a CPU: matrix products in half precision take about 100 times as long there. "
             "Leave it at float32, or give --device cuda."
         )
+
+
+def _check_places(hooks: tuple[HookRecipe, ...]) -> None:
+    """Raises ConfigError if two hooks are one place under two names."""
+    for i, hook in enumerate(hooks):
+        for other in hooks[:i]:
+            if hook.canonical == other.canonical:
+                raise ConfigError(
+                    f"--hook {other.requested} and {hook.requested} are the same place, {hook.canonical}. Give one."
+                )
 
 
 def _same_hooks(stored: Recipe, asked: ModelRecipe, hooks: tuple[str, ...]) -> bool:

@@ -18,11 +18,12 @@ from tcsae.shared.console import say
 from tcsae.shared.errors import StoreError
 from tcsae.shared.extension import can_extend
 from tcsae.shared.journal import LOCK, OPEN, LockedError, record_key, remove_traces
+from tcsae.shared.layout import Shard
 from tcsae.shared.manifest import SEALED, Recipe
 from tcsae.shared.objects import objects_at
 from tcsae.shared.ranks import Ranks
 from tcsae.shared.store import check_manifest, read_attributes, read_manifest
-from tcsae.shared.writer import Shard, StoreWriter, open_writer
+from tcsae.shared.writer import StoreWriter, open_writer
 
 POLL_S = 1.0
 SAY_EVERY_S = 60.0

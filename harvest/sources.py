@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from tcsae.shared.errors import unknown
 from tcsae.shared.files import file_digest
 
 TIMEOUT_S = 10.0
@@ -11,6 +12,17 @@ TIMEOUT_S = 10.0
 
 class HubError(Exception):
     """Why the Hub gave no answer, to stand in a message: "is not on the Hugging Face Hub"."""
+
+
+def not_found(kind: str, asked: str, name: str, known: Iterable[str], error: HubError) -> str:
+    """One line on a model or dataset that is nowhere: what was asked, and why the Hub has no `name` for us.
+
+    A name that can only be the Hub's is not called unknown, nor compared with others.
+    """
+    if asked != name or "/" in asked:
+        called = asked if asked == name else f"{asked} ({name})"
+        return f"The {kind} {called} is no file or folder here, and {name} {error}. There is also: {', '.join(known)}."
+    return f"{unknown(kind, asked, known)} No file or folder has this name here, and {name} {error}."
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:

@@ -13,6 +13,8 @@ STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
+    "report": "tcsae.evaluate.report_command:report",
+    "feature": "tcsae.evaluate.report_command:feature",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.inspection:inspect",
     "verify": "tcsae.shared.verify_command:verify",

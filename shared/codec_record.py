@@ -1,7 +1,6 @@
 """What the splits of a store that is being written are stored as: the codec's parameters, once they are computed."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import zarr
@@ -16,19 +15,6 @@ from tcsae.shared.manifest import Recipe
 from tcsae.shared.objects import Objects
 
 RECORD = "codec"
-
-
-class Shard(NamedTuple):
-    """The unit of phase 2: sequences start..stop-1 of a split, one object of every hook's array."""
-
-    split: str
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:08d}"
 
 
 class CodecRecord:
@@ -83,12 +69,13 @@ class CodecRecord:
 def check_finite(
     values: Float[ndarray, "n sequence_length d_model"],
     valid: Bool[ndarray, "n sequence_length"],
-    shard: Shard,
+    split: str,
+    first: int,
     hook: str,
 ) -> None:
-    """Raises DataError, naming the place, if a valid position holds NaN or infinity."""
+    """Raises DataError, naming the place, if a valid position of sequences `first`, ... holds NaN or infinity."""
     bad = ~np.isfinite(values).all(axis=-1) & valid
     if bad.any():
         row, position = np.argwhere(bad)[0]
-        where = f"{shard.split} sequence {shard.start + row}, position {position}"
+        where = f"{split} sequence {first + row}, position {position}"
         raise DataError(f"{hook} is NaN or infinite at {where}. Nothing of this shard was stored; look at the model.")

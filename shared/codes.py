@@ -122,20 +122,13 @@ def positive_code(activations: Float[Tensor, "n d_sae"]) -> SparseCode:
 
 
 def decode(
-    code: SparseCode, W_dec: Float[Tensor, "d_sae d_model"], b_dec: Float[Tensor, " d_model"]
+    code: SparseCode, W_dec: Float[Tensor, "d_sae d_model"], b_dec: Float[Tensor, " d_model"] | None
 ) -> Float[Tensor, "n_tokens d_model"]:
-    """The reconstruction sum_j f_j W_dec[j] + b_dec, reading only the rows of active latents."""
+    """The reconstruction sum_j f_j W_dec[j] + b_dec (if any), reading only the rows of active latents."""
     out = F.embedding_bag(
         code.latents, W_dec, code.offsets, per_sample_weights=code.values, mode="sum", include_last_offset=True
     )
-    return out.add_(b_dec)
-
-
-def count_positive(x: Float[Tensor, "n d"]) -> int:
-    """How many entries are above 0. NumPy counts booleans 10 times as fast as torch does on a CPU."""
-    if x.device.type != "cpu":
-        return int((x > 0).sum())
-    return sum(int(np.count_nonzero(part.detach().numpy() > 0)) for part in x.split(ROWS))
+    return out if b_dec is None else out.add_(b_dec)
 
 
 def _places(x: Float[Tensor, "n d"], bound: float | Tensor) -> Int[Tensor, " n_above"]:

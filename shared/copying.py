@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from tcsae.shared.codec_record import Shard
 from tcsae.shared.codecs import check_codec
 from tcsae.shared.errors import StoreError
 from tcsae.shared.journal import LOCK
+from tcsae.shared.layout import Shard
 from tcsae.shared.manifest import SPLITS, content_digest
 from tcsae.shared.objects import Objects, is_temporary, objects_at
 from tcsae.shared.store import CHECKSUMS, CHECKSUMS_METADATA, ROOT, Store, open_store

@@ -11,10 +11,11 @@ from numpy.typing import ArrayLike
 
 from tcsae.shared.codecs import FIT_TOKENS, check_codec
 from tcsae.shared.errors import ConfigError, DataError, StoreError, unknown
+from tcsae.shared.layout import Shard
 from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.objects import objects_at
 from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, Shard, StoreWriter, open_writer
+from tcsae.shared.writer import Rows, StoreWriter, open_writer
 
 NO_TAIL = "the activations were given, not harvested"
 
@@ -143,8 +144,10 @@ class StoreCreation:
         self._writer.codec.fit({hook: np.concatenate(parts).astype(np.float32) for hook, parts in found.items()})
 
     def _flush(self, split: str, *, whole_chunks: bool) -> None:
-        """Write what is pending, as far as chunks are full."""
-        per_chunk = self._writer.manifest.layout.sequences_per_chunk
+        """Write what is pending, as far as chunks are full; each is a shard."""
+        layout = self._writer.manifest.layout
+        assert layout.chunks_per_shard == 1, "no model runs, so no batch has to be filled"
+        per_chunk = layout.sequences_per_chunk
         n = _n_rows(self._pending[split])
         if whole_chunks:
             n -= n % per_chunk

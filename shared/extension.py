@@ -1,6 +1,6 @@
 """A sealed store grows: it becomes an unfinished one of a larger recipe, and keeps what that recipe leaves as it is.
 
-Sequences only ever follow those that are there, so chunks that are full stay. The last chunk of each split, if it is
+Sequences only ever follow those that are there, so shards that are full stay. The last shard of each split, if it is
 not full, is computed anew, statistics go on from the sums over the full ones. An extended store is, byte for byte, what
 one harvest of the larger recipe writes; only its history tells them apart.
 """
@@ -17,6 +17,7 @@ from tcsae.shared.codec_record import RECORD as CODEC
 from tcsae.shared.codecs import EXACT, FIT_TOKENS, parameter_shapes
 from tcsae.shared.config import differences
 from tcsae.shared.journal import FOLDER, SEQUENCES, Journal
+from tcsae.shared.layout import chunk_key, chunks_of, shards_of
 from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, Manifest, Recipe
 from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.store import Store, check_manifest, read_attributes
@@ -86,14 +87,14 @@ def extend(location: str, recipe: Recipe, *, force: bool = False) -> Manifest | 
 
 
 def n_kept(manifest: Manifest) -> dict[str, int]:
-    """How many chunks of each split an extension keeps: the full ones.
+    """How many shards of each split an extension keeps: the full ones.
 
     None where the codec's parameters would become others: they are fitted to the first FIT_TOKENS positions. None of a
     store of version 1, which lacks the sums.
     """
-    per_chunk = manifest.layout.sequences_per_chunk
-    full = {split: manifest.counts[split]["sequences"] // per_chunk for split in SPLITS}
-    n_positions = full["train"] * per_chunk * manifest.recipe.sequences.length
+    per_shard = manifest.layout.sequences_per_shard
+    full = {split: manifest.counts[split]["sequences"] // per_shard for split in SPLITS}
+    n_positions = full["train"] * per_shard * manifest.recipe.sequences.length
     fits = manifest.recipe.codec in EXACT or n_positions >= FIT_TOKENS
     return full if fits and manifest.version > 1 else dict.fromkeys(SPLITS, 0)
 
@@ -106,10 +107,11 @@ def _records(store: Store) -> dict[str, dict[str, Any]]:
     digests = {key: row.tobytes().hex() for key, row in zip(manifest.objects(), rows, strict=True)}
     kept = n_kept(manifest)
     shards = {}
-    for split, n in kept.items():
-        for number in range(n):
-            keys = [f"{split}/activations/{hook}/c/{number}/0/0" for hook in hooks]
-            shards[f"{split}-{number:08d}"] = {key: digests[key] for key in keys}
+    for shard in shards_of(manifest):
+        if shard.number < kept[shard.split]:
+            numbers = [chunk.number for chunk in chunks_of(shard, manifest.layout)]
+            keys = [chunk_key(shard.split, hook, number) for hook in hooks for number in numbers]
+            shards[shard.name] = {key: digests[key] for key in keys}
     sums = {
         hook: np.asarray(store.array(f"statistics/{hook}/sums")[:]).tobytes() for hook in hooks * bool(kept["train"])
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tcsae.shared.cli import Place, StageCommand
+from tcsae.shared.token_text import legible
 
 if TYPE_CHECKING:
     from tcsae.shared.manifest import Manifest
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from tcsae.shared.store import Store
 
 SHOWN_CHARACTERS = 240
-LEGIBLE = {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0x2028: "⏎", 0x2029: "⏎"}
 
 
 @click.command(cls=StageCommand)
@@ -203,13 +203,6 @@ def _decoder(store: "Store") -> Callable[[list[int]], str]:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True).decode
-
-
-def legible(text: str) -> str:
-    """Text as one line that a terminal cannot take for commands: line ends and tabs as signs, control codes escaped."""
-    return "".join(
-        LEGIBLE.get(ord(one)) or (one if one.isprintable() else one.encode("unicode_escape").decode()) for one in text
-    )
 
 
 def _words(name: str) -> str:

@@ -24,7 +24,8 @@ class LockedError(StoreError):
 class Journal:
     """The records below journal/, and the lock that keeps other writers out (or with `shared`, those who do not share).
 
-    Raises LockedError if another process holds the lock; `force` breaks one whose owner may be dead.
+    Raises LockedError if another process holds the lock, StoreError if nothing can be written there; `force` breaks a
+    lock whose owner may be dead.
     """
 
     def __init__(self, objects: Objects, *, shared: bool = False, force: bool = False) -> None:

@@ -97,9 +97,15 @@ class Layout:
     """How rows are cut into objects."""
 
     sequences_per_chunk: int
-    """Of an activation array; a shard of the harvest is one chunk of every hook's array."""
+    """Of an activation array."""
+    chunks_per_shard: int = 1
+    """Consecutive chunks of every hook's array that are made together: the unit of the harvest."""
     sequences_per_token_chunk: int = 4096
     """Of tokens, lengths, documents and starts."""
+
+    @property
+    def sequences_per_shard(self) -> int:
+        return self.sequences_per_chunk * self.chunks_per_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

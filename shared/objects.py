@@ -6,6 +6,7 @@ one PUT. Every object written gets its sha256 remembered, so that a digest descr
 not what a later read of them says.
 """
 
+import errno
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
@@ -189,8 +190,13 @@ class LocalObjects(Objects):
         return DurableStore(self, read_only=read_only)
 
     def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:  # noqa: ARG002
-        self._root.mkdir(parents=True, exist_ok=True)
-        return FileLock.take(self._root / name, shared)  # the kernel frees a dead process's
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            return FileLock.take(self._root / name, shared)  # the kernel frees a dead process's
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk, which is said elsewhere
+            raise StoreError(f"{self.location} cannot be written ({error.strerror}). Give another --store.") from error
 
     def is_empty(self, is_leftover: Callable[[str], bool]) -> bool:
         if not self._root.exists():

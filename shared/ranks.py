@@ -2,9 +2,12 @@
 
 import os
 from datetime import timedelta
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tcsae.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Ranks(NamedTuple):
@@ -39,6 +42,16 @@ def ranks() -> Ranks:
     if not 0 <= found.rank < found.world:
         raise ConfigError(f"RANK={found.rank}: of WORLD_SIZE={found.world}, it must be 0 to {found.world - 1}.")
     return found
+
+
+def device_of(ours: Ranks, device: "torch.device") -> "torch.device":
+    """This process's own one of the GPUs, where a GPU is chosen; it is made the current one."""
+    import torch
+
+    if device.type == "cuda" and ours.several:
+        device = torch.device("cuda", ours.local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
 
 
 def has_rendezvous() -> bool:

@@ -10,6 +10,7 @@ from tcsae.shared.files import PARTIAL, file_digest
 from tcsae.shared.sae import RECORD, WEIGHTS
 
 EVALUATION = "eval.json"
+METRICS = "metrics.jsonl"
 
 
 def run_folders(runs_path: Path) -> list[Path]:
@@ -46,6 +47,12 @@ def load_evaluation(run_path: Path, content: str) -> dict[str, Any] | None:
         return evaluation if of_this_store and evaluation["weights"] == file_digest(run_path / WEIGHTS) else None
     except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours: evaluating again replaces it
         return None
+
+
+def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none if it has not been written."""
+    file = Path(run_path) / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _is_run_name(name: str) -> bool:

@@ -20,6 +20,8 @@ from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_
 from tcsae.shared.objects import Objects, is_temporary, objects_at
 
 if TYPE_CHECKING:
+    import torch
+
     from tcsae.shared.decoding import Decoder
 
 ROOT, CHECKSUMS, CHECKSUMS_METADATA = "zarr.json", "checksums/c/0/0", "checksums/zarr.json"
@@ -103,7 +105,7 @@ class Split:
         dtype = self.store.array(f"{self.name}/activations/{hook}").dtype
         return dtype.name if dtype.kind == "f" else self.store.manifest.recipe.codec
 
-    def decoder(self, hook: str, device: str = "cpu") -> "Decoder":
+    def decoder(self, hook: str, device: "torch.device | str" = "cpu") -> "Decoder":
         """Makes float32 activations of stored rows, on `device`."""
         from tcsae.shared.decoding import Decoder
 

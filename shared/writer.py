@@ -18,18 +18,17 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from tcsae.shared.arrays import StoreArrays
-from tcsae.shared.codec_record import CodecRecord, Shard, check_finite
-from tcsae.shared.codecs import FIT_TOKENS, representation
+from tcsae.shared.codec_record import CodecRecord, check_finite
+from tcsae.shared.codecs import FIT_TOKENS
 from tcsae.shared.config import differences
 from tcsae.shared.errors import StoreError
 from tcsae.shared.extension import Kept, clear_for_extension
 from tcsae.shared.journal import OPEN, SEQUENCES, Journal, remove_traces
+from tcsae.shared.layout import Shard, chunk_key, chunks_of, layout_for, shards_of
 from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, HookRecipe, Layout, Manifest, Recipe, content_digest
 from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.statistics import finished, n_sums, partial_sums
 from tcsae.shared.store import ROOT, check_manifest, is_leftover, read_attributes
-
-CHUNK_BYTES = 4 << 20
 
 
 @dataclass
@@ -40,13 +39,6 @@ class Rows:
     lengths: Int[ndarray, " n"]
     documents: Int[ndarray, " n"]
     starts: Int[ndarray, " n"]
-
-
-def layout_for(recipe: Recipe) -> Layout:
-    """Chunks of about 4 MiB in the widest hook's array: one read, contiguous, a second or so of work."""
-    width = max(hook.d_model for hook in recipe.hooks)
-    per_sequence = recipe.sequences.length * width * representation(recipe.codec).bytes_per_number
-    return Layout(sequences_per_chunk=max(1, CHUNK_BYTES // per_sequence))
 
 
 class StoreWriter:
@@ -126,12 +118,7 @@ class StoreWriter:
 
     def shards(self) -> list[Shard]:
         """All shards, train first, in order."""
-        n = self.manifest.layout.sequences_per_chunk
-        return [
-            Shard(split, number, start, min(start + n, self.manifest.counts[split]["sequences"]))
-            for split in SPLITS
-            for number, start in enumerate(range(0, self.manifest.counts[split]["sequences"], n))
-        ]
+        return shards_of(self.manifest)
 
     def missing_shards(self) -> list[Shard]:
         """The shards that are not yet recorded."""
@@ -152,7 +139,7 @@ class StoreWriter:
             if shard.split == "train" and shard.start < n:
                 activations, valid = run(shard), self._valid(shard)
                 for hook, parts in found.items():
-                    check_finite(activations[hook], valid, shard, hook)
+                    check_finite(activations[hook], valid, "train", shard.start, hook)
                     parts.append(activations[hook][: n - shard.start][valid[: n - shard.start]])
         self.codec.fit({hook: np.concatenate(parts) for hook, parts in found.items()})
 
@@ -165,16 +152,19 @@ class StoreWriter:
         objects, partials = {}, {}
         for hook in self.manifest.recipe.hooks:
             values = activations[hook.requested]
-            check_finite(values, valid, shard, hook.requested)
-            x = values[valid]
-            array = self._activations(shard.split, hook)
-            block = np.zeros((len(valid), *array.shape[1:]), array.dtype)
-            block[valid] = self.codec.encode(shard.split, hook.requested, x)
-            array[shard.start : shard.stop] = block
-            key = f"{shard.split}/activations/{hook.requested}/c/{shard.number}/0/0"
-            objects[key] = self.objects.digest(key)
+            array, sums = self._activations(shard.split, hook), np.zeros(n_sums(hook.d_model))
+            for chunk in chunks_of(shard, self.manifest.layout):
+                here, first = valid[chunk.rows], shard.start + chunk.rows.start
+                check_finite(values[chunk.rows], here, shard.split, first, hook.requested)
+                x = values[chunk.rows][here]
+                block = np.zeros((len(here), *array.shape[1:]), array.dtype)
+                block[here] = self.codec.encode(shard.split, hook.requested, x)
+                array[first : first + len(here)] = block
+                key = chunk_key(shard.split, hook.requested, chunk.number)
+                objects[key] = self.objects.digest(key)
+                sums += partial_sums(x)
             if shard.split == "train":
-                partials[hook.requested] = base64.b64encode(partial_sums(x).tobytes()).decode()
+                partials[hook.requested] = base64.b64encode(sums.tobytes()).decode()
         self._journal.write(shard.name, {"objects": objects, "partials": partials})
 
     def share(self) -> None:
@@ -233,11 +223,11 @@ class StoreWriter:
         """mean, variance (of the valid train tokens) and norm histogram from the shards' sums, added in shard order."""
         for hook in self.manifest.recipe.hooks:
             total = self._kept.sums(hook.requested, n_sums(hook.d_model))
-            sums = total.copy()  # over full chunks only: what an extension goes on from
+            sums = total.copy()  # over full shards only: what an extension goes on from
             for shard, record in self._records():
                 if shard.split == "train" and record:
                     total += np.frombuffer(base64.b64decode(record["partials"][hook.requested]))
-                    if shard.stop - shard.start == self.manifest.layout.sequences_per_chunk:
+                    if shard.stop - shard.start == self.manifest.layout.sequences_per_shard:
                         sums = total.copy()
             for name, values in (finished(total, hook.d_model) | {"sums": sums}).items():
                 self._arrays.whole(f"statistics/{hook.requested}/{name}", values)
@@ -272,7 +262,7 @@ def open_writer(
 ) -> StoreWriter | None:
     """A writer for a new store, or for an unfinished one of the same recipe; None if it is sealed already.
 
-    `layout` is for a new store (default: chunks of about 4 MiB); an unfinished one keeps its own.
+    `layout` is for a new store (default: `layout_for`); an unfinished one keeps its own.
     `force` breaks a lock in an object store whose owner may be dead.
 
     Raises StoreError, naming each difference, if a store of another recipe is there; or if another process writes it.

@@ -1,5 +1,6 @@
 """What many tests share: a language model, a corpus and a store so small that they take a second to make."""
 
+import importlib.util
 import json
 import os
 import random
@@ -106,9 +107,26 @@ def tiny_config(tiny_lm, tiny_corpus):
 def tiny_store(tiny_config, tmp_path_factory) -> str:
     """Location of a sealed store of `tiny_config`, with 8 sequences a chunk."""
     from tcsae.harvest.run import harvest
+    from tcsae.shared.manifest import Layout
 
     location = str(tmp_path_factory.mktemp("stores") / "tiny.zarr")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+        patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
         harvest(location, tiny_config)
     return location
+
+
+@pytest.fixture(scope="session")
+def toy_report():
+    """The module tests/toy_report.py."""
+    spec = importlib.util.spec_from_file_location("toy_report", Path(__file__).with_name("toy_report.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def evaluated(toy_report, tiny_lm, tmp_path_factory) -> Path:
+    """A folder with a store of hostile text (a.zarr) and evaluated runs (runs/). Copy it before changing it."""
+    return toy_report.make(tmp_path_factory.mktemp("evaluated"), tiny_lm)

@@ -3,12 +3,13 @@
 import gzip
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from tcsae.harvest.corpus import CorpusChoice, find_corpus
-from tcsae.shared.errors import DataError
+from tcsae.shared.errors import ConfigError, DataError
 
 TEXTS = [f"document number {i}, with a word or two" for i in range(25)]
 
@@ -61,6 +62,29 @@ def test_a_text_file_is_one_document_and_a_folder_is_read_in_the_order_of_names(
     assert texts(CorpusChoice(name=str(tmp_path / "corpus"))) == ["first", "second\n\nwith a gap", "third"]
 
 
+def test_markup_is_read_as_text_unless_it_describes_data(write, tmp_path):
+    write("docs/a.md", b"# first")
+    write("docs/b/c.rst", b"second")
+    write("docs/conf.py", b"not a document")
+    assert texts(CorpusChoice(name=str(tmp_path / "docs"))) == ["# first", "second"]
+    assert texts(CorpusChoice(name=str(tmp_path / "docs/a.md"))) == ["# first"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "pydocs"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"revision": "main"}, "--dataset-revision main: .* is no dataset of the Hub and has none"),
+        ({"config": "en"}, "--dataset-config en: "),
+        ({"split": "test"}, "--split test: "),
+    ],
+)
+def test_what_only_the_hub_has_is_not_ignored(write, name, change, words):
+    path = write("a.jsonl", lines(TEXTS)) if name == "a.jsonl" else name
+    with pytest.raises(ConfigError, match=words):
+        find_corpus(CorpusChoice(name=path, **change))
+
+
 def test_a_null_is_an_empty_document(write):
     path = write("a.jsonl", b'{"text": "one"}\n{"text": null}\n{"text": "three"}\n')
     assert texts(CorpusChoice(name=path)) == ["one", "", "three"]
@@ -99,7 +123,14 @@ def test_the_recipe_names_no_folder_of_this_machine(write):
     "name, words",
     [
         ("pydoc", "Unknown dataset 'pydoc'. Did you mean 'pydocs'?.*a file or folder.*a Hub id.*offline mode"),
-        ("openwebtext", "Skylion007/openwebtext could not be looked up"),
+        (
+            "openwebtext",
+            r"^The dataset openwebtext \(Skylion007/openwebtext\) is no file.* could not be looked up",
+        ),
+        (
+            "no/such-data",
+            "^The dataset no/such-data is no file or folder here, and .* could not be .*offline mode",
+        ),
         ("no/such/file.txt", "can be no name on the Hugging Face Hub"),
     ],
 )
@@ -107,6 +138,36 @@ def test_an_unknown_dataset_is_one_line_with_what_there_is(name, words):
     with pytest.raises(DataError, match=words) as caught:
         find_corpus(CorpusChoice(name=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "choice, asked",
+    [
+        (CorpusChoice(name="openwebtext"), ("Skylion007/openwebtext", "refs/convert/parquet")),
+        (CorpusChoice(name="openwebtext", revision="main"), ("Skylion007/openwebtext", "main")),
+        (CorpusChoice(name="own/er", config="en", split="test", field="body"), ("own/er", None)),
+    ],
+)
+def test_a_dataset_of_the_hub_is_streamed_at_the_commit_that_is_recorded(monkeypatch, choice, asked):
+    looked_up, loaded = [], []
+
+    def commit(kind, name, revision):
+        looked_up.append((kind, name, revision))
+        return "0123abc"
+
+    def load(reader, **options):
+        loaded.append((reader, options))
+        return datasets.Dataset.from_list([{choice.field: text} for text in TEXTS]).to_iterable_dataset()
+
+    monkeypatch.setattr("tcsae.harvest.corpus.hub_commit", commit)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert texts(choice, 3) == TEXTS[3:]
+    assert looked_up == [("dataset", *asked)]
+    options = {"split": choice.split, "streaming": True, "name": choice.config, "revision": "0123abc"}
+    assert loaded == [(asked[0], options)]
+    recipe = find_corpus(choice).recipe
+    assert (recipe.name, recipe.revision, recipe.config) == (asked[0], "0123abc", choice.config)
+    assert (recipe.split, recipe.field) == (choice.split, choice.field)
 
 
 def test_a_missing_column_names_those_that_are_there(write):
@@ -175,9 +236,15 @@ def test_a_column_that_is_no_text_is_refused_where_it_stands(write):
 
 @pytest.mark.parametrize(
     "name, data",
-    [("a.jsonl", b'{"text": "fine"}\n{"text": broken\n'), ("a.jsonl.gz", gzip.compress(lines(TEXTS * 500))[:-40])],
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": broken\n'),
+        ("a.jsonl.gz", gzip.compress(lines(TEXTS * 500))[:-40]),
+        ("a.txt", bytes(range(256))),
+        ("a.parquet", b"no parquet"),
+        ("a.jsonl.zst", b"no zstd"),
+    ],
 )
 def test_a_broken_file_is_one_line_with_its_name(write, name, data):
     with pytest.raises(DataError, match=f"{name} (cannot be read on from document|cannot be opened)") as caught:
         texts(CorpusChoice(name=write(name, data)))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "Repair the file" in str(caught.value)

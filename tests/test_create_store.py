@@ -27,7 +27,7 @@ def test_what_is_appended_comes_back_in_order(tmp_path_factory, codec, parts, se
     path = tmp_path_factory.mktemp("stores") / "a.zarr"
     expected: dict[str, list] = {"train": [], "eval": []}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 2 * LENGTH * 6 * 4)  # two sequences a chunk
+        patch.setattr("tcsae.shared.layout.CHUNK_BYTES", 2 * LENGTH * 6 * 4)  # two sequences a chunk
         with tcsae.create_store(path, hooks=WIDTHS, sequence_length=LENGTH, codec=codec) as creation:
             for is_train, n in [(True, 1), *parts]:
                 x, lengths = given_activations(rng, n), rng.integers(1, LENGTH + 1, n)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from tcsae.harvest.run import harvest
 from tcsae.shared.cli import cli
+from tcsae.shared.store import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -19,7 +20,7 @@ spec.loader.exec_module(toy)
 
 @pytest.mark.slow
 def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
-    toy.small_steps(monkeypatch, 4)
+    toy.small_steps(monkeypatch, 4, 2)
     for module in ("writer", "extension"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", 512)
     full = dataclasses.replace(tiny_config, codec="compact", n_tokens=6000)
@@ -28,16 +29,27 @@ def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
 
     assert toy.harvest_in_child(location, some, 2, "journal/sequences") == 9
     assert toy.harvest_in_child(location, some, 9, "journal/train-") == 9
-    before = harvest(str(location), some).content
-    store = harvest(str(location), full)
-    assert [entry["content"] for entry in store.manifest.history] == [before]
-    assert toy.files(location) == toy.files(harvest(str(tmp_path / "at-once.zarr"), full).root)
-    assert store.train.lengths.min() < 32 == store.train.lengths.max() and len(store.hooks) == 3
 
     def tcsae(*arguments: str, runs: Path = runs) -> str:
         done = CliRunner().invoke(cli, ["--store", str(location), "--runs", str(runs), *arguments])
         assert done.exit_code == 0, done.output
         return done.stdout
+
+    options = ["--model", full.model.name, "--dataset", full.corpus.name, "--batch-size", "4", "--codec", "compact"]
+    options += [
+        "--sequence-length",
+        "32",
+        "--eval-every",
+        "4",
+        *(word for hook in full.hooks for word in ("--hook", hook)),
+    ]
+    tcsae("harvest", *options, "--tokens", "3K")
+    before = open_store(location).content
+    tcsae("harvest", *options, "--tokens", "6K")
+    store = open_store(location)
+    assert [entry["content"] for entry in store.manifest.history] == [before]
+    assert toy.files(location) == toy.files(harvest(str(tmp_path / "at-once.zarr"), full).root)
+    assert store.train.lengths.min() < 32 == store.train.lengths.max() and len(store.hooks) == 3
 
     tcsae("verify")
     exact = harvest(str(tmp_path / "exact.zarr"), dataclasses.replace(full, codec="float32"))

@@ -23,7 +23,7 @@ spec.loader.exec_module(toy)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    toy.small_steps(monkeypatch, 4)
+    toy.small_steps(monkeypatch, 4, 2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def made(location: Path, config, **changes) -> Path:
 def whole(short, tmp_path_factory):
     """A store of 3000 tokens, made at once."""
     with pytest.MonkeyPatch.context() as patch:
-        toy.small_steps(patch, 4)
+        toy.small_steps(patch, 4, 2)
         return made(tmp_path_factory.mktemp("whole") / "store.zarr", short)
 
 

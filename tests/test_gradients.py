@@ -1,12 +1,24 @@
 """Promise: every hand-written gradient equals autograd's, for every activation, loss term and path."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, select_topk, threshold_code, topk_code
+from tcsae.shared.codes import (
+    ROWS,
+    SparseCode,
+    batchtopk_code,
+    decode,
+    positive_code,
+    select_topk,
+    threshold_code,
+    topk_code,
+)
+from tcsae.shared.config import with_settings
 from tcsae.shared.sae import SaeConfig
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import (
@@ -18,10 +30,13 @@ from tcsae.train.config import (
     TemporalConfig,
     TrainConfig,
 )
+from tcsae.train.dense import activate, activation_backward_
 from tcsae.train.loader import Batch
-from tcsae.train.losses import l1_dense, l1_sparse
-from tcsae.train.temporal import dense_term, info_nce, partners, sparse_term
-from tcsae.train.trainer import Trainer
+from tcsae.train.losses import l1_sparse
+from tcsae.train.reference import contrastive_loss, windows_loss
+from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, sparse_term
+from tcsae.train.tracking import metrics_line
+from tcsae.train.trainer import StepResult, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -34,44 +49,6 @@ def float64():
 def batch_of(x: torch.Tensor, lengths: list[int]) -> Batch:
     n = len(lengths)
     return Batch(x, np.array(lengths), np.arange(n) % 3, np.arange(n) // 2)
-
-
-def windows_loss(config: TemporalConfig, code: torch.Tensor, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Eq. 3 of the paper and its kin, window by window."""
-    losses, energies, offset, w = [], [], 0, config.window
-    for length in lengths:
-        for start in range(offset, offset + length - w + 1):
-            pairs = [(i, j) for i in range(start, start + w) for j in range(i + 1, start + w)]
-            pairs = [(i, j) for i, j in pairs if config.pairs == "all" or j == i + 1]
-            gates = [
-                torch.cosine_similarity(x[i], x[j], dim=0).clamp(min=0) if config.kind == "gated" else 1.0
-                for i, j in pairs
-            ]
-            squares = [g * (code[j] - code[i]).square().sum() for (i, j), g in zip(pairs, gates, strict=True)]
-            losses.append(sum(squares) / len(pairs))
-            energies.append(sum(code[i].square().sum() + code[j].square().sum() for i, j in pairs) / len(pairs))
-        offset += length
-    if not losses:
-        return code.sum() * 0
-    mean = torch.stack(losses).mean()
-    return mean / torch.stack(energies).mean() if config.kind == "relative" else mean
-
-
-def contrastive_loss(config: TemporalConfig, code: torch.Tensor, batch: Batch, seed: int) -> torch.Tensor:
-    """InfoNCE, pair by pair."""
-    first, second, others = partners(batch, seed)
-    a, b = code[first], code[second]
-    losses = []
-    for rows, columns in ((a, b), (b, a)):
-        for i in range(len(rows)):
-            scores = [
-                torch.cosine_similarity(rows[i], columns[j], dim=0, eps=1e-12) / config.temperature
-                for j in range(len(rows))
-                if j == i or others[i, j]
-            ]
-            own = torch.cosine_similarity(rows[i], columns[i], dim=0, eps=1e-12) / config.temperature
-            losses.append(torch.logsumexp(torch.stack(scores), 0) - own)
-    return torch.stack(losses).mean()
 
 
 @given(
@@ -89,7 +66,7 @@ def test_temporal_terms_equal_autograd_over_windows(lengths, window, kind, pairs
     dense = torch.randn(n, d_sae).relu() * (torch.rand(n, d_sae) < 0.6)
     batch, workspace = batch_of(torch.randn(n, 3), lengths), Workspace()
     leaf = dense.clone().requires_grad_()
-    expected = windows_loss(config, leaf, batch.x, lengths)
+    expected = windows_loss(config, leaf, batch)
     if not expected.isfinite():  # relative slowness of a code that is zero wherever a window lies
         return
     expected.backward()
@@ -135,21 +112,34 @@ def test_partners_are_adjacent_and_negatives_of_other_documents():
     everywhere = {int(partners(batch, seed)[0][1]) for seed in range(40)}
     assert everywhere == {4, 5, 6}
     alone = torch.zeros(2, 2, dtype=torch.bool)
-    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1) == 0
+    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1)[0] == 0
 
 
-def test_l1_terms_equal_autograd():
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+@pytest.mark.parametrize("l1", [0.0, 0.7])
+@pytest.mark.parametrize("n", [1, ROWS, 2 * ROWS + 3])
+def test_dense_activations_equal_autograd_over_several_slices(kind, l1, n):
     torch.manual_seed(0)
-    dense = torch.randn(11, 5)
-    leaf = dense.clone().requires_grad_()
-    expected = 0.7 * leaf.abs().sum(1).mean()
-    expected.backward()
-    grad = torch.zeros(11, 5)
-    torch.testing.assert_close(l1_dense(dense, 0.7, grad), expected.detach())
+    raw, bias, upstream = torch.randn(n, 5), torch.randn(5) - torch.tensor([0, 0, 0, 0, 9.0]), torch.randn(n, 5)
+    leaf = (raw + bias).requires_grad_()
+    expected = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[kind](leaf)
+    ((upstream * expected).sum() + l1 * expected.abs().sum()).backward()
+    pre, grad = raw.clone(), upstream.clone()
+    code = pre if kind == "relu" else torch.empty_like(pre)
+    activity = activate(kind, pre, bias, code)
+    torch.testing.assert_close(code, expected.detach())
+    assert activity.n_active == int((expected > 0).sum())
+    assert activity.fired.tolist() == (expected > 0).any(0).tolist()
+    assert activity.total == pytest.approx(expected.abs().sum().item())
+    torch.testing.assert_close(activation_backward_(kind, grad, pre, l1), leaf.grad.sum(0))
     torch.testing.assert_close(grad, leaf.grad)
-    code = positive_code(dense.relu())
+
+
+def test_l1_of_a_sparse_code():
+    torch.manual_seed(0)
+    code = positive_code(torch.randn(11, 5).relu())
     entries = torch.zeros_like(code.values)
-    torch.testing.assert_close(l1_sparse(code, 0.7, entries), 0.7 * dense.relu().sum(1).mean())
+    torch.testing.assert_close(l1_sparse(code, 0.7, entries), 0.7 * code.dense().sum(1).mean())
     torch.testing.assert_close(entries, torch.full_like(entries, 0.7 / 11))
 
 
@@ -166,7 +156,11 @@ TERMS = {
     "reconstruction": {},
     "l1": {"sparsity": SparsityConfig(l1=0.2)},
     "eq. 3": {"sparsity": SparsityConfig(l1=0.05), "temporal": TemporalConfig(weight=0.3, window=3)},
+    "gated, all pairs": {"temporal": TemporalConfig(weight=0.3, kind="gated", pairs="all", window=4)},
     "relative on the first group": {"temporal": TemporalConfig(weight=0.3, kind="relative", scope="first")},
+    "relative by budget": {"temporal": TemporalConfig(budget=0.2, kind="relative")},
+    "contrastive": {"temporal": TemporalConfig(weight=0.3, kind="contrastive")},
+    "eq. 3 by budget, positions": {"temporal": TemporalConfig(budget=0.2, position_penalty=0.5, warmup=1.0)},
 }
 SHAPES = {
     "plain": {},
@@ -174,28 +168,6 @@ SHAPES = {
     "layer norm in": {"layer_norm": "in"},
     "layer norm in and out": {"layer_norm": "in_out"},
 }
-
-
-def reference_loss(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, code) by the textbook: dense, with autograd."""
-    sae, config = trainer.sae, trainer.config
-    x = batch.x * trainer.scale
-    pre = sae.pre_activations(x)
-    match config.sae.activation:
-        case "batchtopk":
-            last = pre.relu().flatten().topk(config.sae.k * len(x)).values[-1]
-            code = torch.where(pre >= last, pre, 0.0).relu()
-        case _:
-            code = sae.encode(x)
-    loss = torch.zeros(())
-    for (_, stop), weight in zip(config.sae.group_ranges(), config.group_weights, strict=True):
-        prefix = torch.where(torch.arange(config.sae.d_sae) < stop, code, 0.0)
-        loss = loss + weight * (sae.decode(prefix, x) - x).square().sum(1).mean()
-    loss = loss + config.sparsity.l1 * code.abs().sum(1).mean()
-    scope = code[:, slice(*trainer.scope)]
-    if config.temporal.active:
-        loss = loss + config.temporal.weight * windows_loss(config.temporal, scope, batch.x, list(batch.lengths))
-    return loss, code
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -210,7 +182,7 @@ def test_all_parameter_gradients_equal_autograd(case, term, shape):
         dead=DeadConfig(aux_weight=0.0),
         init=InitConfig(weights="xavier", input_scale="unit" if sae.layer_norm == "none" else "none"),
         group_weights=(0.3, 0.7)[: len(sae.groups)] if len(sae.groups) > 1 else (1.0,),
-        **TERMS[term],
+        **({"sparsity": SparsityConfig(l0=0.5, bandwidth=0.4)} if case == "jumprelu" else {}) | TERMS[term],
     )
     torch.manual_seed(1)
     batch = batch_of(torch.randn(sum(lengths), d_model) + 0.5, lengths)
@@ -221,21 +193,25 @@ def test_all_parameter_gradients_equal_autograd(case, term, shape):
         trainer.sae.b_enc.data.sub_(4.0)
     if case == "jumprelu":
         trainer.sae.threshold.data.fill_(2.0)
-    result = trainer.gradients(batch)
+    result = same_as_autograd(trainer, batch)
     assert isinstance(result.state.code, SparseCode) == (case not in ("relu, dense path", "gelu"))
+    assert result.l0 > 0
 
-    weights = [
-        parameter for parameter in trainer.parameters if parameter is not getattr(trainer.sae, "threshold", None)
-    ]
-    ours = [parameter.grad.clone() for parameter in weights]
-    for parameter in weights:
-        parameter.grad = None
-    loss, code = reference_loss(trainer, batch)
-    loss.backward()
-    assert (code > 0).any()
-    assert result.loss == pytest.approx(loss.item(), rel=1e-9)
-    for mine, parameter in zip(ours, weights, strict=True):
-        torch.testing.assert_close(mine, parameter.grad)
+
+def same_as_autograd(trainer: Trainer, batch: Batch) -> StepResult:
+    """The step's result, after its losses and gradients were held against `optimizer.gradients=autograd`."""
+    other = copy.deepcopy(trainer)
+    other.config = with_settings(trainer.config, ["optimizer.gradients=autograd"])
+    mine, theirs = trainer.gradients(batch), other.gradients(batch)
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-9, abs=1e-12)
+    assert (mine.l0, mine.temporal_weight) == pytest.approx((theirs.l0, theirs.temporal_weight))
+    torch.testing.assert_close(
+        [parameter.grad for parameter in trainer.parameters], [parameter.grad for parameter in other.parameters]
+    )
+    assert torch.equal(trainer.tokens_since_fired, other.tokens_since_fired)
+    line, other_line = (metrics_line(one, batch, found) for one, found in ((trainer, mine), (other, theirs)))
+    assert line == pytest.approx(other_line, rel=1e-6, abs=1e-9)
+    return mine
 
 
 def test_jumprelu_thresholds_learn_through_the_kernel():
@@ -275,21 +251,45 @@ def test_auxk_gradients_equal_autograd(aux_k):
     trainer.progress.n_steps, trainer.progress.n_tokens = 1, 12
     dead = torch.arange(30) % 3 == 0
     trainer.tokens_since_fired = dead * 10**9
+    assert same_as_autograd(trainer, batch).losses["aux"] > 0
+
+
+def test_a_budget_does_not_blow_up_what_is_only_rounding():
+    """Relative slowness is 1 where no latent fires twice in a row, and does not move."""
+    config = TrainConfig(
+        sae=SaeConfig(d_model=12, d_sae=24, k=3),
+        temporal=TemporalConfig(budget=0.5, kind="relative"),
+        init=InitConfig(b_dec="zero", input_scale="none"),
+    )
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    x = torch.zeros(11, 12)
+    x[::2, :6], x[1::2, 6:] = torch.rand(6, 6), torch.rand(5, 6)
+    batch = batch_of(x, [6, 5])
+    trainer = Trainer(config, batch.x, Workspace())
+    with torch.no_grad():  # latents of the even tokens, and of the odd ones
+        trainer.sae.W_enc_rows[:12, 6:] = trainer.sae.W_enc_rows[12:, :6] = 0
+        trainer.sae.W_enc_rows.abs_()
     result = trainer.gradients(batch)
-    ours = [parameter.grad.clone() for parameter in trainer.parameters]
-    for parameter in trainer.parameters:
-        parameter.grad = None
-    loss, _ = reference_loss(trainer, batch)
-    x = batch.x * trainer.scale
-    residual = (x - trainer.sae(x)).detach()
-    candidates = trainer.sae.pre_activations(x)[:, dead]
-    top = candidates.topk(min(aux_k, int(dead.sum())))
-    code = torch.zeros_like(candidates).scatter(1, top.indices, top.values.relu())
-    aux = 0.5 * (residual - code @ trainer.sae.W_dec[dead]).square().sum(1).mean()
-    (loss + aux).backward()
-    assert result.losses["aux"] == pytest.approx(aux.item())
-    for mine, parameter in zip(ours, trainer.parameters, strict=True):
-        torch.testing.assert_close(mine, parameter.grad)
+    code = result.state.code.dense()
+    assert (code[1:] * code[:-1]).sum() == 0 and (code > 0).any()
+    assert (result.temporal_weight, result.losses["temporal"]) == (0.0, 0.0)
+
+
+def test_the_position_penalty_is_the_variance_between_positions():
+    torch.manual_seed(0)
+    code, lengths = torch.rand(14, 4), [3, 1, 4, 2, 4]
+    batch = batch_of(torch.zeros(14, 1), lengths)
+    position = [start + i for length, start in zip(lengths, batch.starts, strict=True) for i in range(length)]
+    means = {p: code[[q == p for q in position]].mean(0) for p in set(position)}
+    off = torch.stack([means[p] - code.mean(0) for p in position])
+    value, grad = PositionPenalty(8, 4, torch.device("cpu")).dense(code, batch)
+    assert value == pytest.approx(float(off.square().sum(1).mean()))
+    torch.testing.assert_close(grad, 2 / 14 * off)
+    sparse = positive_code(code)
+    value, entries = PositionPenalty(8, 4, torch.device("cpu")).sparse(sparse, batch)
+    assert value == pytest.approx(float(off.square().sum(1).mean()))
+    torch.testing.assert_close(entries, (2 / 14 * off)[sparse.rows, sparse.latents])
 
 
 @given(st.integers(1, 5), st.sampled_from([16, 48, 64, 96, 128]), st.integers(1, 8), st.integers(0, 2**31))

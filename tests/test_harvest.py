@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tcsae.harvest import command
-from tcsae.harvest.config import DEVICES, DTYPES
+from tcsae.harvest.config import DTYPES
 from tcsae.harvest.corpus import CorpusChoice
-from tcsae.harvest.resolve import available_devices
 from tcsae.harvest.run import HarvestConfig, harvest, remove_store
 from tcsae.shared.cli import cli
 from tcsae.shared.codecs import CODECS
+from tcsae.shared.device import DEVICES, available_devices
 from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
 from tcsae.shared.manifest import SPLITS
 from tcsae.shared.store import open_store
@@ -265,6 +265,10 @@ def test_settings_that_cannot_be_are_refused(short):
     for name, value in (("batch_size", 0), ("dtype", "float8"), ("device", "tpu")):
         with pytest.raises(ConfigError, match=str(value)):
             dataclasses.replace(short.model, **{name: value})
+    with pytest.raises(ConfigError, match="--batch-size 1000000: at most 32768 sequences of 32"):
+        dataclasses.replace(short, model=dataclasses.replace(short.model, batch_size=1_000_000))
+    with pytest.raises(ConfigError, match="--seed -1: 0 for the corpus's own order"):
+        dataclasses.replace(short, corpus=dataclasses.replace(short.corpus, seed=-1))
     with pytest.raises(ConfigError, match="--sequences 9: at least ten"):
         dataclasses.replace(short, n_sequences=9)
     with pytest.raises(ConfigError, match="Unknown codec"):
@@ -274,6 +278,34 @@ def test_settings_that_cannot_be_are_refused(short):
         option.name: list(option.type.choices) for option in command.harvest.params if hasattr(option.type, "choices")
     }
     assert choices == {"codec": list(CODECS), "lm_dtype": list(DTYPES), "device": list(DEVICES)}
+
+
+def test_without_a_bos_token_none_is_prepended(short, tiny_lm, tmp_path):
+    folder = tmp_path / "no-bos"
+    shutil.copytree(tiny_lm, folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text())
+            found.pop("bos_token", None)
+            (folder / name).write_text(json.dumps(found))
+    model = dataclasses.replace(short.model, name=str(folder))
+    config = dataclasses.replace(short, model=model, sequences=dataclasses.replace(short.sequences, prepend_bos=True))
+    with pytest.raises(ModelError, match="The tokenizer of no-bos has no BOS token. Leave --prepend-bos out"):
+        harvest(str(tmp_path / "store.zarr"), config)
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_one_place_under_two_names_is_refused(short, tmp_path):
+    with pytest.raises(ConfigError, match=f"{RESIDUAL} and blocks.2.hook_out are the same place, blocks.2.hook"):
+        harvest(str(tmp_path / "store.zarr"), dataclasses.replace(short, hooks=(RESIDUAL, "blocks.2.hook_out")))
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(short, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place, words in ((tmp_path / "file" / "store.zarr", "Not a directory"), ("/proc/store.zarr", "No such file")):
+        with pytest.raises(StoreError, match=rf"store.zarr cannot be written \({words}.*\). Give another --store"):
+            harvest(str(place), short)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -292,7 +324,7 @@ def test_a_device_that_is_not_here_is_named(short, uninterrupted, tmp_path, monk
     with pytest.raises(StoreError, match="model.device: 'cpu', not 'cuda'"):
         harvest(str(uninterrupted), config)
     # auto is the device of the store that is there: a sealed one made elsewhere is used here.
-    monkeypatch.setattr("tcsae.harvest.resolve.available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr("tcsae.shared.device.available_devices", lambda: ["cuda", "cpu"])
     assert harvest(str(uninterrupted), short).manifest.recipe.model.device == "cpu"
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tcsae.shared.cli import cli
 from tcsae.shared.files import file_digest
-from tcsae.shared.inspection import legible
 from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
+from tcsae.shared.token_text import legible
 from tcsae.shared.writer import Rows, StoreWriter, open_writer
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.attn.hook_z")

@@ -53,7 +53,7 @@ DEATHS = [
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    toy.small_steps(monkeypatch, PER_SHARD)
+    toy.small_steps(monkeypatch, PER_SHARD, PER_SHARD)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def short(tiny_config):
 def uninterrupted(short, tmp_path_factory):
     location = tmp_path_factory.mktemp("whole") / "store.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", PER_SHARD * toy.BYTES_PER_SEQUENCE)
+        toy.small_steps(patch, PER_SHARD, PER_SHARD)
         manifest = harvest(str(location), short).manifest
     assert sum(-(-manifest.counts[split]["sequences"] // PER_SHARD) for split in ("train", "eval")) >= 30
     return location
@@ -219,7 +219,8 @@ def test_a_really_full_disk(short, uninterrupted, tmp_path):
 def command(location, config) -> list[str]:
     """The command line of `config`, in a program that makes small shards."""
     small = (
-        f"import tcsae.shared.writer as w; w.CHUNK_BYTES = {PER_SHARD * toy.BYTES_PER_SEQUENCE}; "
+        "import tcsae.shared.writer as w; from tcsae.shared.manifest import Layout; "
+        f"w.layout_for = lambda _: Layout(sequences_per_chunk=1, chunks_per_shard={PER_SHARD}); "
         "import tcsae.harvest.phases as p; p.COMMIT_DOCUMENTS = 16; from tcsae.shared.cli import main; main()"
     )
     options = ["--model", config.model.name, "--batch-size", "4", "--dataset", config.corpus.name, "--tokens", "3000"]
@@ -234,7 +235,7 @@ def killed_after(n_records: int, location, config) -> bool:
         if len(toy.records(location)) >= n_records:
             process.kill()
             break
-        time.sleep(0.001)
+        time.sleep(0.003)
     return process.wait() == -signal.SIGKILL
 
 

@@ -1,5 +1,6 @@
 """Promise: every valid token once an epoch, in an order that is a function of the seed, resumable at any batch."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,7 +15,7 @@ from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, Mode
 from tcsae.shared.store import Store, open_store
 from tcsae.shared.writer import Rows, open_writer
 from tcsae.train.config import DataConfig
-from tcsae.train.loader import SegmentLoader
+from tcsae.train.loader import SegmentLoader, norm_median
 
 HOOK, LENGTH = "blocks.0.hook_resid_post", 7
 
@@ -98,6 +99,27 @@ def test_order_is_shuffled_by_seed_and_epoch(store):
     assert order(0, 0) != order(1, 0)
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != sorted(order(0, 0))
+
+
+@pytest.mark.parametrize("n_segments", [8, 11])
+@pytest.mark.parametrize(("segment_length", "skip_first"), [(1, 0), (3, 1), (7, 2)])
+@pytest.mark.parametrize("max_norm", [1.2, 1.6])
+def test_segments_with_outliers_are_left_out_whole_and_counted(store, n_segments, segment_length, max_norm, skip_first):
+    plain = DataConfig(n_segments=n_segments, segment_length=segment_length, skip_first=skip_first)
+    limit = max_norm * norm_median(store, HOOK)
+    cut = SegmentLoader(store, dataclasses.replace(plain, max_norm=max_norm))
+    for whole, batch in zip(range(20), cut, strict=False):
+        (x, lengths), *_ = take(SegmentLoader(store, plain, n_batches_done=whole), 1)
+        parts = [part for part in np.split(x, np.cumsum(lengths)[:-1]) if np.linalg.norm(part, axis=1).max() <= limit]
+        np.testing.assert_array_equal(batch.x.numpy(), np.concatenate(parts))
+        assert batch.lengths.tolist() == [len(part) for part in parts]
+        assert batch.n_left_out == len(x) - len(batch.x)
+    assert cut.n_skipped == int(np.minimum(store.train.lengths, skip_first).sum())
+
+
+def test_a_norm_that_leaves_nothing_is_said(store):
+    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves no segment of a batch. Raise it"):
+        next(iter(SegmentLoader(store, DataConfig(max_norm=0.001, n_segments=2))))
 
 
 def test_sample_does_not_depend_on_progress(store):

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import tcsae
 from tcsae.shared.cli import cli
 from tcsae.shared.config import to_settings, with_settings
 from tcsae.shared.errors import ConfigError
 from tcsae.shared.store import open_store
 from tcsae.train.plan import Request, plan_runs
 from tcsae.train.presets import DEFAULT, PRESETS, preset
+from tcsae.train.run import train_runs
 
 STORE = open_store(Path(__file__).parent / "golden" / "store-v1.zarr")
 
@@ -24,6 +27,22 @@ def test_names_say_what_was_set():
     settings = ["sae.k=8", "steps=3", "data.seed=0", "guard.keep=2", "data.hook=none"]
     assert names(Request(["topk", "written-run3"], settings)) == ["topk-k8", "written-run3-k8"]
     assert names(Request(["topk"], ["data.seed=4"], init_from="old")) == ["topk-seed4-from-old"]
+
+
+def test_hooks_get_names_of_their_own(tmp_path):
+    first, other, odd = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "tower:7 pooled"
+    with tcsae.create_store(tmp_path / "a.zarr", hooks={first: 4, other: 6, odd: 5}, sequence_length=3) as creation:
+        for split in ("train", "eval"):
+            creation.append(split, {hook: np.ones((2, 3, width)) for hook, width in ((first, 4), (other, 6), (odd, 5))})
+    store = tcsae.open_store(tmp_path / "a.zarr")
+    runs = plan_runs(store, Request(["topk"], ["sae.k=2"], [f"data.hook={first},{other},{odd}"]))
+    assert [run.name for run in runs] == ["topk-k2", "topk-k2-1.hook_mlp_out", "topk-k2-tower_7_pooled"]
+    assert [run.config.sae.d_model for run in runs] == [4, 6, 5]
+    assert [run.name for run in plan_runs(store, Request(["topk"], ["data.hook=none"]))] == ["topk"]
+    settings = ("sae.d_sae=8", "steps=2", "data.n_segments=2", "data.segment_length=3", "data.skip_first=0")
+    small = [run._replace(config=with_settings(run.config, settings)) for run in runs]
+    records = train_runs(store, tmp_path / "runs", small)
+    assert [record["hook"] for record in records] == [first, other, odd]
 
 
 def test_sweeps_make_a_grid_over_presets():

@@ -153,6 +153,46 @@ def test_an_interrupt_leaves_a_checkpoint_at_the_very_step(store, alone, tmp_pat
     assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs())
 
 
+def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone, tmp_path, monkeypatch):
+    real, kept = run_module._Member.step, []
+
+    def step(self, batch, number):
+        real(self, batch, number)
+        kept.append([int(file.stem[-9:]) for file in run_module.checkpoints(self.path)])
+        if number == 9:
+            raise KilledError
+
+    monkeypatch.setattr(run_module._Member, "step", step)
+    run = mixed_runs(("guard.checkpoint_minutes=1e-9", "guard.keep=3"))[0]
+    with pytest.raises(KilledError):
+        train_runs(store, tmp_path, [run])
+    assert kept[:5] == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    monkeypatch.setattr(run_module._Member, "step", real)
+    train_runs(store, tmp_path, [run])
+    assert same(tmp_path / run.name, alone / run.name)
+
+
+@pytest.mark.parametrize("number", [15, 20, 28])
+def test_a_restored_run_that_was_interrupted_equals_one_that_was_not(store, tmp_path, monkeypatch, number):
+    """It is brought back to the same state, whenever it was interrupted before."""
+    poison(monkeypatch, "topk", {22, 30})
+    runs = mixed_runs(("guard.action=restore",))[:1]
+    train_runs(store, tmp_path / "whole", runs)
+    poisoned = run_module._Member.step
+
+    def step(self, batch, at):
+        if at == number:
+            raise KeyboardInterrupt
+        poisoned(self, batch, at)
+
+    monkeypatch.setattr(run_module._Member, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(store, tmp_path / "parts", runs)
+    monkeypatch.setattr(run_module._Member, "step", poisoned)
+    train_runs(store, tmp_path / "parts", runs)
+    assert same(tmp_path / "whole" / "topk", tmp_path / "parts" / "topk")
+
+
 def test_changed_settings_are_refused_also_half_way(store, tmp_path, monkeypatch):
     real = run_module._Member.step
 

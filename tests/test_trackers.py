@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tcsae.shared.errors import ConfigError
-from tcsae.train.tracking import RunLog, open_tracker, read_metrics
+from tcsae.shared.runs import read_metrics
+from tcsae.train.tracking import RunLog, open_tracker
 
 LINES = [{"step": 25, "tokens": 100, "loss": 3.5, "l0": 4.0}, {"step": 50, "tokens": 200, "loss": 2.5, "l0": 3.0}]
 

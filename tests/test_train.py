@@ -74,6 +74,7 @@ def test_a_run_is_a_folder_that_says_everything(store, tmp_path):
     }  # fmt: skip
     assert record["store"]["content"] == store.content
     assert (record["hook"], record["steps"], record["preset"]) == (HOOK, 60, "topk")
+    assert record["left_out"] == {"skip_first_per_epoch": store.train.n_sequences, "max_norm": 0}
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert lines[-1]["tokens"] == record["tokens"]
@@ -147,6 +148,11 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
     before = (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns
     train_runs(store, tmp_path, runs)
     assert (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns == before
+    assert "trained already, reused" in capsys.readouterr().err
+    record = json.loads((tmp_path / runs[0].name / "tcsae.json").read_text())
+    del record["train"]["optimizer"]["gradients"]  # as of a version that did not have the setting
+    (tmp_path / runs[0].name / "tcsae.json").write_text(json.dumps(record))
+    train_runs(store, tmp_path, runs)
     assert "trained already, reused" in capsys.readouterr().err
     longer = [run._replace(config=with_settings(run.config, ["steps=61"])) for run in runs]
     with pytest.raises(RunError, match=r"trained otherwise \(train.steps: 60, not 61\). Use --fresh"):

@@ -10,15 +10,16 @@ from tcsae.harvest import phases
 from tcsae.harvest.run import harvest
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.journal import FOLDER, LOCK
+from tcsae.shared.manifest import Layout
 
 RESIDUAL, MLP, HEADS = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out", "blocks.1.attn.hook_z"
-BYTES_PER_SEQUENCE = 32 * 16 * 2
 
 
-def small_steps(patch, n_sequences: int) -> None:
-    """So many sequences a shard (of tiny_config's model, as float16) and 16 documents a commit."""
+def small_steps(patch, n_sequences: int, n_chunks: int = 1) -> None:
+    """So many sequences and chunks a shard, and 16 documents a commit."""
     batches = phases.Corpus.batches
-    patch.setattr("tcsae.shared.writer.CHUNK_BYTES", n_sequences * BYTES_PER_SEQUENCE)
+    small = Layout(sequences_per_chunk=n_sequences // n_chunks, chunks_per_shard=n_chunks)
+    patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: small)  # noqa: ARG005
     patch.setattr(phases, "COMMIT_DOCUMENTS", 16)
     patch.setattr("tcsae.harvest.corpus.Corpus.batches", lambda self, start=0, size=16: batches(self, start, size))
 

@@ -4,6 +4,7 @@ With several groups of latents, prefix g reconstructs x_hat_g = sum_{h <= g} f_h
 a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the plain autoencoder.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,19 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.shared.codes import (
-    SparseCode,
-    batchtopk_code,
-    count_positive,
-    decode,
-    positive_code,
-    threshold_code,
-    topk_code,
-)
+from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, threshold_code, topk_code
 from tcsae.shared.sae import SparseAutoencoder, layer_normed
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
-from tcsae.train.kernels import LatentOrder, entry_gradients, gelu_backward_, relu_backward_
+from tcsae.train.dense import Activity, activate, activation_backward_
+from tcsae.train.kernels import LatentOrder, entry_gradients
 
 BatchCode = Callable[[Tensor, int], SparseCode]
 """BatchTopK's choice from the pre-activations [n, d_sae] and k."""
@@ -42,18 +36,14 @@ class Pass:
     scaling: tuple[Tensor, Tensor] | None
     """([n, 1], [n, 1]): what the decoder's output is multiplied by, and what is added to it (layer_norm in_out)."""
     pre: Float[Tensor, "n d_sae"]
-    n_active: int
-    """Entries above 0 of a code that is no sparse one."""
     code: SparseCode | Float[Tensor, "n d_sae"]
     """A matrix where the code is not sparse."""
-    errors: list[Float[Tensor, "n d_model"]] = field(default_factory=list)
-    """x_hat - x of each prefix; the last is the whole SAE's."""
+    activity: Activity | None
+    """Of a relu's or gelu's code."""
+    error: Float[Tensor, "n d_model"]
+    """x_hat - x of the whole SAE, once it is reconstructed."""
     grads: list[Float[Tensor, "n d_model"]] = field(default_factory=list)
     """G_h for the latents of each group."""
-
-    @property
-    def error(self) -> Float[Tensor, "n d_model"]:
-        return self.errors[-1]
 
 
 def encode(
@@ -71,50 +61,46 @@ def encode(
         if config.layer_norm == "in_out":
             scaling = spread, mean
     centred = torch.sub(inputs, sae.b_dec, out=workspace.get("centred", n, config.d_model))
-    pre = torch.addmm(sae.b_enc, centred, sae.W_enc_rows.T, out=workspace.get("pre", n, config.d_sae))
-    n_active = 0
-    match config.activation:
-        case "topk":
-            code: SparseCode | Tensor = topk_code(pre, config.k)
-        case "batchtopk":
-            code = batch_code(pre, config.k)
-        case "jumprelu":
-            code = threshold_code(pre, sae.threshold, margin)
-        case "gelu":
-            code = torch.ops.aten.gelu.out(pre, out=workspace.get("code", *pre.shape))
-            n_active = count_positive(workspace.get("code", *pre.shape))
-        case "relu":
-            n_active = count_positive(pre.relu_())
-            code = positive_code(pre) if n_active < SPARSE_DENSITY * pre.numel() else pre
-    return Pass(x, centred, scaling, pre, n_active, code)
+    pre, activity = workspace.get("pre", n, config.d_sae), None
+    if config.activation in ("relu", "gelu"):
+        torch.mm(centred, sae.W_enc_rows.T, out=pre)
+        dense = workspace.get("code", *pre.shape) if config.activation == "gelu" else pre
+        activity = activate(config.activation, pre, sae.b_enc, dense)
+        sparse = config.activation == "relu" and activity.n_active < SPARSE_DENSITY * pre.numel()
+        code: SparseCode | Tensor = positive_code(pre) if sparse else dense
+    else:
+        torch.addmm(sae.b_enc, centred, sae.W_enc_rows.T, out=pre)
+        match config.activation:
+            case "topk":
+                code = topk_code(pre, config.k)
+            case "batchtopk":
+                code = batch_code(pre, config.k)
+            case "jumprelu":
+                code = threshold_code(pre, sae.threshold, margin)
+    return Pass(x, centred, scaling, pre, code, activity, workspace.get("error", n, config.d_model))
 
 
-def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...]) -> float:
-    """Decode every prefix; fills errors and grads, returns sum_g w_g mean ||x - x_hat_g||^2."""
-    n, loss = len(state.target), 0.0
-    partial = sae.b_dec.expand_as(state.target)
-    prefix_grads = []
-    for (first, stop), weight in zip(sae.config.group_ranges(), weights, strict=True):
+def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...], workspace: Workspace) -> float:
+    """Decode every prefix; fills error and grads, returns sum_g w_g mean ||x - x_hat_g||^2."""
+    shape, loss = state.target.shape, 0.0
+    scratch = workspace.get("scratch", *shape)
+    partial = torch.empty(0)
+    for i, ((first, stop), weight) in enumerate(zip(sae.config.group_ranges(), weights, strict=True)):
+        W_dec = sae.W_dec[first:stop]
         if isinstance(state.code, SparseCode):
-            part, _ = state.code.part(first, stop)
-            partial = (
-                decode(part, sae.W_dec[first:stop], sae.b_dec)
-                if first == 0
-                else partial + decode(part, sae.W_dec[first:stop], torch.zeros_like(sae.b_dec))
-            )
+            part = decode(state.code.part(first, stop)[0], W_dec, sae.b_dec if first == 0 else None)
+            partial = part if first == 0 else partial.add_(part)
+        elif first == 0:
+            partial = torch.addmm(sae.b_dec, state.code[:, :stop], W_dec, out=workspace.get("x_hat", *shape))
         else:
-            partial = torch.addmm(partial, state.code[:, first:stop], sae.W_dec[first:stop])
+            partial.addmm_(state.code[:, first:stop], W_dec)
         x_hat = partial if state.scaling is None else partial * state.scaling[0] + state.scaling[1]
-        error = x_hat - state.target
-        state.errors.append(error)
-        loss += weight * float(error.square().sum()) / n
-        grad = error * (2 * weight / n)
-        prefix_grads.append(grad if state.scaling is None else grad.mul_(state.scaling[0]))
-    total = prefix_grads.pop()
-    state.grads = [total]
-    while prefix_grads:
-        total = total + prefix_grads.pop()
-        state.grads.insert(0, total)
+        error = torch.sub(x_hat, state.target, out=state.error)
+        loss += weight * float(torch.mul(error, error, out=scratch).sum()) / shape[0]
+        grad = torch.mul(error, 2 * weight / shape[0], out=workspace.get(f"upstream {i}", *shape))
+        state.grads.append(grad if state.scaling is None else grad.mul_(state.scaling[0]))
+    for earlier, later in reversed(list(itertools.pairwise(state.grads))):
+        earlier.add_(later)
     return loss
 
 
@@ -136,9 +122,9 @@ def code_gradient(sae: SparseAutoencoder, state: Pass, workspace: Workspace) -> 
 
 
 def set_gradients(
-    sae: SparseAutoencoder, state: Pass, grad: Tensor, threshold_grad: Tensor | None
+    sae: SparseAutoencoder, state: Pass, grad: Tensor, threshold_grad: Tensor | None, l1: float
 ) -> tuple[Bool[Tensor, " d_sae"], int]:
-    """Gradients of all parameters from d loss / d code (overwritten).
+    """Gradients of all parameters from d loss / d code (overwritten), for a dense code with `l1` times that of sum |f|.
 
     Returns which latents are active somewhere in the batch, and how many entries are.
     """
@@ -149,9 +135,9 @@ def set_gradients(
         fired[state.code.latents[active]] = True
         n_active = int(active.sum())
     else:
-        # A latent's largest value tells whether it fired, at a fraction of the cost of comparing every entry.
-        fired, n_active = state.code.amax(0) > 0, state.n_active
-        grad_b_enc = _dense_weights(sae, state, state.code, grad)
+        assert state.activity is not None
+        fired, n_active = state.activity.fired, state.activity.n_active
+        grad_b_enc = _dense_weights(sae, state, state.code, grad, l1)
     sae.b_enc.grad = grad_b_enc
     # b_dec is added to the reconstruction and taken from the encoder's input.
     sae.b_dec.grad = state.grads[0].sum(0) - grad_b_enc @ sae.W_enc_rows
@@ -175,19 +161,16 @@ def _sparse_weights(sae: SparseAutoencoder, state: Pass, code: SparseCode, grad:
     return torch.zeros_like(sae.b_enc).index_add_(0, code.latents, grad)
 
 
-def _dense_weights(sae: SparseAutoencoder, state: Pass, code: Tensor, grad: Tensor) -> Tensor:
+def _dense_weights(sae: SparseAutoencoder, state: Pass, code: Tensor, grad: Tensor, l1: float) -> Tensor:
     """Gradients of W_dec and W_enc; returns b_enc's."""
     W_dec_grad = torch.empty_like(sae.W_dec) if sae.W_dec.grad is None else sae.W_dec.grad
     for (first, stop), upstream in zip(sae.config.group_ranges(), state.grads, strict=True):
         torch.mm(code[:, first:stop].T, upstream, out=W_dec_grad[first:stop])
     sae.W_dec.grad = W_dec_grad
-    if sae.config.activation == "gelu":
-        gelu_backward_(grad, state.pre)
-    else:
-        relu_backward_(grad, code)
+    grad_b_enc = activation_backward_("gelu" if sae.config.activation == "gelu" else "relu", grad, state.pre, l1)
     W_enc_grad = torch.empty_like(sae.W_enc_rows) if sae.W_enc_rows.grad is None else sae.W_enc_rows.grad
     sae.W_enc_rows.grad = torch.mm(grad.T, state.inputs, out=W_enc_grad)
-    return torch.mv(grad.T, grad.new_ones(len(grad)))  # column sums, as a product: several times as fast as sum(0)
+    return grad_b_enc
 
 
 def threshold_gradient(

@@ -31,7 +31,8 @@ def save_checkpoint(path: Path, trainer: Trainer, about: dict[str, Any]) -> None
     """
     text = json.dumps({"progress": asdict(trainer.progress), **about})
     file = path / f"checkpoint-{trainer.progress.n_steps:09d}.safetensors"
-    write_atomic(file, safetensors.torch.save(_tensors(trainer), {"tcsae": text}))
+    tensors = {name: tensor.cpu() for name, tensor in _tensors(trainer).items()}
+    write_atomic(file, safetensors.torch.save(tensors, {"tcsae": text}))
     for old in checkpoints(path)[: -trainer.config.guard.keep]:
         old.unlink()
 
@@ -48,13 +49,14 @@ def read_about(file: Path) -> dict[str, Any]:
 
 
 def restore(file: Path, trainer: Trainer) -> None:
-    """Bring weights, moments, counters and progress of a fresh trainer to the checkpoint's."""
+    """Bring weights, moments, counters and progress of a fresh trainer to the checkpoint's, whatever its device."""
     tensors = safetensors.torch.load_file(file)
     progress = Progress(**read_about(file)["progress"])
     step = tensors.get("adam.0.step")
     if step is not None:  # a trainer that never stepped has no moments yet
         for i, parameter in enumerate(trainer.parameters):
-            trainer.optimizer.state[parameter] = {name: tensors[f"adam.{i}.{name}"] for name in MOMENTS}
+            state = {name: tensors[f"adam.{i}.{name}"].to(parameter.device) for name in MOMENTS}
+            trainer.optimizer.state[parameter] = state
     for name, tensor in _weights(trainer).items():
         with torch.no_grad():
             tensor.copy_(tensors[name])

@@ -20,9 +20,18 @@ from tcsae.shared.cli import Count, Place, StageCommand
 @click.option("--config", "config_file", metavar="FILE", help="Settings from a TOML file, with a preset to start from.")
 @click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
 @click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where runs are trained; auto: the first of the others that is there.",
+)
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
-def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh: bool, **asked: Any) -> None:
+def train(
+    place: Place, steps: int | None, seed: int, tracker: str | None, fresh: bool, device: str, **asked: Any
+) -> None:
     """Train sparse autoencoders from the store, all from one pass over it.
 
     Each becomes a folder below --runs, named after its preset and settings, in SAELens' layout. Without a preset the
@@ -32,14 +41,16 @@ def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh
       tcsae train --preset topk --preset temporal-topk --steps 5000
       tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2
 
-    Interrupted, the same command goes on where the last checkpoint is, to the same weights.
+    Interrupted, the same command goes on where the last checkpoint is, to the same weights: bit for bit on a CPU with
+    the same number of threads, up to rounding on a GPU.
 
     In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
     same as trained alone; a single run is trained by all, each on its part of every batch.
     """
     from pathlib import Path
 
-    from tcsae.shared.ranks import ranks
+    from tcsae.shared.device import choose_device
+    from tcsae.shared.ranks import device_of, ranks
     from tcsae.shared.store import open_store
     from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_runs
@@ -52,16 +63,17 @@ def train(place: Place, steps: int | None, seed: int, tracker: str | None, fresh
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(asked["presets"], settings, asked["sweeps"], config_file, asked["init_from"])
     runs, runs_path, ours = plan_runs(store, request), Path(place.runs), ranks()
+    chosen = device_of(ours, choose_device(device))
     if not ours.several:
-        show(train_runs(store, runs_path, runs, fresh, tracker), place.runs)
-    elif records := train_together(store, runs_path, runs, ours, fresh, tracker):
+        show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
+    elif records := train_together(store, runs_path, runs, ours, fresh, tracker, chosen):
         show(records, place.runs)
 
 
 def show(records: list[dict[str, Any]], runs: str) -> None:
     """Print one row a run, with its last figures on training batches."""
     from tcsae.shared.console import sparkline, table
-    from tcsae.train.tracking import read_metrics
+    from tcsae.shared.runs import read_metrics
 
     columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
     rows = []

@@ -53,6 +53,9 @@ class OptimizerConfig:
     """Global norm that gradients are clipped to."""
     unit_decoder: bool = True
     """Keep decoder rows at norm 1, and take the gradient along them away."""
+    gradients: Literal["written", "autograd"] = "written"
+    """written: the hand-written passes. autograd: the same losses, dense and by torch's autograd, for comparison; many
+    times slower."""
 
     def __post_init__(self) -> None:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
@@ -165,12 +168,15 @@ class GuardConfig:
     on with the next batch; the third time, the run ends."""
     checkpoint_steps: int = 1000
     """Steps between checkpoints; 0 keeps none, so that an interrupted run starts anew."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is a checkpoint in any case, at the latest."""
     keep: int = 1
     """Checkpoints that stay on disk until the run is finished."""
 
     def __post_init__(self) -> None:
         _at_least("guard.checkpoint_steps", self.checkpoint_steps, 0)
         _at_least("guard.keep", self.keep, 1)
+        _positive("guard.checkpoint_minutes", self.checkpoint_minutes)
         if not self.explode > 1:
             raise ConfigError(f"guard.explode={self.explode}: must be above 1.")
 

@@ -26,6 +26,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "store": {"location": store.location, "content": store.content},
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
+        "left_out": {"skip_first_per_epoch": loader.n_skipped, "max_norm": progress.n_left_out},
         "epochs": progress.n_tokens / loader.n_tokens,
         "input_scale": trainer.scale,
         "dead_fraction": float(trainer.dead().float().mean()),
@@ -33,6 +34,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "ended": progress.ended,
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
+        "device": trainer.sample.device.type,
         "finished": True,
         "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
     }

@@ -13,7 +13,10 @@ FIRST_THRESHOLD = 0.1
 
 @torch.no_grad()
 def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> SparseAutoencoder:
-    """Fresh weights by `config.init`; `sample` is in the units that training sees."""
+    """Fresh weights by `config.init`, on the device of `sample`, which is in the units that training sees.
+
+    They are drawn on the CPU: a seed gives the same weights on every device.
+    """
     sae = SparseAutoencoder(config.sae)
     generator = torch.Generator().manual_seed(config.init_seed)
     match config.init.weights:
@@ -33,7 +36,7 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
             sae.b_dec.copy_(geometric_median(sample))
     if config.sae.activation == "jumprelu":
         sae.threshold.fill_(FIRST_THRESHOLD)
-    return sae
+    return sae.to(sample.device)
 
 
 def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:

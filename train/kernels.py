@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from tcsae.shared.codes import SparseCode
 
+ENTRIES = 16_384
+"""Of a code, at a time, where rows have to be gathered for each."""
 # Said once a process by torch, to people who never asked for a sparse tensor.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -23,6 +25,9 @@ def entry_gradients(
     code: SparseCode, grad_x_hat: Float[Tensor, "n d_model"], W_dec: Float[Tensor, "d_sae d_model"]
 ) -> Float[Tensor, " n_entries"]:
     """G_i . W_dec_j for every entry (i, j) of the code, zeros included."""
+    if grad_x_hat.device.type == "mps":  # has no sparse matrices
+        pairs = zip(code.rows.split(ENTRIES), code.latents.split(ENTRIES), strict=True)
+        return torch.cat([(grad_x_hat[rows] * W_dec[latents]).sum(1) for rows, latents in pairs])
     pattern = torch.sparse_csr_tensor(
         code.offsets,
         code.latents,
@@ -47,13 +52,3 @@ class LatentOrder:
     ) -> Float[Tensor, "d_sae d_model"]:
         """For each latent, the sum over its entries of value times the token's row."""
         return F.embedding_bag(self._tokens, rows, self._starts, per_sample_weights=values[self.order], mode="sum")
-
-
-def gelu_backward_(grad: Float[Tensor, "n d_sae"], pre: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-    """grad times GELU'(pre) (exact form, not the tanh one), in place."""
-    return torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="none", grad_input=grad)
-
-
-def relu_backward_(grad: Float[Tensor, "n d_sae"], activations: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-    """grad where the activation is positive, else 0, in place."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, activations, 0.0, grad_input=grad)

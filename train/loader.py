@@ -36,6 +36,8 @@ class Batch(NamedTuple):
     starts: Int[ndarray, " n_segments"]
     """Position of each segment's first token in its sequence."""
     documents: Int[ndarray, " n_segments"]
+    n_left_out: int = 0
+    """Tokens of this batch that are not in it, as data.max_norm asks."""
     whole: Int[ndarray, " n_whole_segments"] | None = None
     """Lengths of all segments of the batch, where several processes have a part of it each; None: these are all."""
 
@@ -70,12 +72,19 @@ class Reads:
 
 
 class SegmentLoader:
-    """Endless batches of the train split's segments (see the module's docstring).
+    """Endless batches of the train split's segments, on `device` (see the module's docstring).
 
     Raises StoreError if the store has no such hook, or no position beyond `skip_first`.
     """
 
-    def __init__(self, store: Store, config: DataConfig, n_batches_done: int = 0, ours: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: DataConfig,
+        n_batches_done: int = 0,
+        device: torch.device | str = "cpu",
+        ours: Ranks = ALONE,
+    ) -> None:
         self.store = store
         self.config = config
         self.hook = store.hook(config.hook)
@@ -98,9 +107,11 @@ class SegmentLoader:
             self._sequence, np.arange(n_chunks + 1) * store.sequences_per_chunk, side="left"
         )
         self._norm_limit = config.max_norm and config.max_norm * norm_median(store, self.hook)
-        self._buffer = torch.empty(config.n_segments * config.segment_length, store.d_model(self.hook))
+        self._device = torch.device(device)
+        rows = config.n_segments * config.segment_length
+        self._buffer = torch.empty(rows, store.d_model(self.hook), device=self._device)
         self._stored_dtype = store.array(f"train/activations/{self.hook}").dtype
-        self._decode = split.decoder(self.hook)
+        self._decode = split.decoder(self.hook, self._device)
         self._reads = Reads(store.objects.n_readers)
 
     @property
@@ -112,6 +123,11 @@ class SegmentLoader:
     def n_tokens(self) -> int:
         """Tokens in an epoch: every valid position from `skip_first` on, once."""
         return int(self._length.sum())
+
+    @property
+    def n_skipped(self) -> int:
+        """Valid tokens that no epoch has: the sequences' positions before `skip_first`."""
+        return int(self.store.train.lengths.sum()) - self.n_tokens
 
     def block_bytes(self) -> int:
         """Of one block in memory."""
@@ -133,35 +149,43 @@ class SegmentLoader:
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
             _, whole, starts, documents = np.concatenate(taken).T
-            part, several = self._part, self._part != slice(0, want)
-            batch = Batch(self._buffer[:n_rows], whole[part], starts[part], documents[part], whole if several else None)
-            yield self._without_outliers(batch)
+            part = self._part
+            batch = Batch(self._buffer[:n_rows], whole[part], starts[part], documents[part])
+            yield self._without_outliers(batch if part == slice(0, want) else batch._replace(whole=whole))
 
     def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
         lengths, starts, documents = keep[:, 1], keep[:, 2], keep[:, 3]
-        x = self._decode(block.values[_token_rows(keep)])
+        x = self._decode(self._moved(block.values[_token_rows(keep)]))
         return self._without_outliers(Batch(x, lengths, starts, documents)).x
 
     def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""
         index = _token_rows(chosen)
-        self._decode(torch.index_select(block.values, 0, index), self._buffer[start : start + len(index)])
+        self._decode(self._moved(torch.index_select(block.values, 0, index)), self._buffer[start : start + len(index)])
         return len(index)
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        """Stored rows on the device. To a GPU they go from pinned memory, so that the host need not wait for the copy;
+        torch keeps that memory until the copy is done."""
+        if self._device.type == "cuda":
+            return rows.pin_memory().to(self._device, non_blocking=True)
+        return rows.to(self._device)
 
     def _without_outliers(self, batch: Batch) -> Batch:
         """The batch without the segments that hold a norm above the limit."""
         if self._norm_limit is None:
             return batch
-        outliers = (batch.x.norm(dim=1) > self._norm_limit).numpy()
+        outliers = (batch.x.norm(dim=1) > self._norm_limit).cpu().numpy()
         segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
         keep = np.bincount(segment, outliers, len(batch.lengths)) == 0
         if not keep.any():
             raise StoreError(f"data.max_norm={self.config.max_norm} leaves no segment of a batch. Raise it.")
-        x = batch.x[torch.from_numpy(keep[segment])]
-        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep])
+        x = batch.x[torch.from_numpy(keep[segment]).to(self._device)]
+        n_left_out = len(batch.x) - len(x)
+        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep], n_left_out)
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""

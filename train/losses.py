@@ -12,10 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.codes import SparseCode
-
-ROWS = 128
-"""Tokens per slice of a dense difference, so that it stays in cache and no second code-sized tensor is made."""
+from tcsae.shared.codes import ROWS, SparseCode
+from tcsae.shared.device import sum_dtype
 
 
 class Pairs(NamedTuple):
@@ -26,16 +24,11 @@ class Pairs(NamedTuple):
     """Share of pair (i, i + lag) in the mean over windows and their pairs: over all lags they sum to 1, or to 0."""
 
 
-def l1_dense(activations: Float[Tensor, "n d_sae"], weight: float, grad: Float[Tensor, "n d_sae"]) -> Tensor:
-    """weight * mean over tokens of sum |f| (eq. 4, second term)."""
-    scale = weight / len(activations)
-    for start in range(0, len(activations), ROWS):
-        grad[start : start + ROWS].add_(torch.sign(activations[start : start + ROWS]), alpha=scale)
-    return torch.linalg.vector_norm(activations, 1) * scale
-
-
 def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]) -> Tensor:
-    """As `l1_dense`, for the non-negative entries of a sparse code; the caller masks entries that are 0."""
+    """weight * mean over tokens of sum |f| (eq. 4, second term), for non-negative entries; the caller masks zeros.
+
+    That of a dense code is part of its backward pass (tcsae.train.dense).
+    """
     scale = weight / max(1, code.n_tokens)
     grad.add_(scale)
     return code.values.sum() * scale
@@ -50,7 +43,7 @@ def difference_dense(
 
     d/df_i = 2 [ c_{i-lag} (f_i - f_{i-lag}) - c_i (f_{i+lag} - f_i) ], c = the pair weights.
     """
-    value = activations.new_zeros((), dtype=torch.float64)
+    value = activations.new_zeros((), dtype=sum_dtype(activations.device))
     n = len(activations)
     for lag, weights in pairs:
         for start in range(0, n - lag, ROWS):
@@ -73,7 +66,8 @@ def difference_sparse(
     rows, flat, v = code.rows, zeros.view(-1), code.values
     at = rows * code.d_sae + code.latents
     flat.scatter_(0, at, v)
-    value = v.new_zeros((), dtype=torch.float64)
+    wide = sum_dtype(v.device)
+    value = v.new_zeros((), dtype=wide)
     for lag, weights in pairs:
         # Neighbours beyond the first and last row are never used: their pair weight is 0.
         previous = flat.index_select(0, (at - lag * code.d_sae).clamp_(min=0))
@@ -83,7 +77,7 @@ def difference_sparse(
         ahead = after * (following - v)
         grad.add_(before * (v - previous), alpha=2).sub_(ahead, alpha=2)
         # ||f_{i+lag} - f_i||^2: over entries of i, v^2 - 2 v v', and over entries of i + lag, v'^2.
-        value += torch.dot((before * v - after * following - ahead).double(), v.double())
+        value += torch.dot((before * v - after * following - ahead).to(wide), v.to(wide))
     flat.scatter_(0, at, 0.0)
     return value
 

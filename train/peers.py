@@ -57,6 +57,7 @@ class PeerTrainer(Trainer):
     def count(self, batch: Batch) -> None:
         self.progress.n_steps += 1
         self.progress.n_tokens += batch.n_whole
+        self.progress.n_left_out += batch.n_left_out
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> StepResult:
@@ -64,7 +65,8 @@ class PeerTrainer(Trainer):
         result = super().gradients(batch)
         share = len(batch.x) / batch.n_whole
         names = sorted(result.losses)
-        sums = torch.tensor([*(result.losses[name] for name in names), result.l0], dtype=torch.float64) * share
+        told = [*(result.losses[name] for name in names), result.l0]
+        sums = torch.tensor(told, dtype=torch.float64, device=batch.x.device) * share
         dist.all_reduce(sums)
         result.losses = dict(zip(names, sums.tolist(), strict=False))
         result.l0 = float(sums[-1])
@@ -91,10 +93,13 @@ class PeerTrainer(Trainer):
         return threshold_code(pre, below.clamp(min=0))
 
 
-def check_parallel(config: TrainConfig, world: int) -> None:
+def check_parallel(config: TrainConfig, world: int, device: torch.device | str) -> None:
     """Raises ConfigError for settings whose losses are no sums over a batch's parts, or batches that are too small."""
+    if torch.device(device).type == "mps":
+        raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")
     temporal = config.temporal
     found = {
+        f"optimizer.gradients={config.optimizer.gradients!r}": config.optimizer.gradients == "autograd",
         f"data.max_norm={config.data.max_norm}": config.data.max_norm is not None,
         f"temporal.kind={temporal.kind!r}": temporal.active and temporal.kind in ("relative", "contrastive"),
         f"temporal.budget={temporal.budget}": temporal.budget > 0,

@@ -1,6 +1,7 @@
 """From what was asked on the command line to the runs to train."""
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from tcsae.shared.store import Store
 from tcsae.train.config import TrainConfig
 from tcsae.train.presets import DEFAULT, preset
 
-UNNAMED = ("steps", "data.hook", "log_every", "guard.")
-"""Settings that a run's name leaves out; and data.seed, where it is 0."""
+UNNAMED = ("steps", "log_every", "guard.")
+"""Settings that a run's name leaves out; and data.seed, where it is 0, and data.hook, where it is the store's first."""
 
 
 class Run(NamedTuple):
@@ -58,16 +59,21 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
         hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
         d_model = store.d_model(store.hook(None if hook == "none" else hook))
         config = with_settings(preset(name, d_model), settings)
-        label = run_name(base or name, own) + (f"-from-{request.init_from}" if request.init_from else "")
+        first = ("none", store.hook(None))
+        named = [one for one in own if not (one.startswith("data.hook=") and one.partition("=")[2] in first)]
+        label = run_name(base or name, named) + (f"-from-{request.init_from}" if request.init_from else "")
         runs.append(Run(label, name, config, request.init_from))
     return runs
 
 
 def run_name(base: str, settings: Sequence[str]) -> str:
-    """The preset's (or file's) name and what was set beyond it: topk-d_sae1024-k16."""
+    """The preset's (or file's) name and what was set beyond it: topk-d_sae1024-k16, topk-4.hook_mlp_out."""
     named = [one for one in settings if not one.startswith(UNNAMED) and one != "data.seed=0"]
-    parts = [key.rpartition(".")[2] + value for key, _, value in (one.partition("=") for one in named)]
-    return "-".join([base, *parts]).replace("/", "_")
+    parts = [
+        value.removeprefix("blocks.") if key == "data.hook" else key.rpartition(".")[2] + value
+        for key, _, value in (one.partition("=") for one in named)
+    ]
+    return re.sub(r"[^\w.,=+-]", "_", "-".join([base, *parts]))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

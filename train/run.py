@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from tcsae.shared.config import differences, to_dict
+from tcsae.shared.config import differences, from_dict, to_dict
 from tcsae.shared.console import progress, say, size
-from tcsae.shared.errors import RunError
+from tcsae.shared.errors import ConfigError, RunError
+from tcsae.shared.runs import METRICS
 from tcsae.shared.sae import RECORD, load_record, load_sae
 from tcsae.shared.store import Store
 from tcsae.train.buffers import Workspace
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
-from tcsae.train.config import DataConfig
+from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.finish import save_run
 from tcsae.train.loader import Batch, SegmentLoader
 from tcsae.train.peers import NO_PEERS, Peers
 from tcsae.train.plan import Run
-from tcsae.train.tracking import METRICS, NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.tracking import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
-CHECKPOINT_EVERY_S = 600.0
 RESTORES = 2
 """Instabilities that a run with guard.action=restore survives."""
 
@@ -36,6 +36,7 @@ def train_runs(
     runs: Sequence[Run],
     fresh: bool = False,
     tracker: str | None = None,
+    device: torch.device | str = "cpu",
     peers: Peers = NO_PEERS,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
@@ -53,7 +54,7 @@ def train_runs(
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
             say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker, peers).train()
+        _Pass(store, runs_path, data, together, tracker, torch.device(device), peers).train()
     peers.wait()
     return [load_record(runs_path / name) for name in names]
 
@@ -80,7 +81,8 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool, world: int) ->
         for file in (*kept, path / RECORD, path / METRICS):
             file.unlink(missing_ok=True)
         return False
-    told = {"train": found.get("train", {}), "store": found.get("store", {}).get("content"), "from": found.get("from")}
+    settings = _with_defaults(found.get("train", {}))
+    told = {"train": settings, "store": found.get("store", {}).get("content"), "from": found.get("from")}
     asked = {"train": to_dict(run.config), "store": store.content, "from": run.init_from}
     if not (path / RECORD).exists() and (was := found.get("ranks", 1)) != world:
         raise RunError(
@@ -97,6 +99,14 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool, world: int) ->
     return False
 
 
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is."""
+    try:
+        return to_dict(from_dict(TrainConfig, settings))
+    except ConfigError:  # a setting that is gone, or none at all: it differs
+        return settings
+
+
 class _Member:
     """A run of a pass: its trainer, its log, and what to do when it is interrupted or unstable."""
 
@@ -106,14 +116,16 @@ class _Member:
         self.writes = writes
         self.run, self.path, self.trainer, self.about = run, path, trainer, about
         self.started, self.seconds = time.monotonic(), 0.0
+        self.saved = self.started
         n_bytes = 0
         if kept := checkpoints(path):
             told = read_about(kept[-1])
             restore(kept[-1], trainer)
             n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
-            if told["threads"] != about["threads"]:
-                say(f"{run.name}: {about['threads']} threads now, {told['threads']} before: rounding will differ.")
+            for what in ("threads", "device"):
+                if told[what] != about[what]:
+                    say(f"{run.name}: {what} {told[what]} before, {about[what]} now: rounding will differ.")
         config = run.config
         self.log: RunLog | NoLog = NoLog()
         if writes:
@@ -142,6 +154,8 @@ class _Member:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
+        elif time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes:
+            self.checkpoint_between()
 
     def _unstable(self, why: str, batch: Batch, number: int) -> None:
         """End the run, or bring back its last good state and leave this batch out."""
@@ -158,7 +172,16 @@ class _Member:
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
+    def checkpoint_between(self) -> None:
+        """A checkpoint at no step of its own: when time has passed, or training is interrupted.
+
+        Not of a run that would be brought back: started again there, it would be brought back to there.
+        """
+        if self.run.config.guard.checkpoint_steps and self.bring_back is None and self.live:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
+        self.saved = time.monotonic()
         if not self.writes:
             return
         told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
@@ -178,12 +201,14 @@ class _Pass:
         data: DataConfig,
         runs: Sequence[Run],
         tracker: str | None,
+        device: torch.device,
         peers: Peers,
     ) -> None:
         self.peers = peers
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
-        self.loader = SegmentLoader(store, data, ours=peers.ranks)
-        self.workspace = Workspace()
+        self.device = device
+        self.loader = SegmentLoader(store, data, device=device, ours=peers.ranks)
+        self.workspace = Workspace(device)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
 
@@ -201,6 +226,7 @@ class _Pass:
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
+            "device": self.device.type,
             "ranks": self.peers.ranks.world,
         }
         return _Member(run, path, trainer, about, self.tracker, self.peers.writes)
@@ -224,8 +250,7 @@ class _Pass:
                     advance(len(batch.x))
             except KeyboardInterrupt:
                 for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
+                    member.checkpoint_between()
                 raise
         for member in self.members if self.peers.writes else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
@@ -233,22 +258,18 @@ class _Pass:
                 file.unlink()
 
     def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
-        """Numbered batches while any run wants them; a checkpoint of all every ten minutes."""
-        saved = time.monotonic()
+        """Numbered batches while any run wants them."""
         for number, batch in zip(range(done, last), self.loader, strict=False):
             if not any(member.live for member in self.members):
                 return
             yield number, batch
-            if time.monotonic() - saved > CHECKPOINT_EVERY_S:
-                saved = time.monotonic()
-                for member in self.members:
-                    if member.live and member.run.config.guard.checkpoint_steps:
-                        member.checkpoint()
 
     def _announce(self) -> None:
         """Memory, before it is used: weights, gradients and two moments of each run, buffers, two blocks of data."""
         weights = sum(parameter.numel() * 4 for one in self.members for parameter in one.trainer.sae.parameters())
         n = self.loader.config.n_segments * self.loader.config.segment_length
         buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
+        on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
+        tokens = f"{self.loader.n_tokens:,} tokens an epoch ({self.loader.n_skipped:,} left out by data.skip_first)"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
-        say(f"{len(self.runs)} run(s), {self.loader.n_tokens:,} tokens an epoch, about {size(total)} of memory")
+        say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tcsae.shared.codes import SparseCode
+from tcsae.shared.device import sum_dtype
 from tcsae.shared.windows import n_windows, pair_weights, positions
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TemporalConfig
@@ -49,7 +50,7 @@ def sparse_term(
     value = difference_sparse(code, pairs, grad, workspace.zeros(code.n_tokens, code.d_sae))
     if config.kind == "relative":
         share = energy_share(pairs)[code.rows]
-        energy = (share * code.values.double().square()).sum()
+        energy = (share * code.values.to(sum_dtype(share.device)).square()).sum()
         return relative(value, energy, grad, share * code.values)
     return float(value), grad
 
@@ -65,7 +66,7 @@ def dense_term(
     value = difference_dense(activations, pairs, grad)
     if config.kind == "relative":
         share = energy_share(pairs)
-        energy = (share.double() * activations.square().sum(1)).sum()
+        energy = (share.to(sum_dtype(share.device)) * activations.square().sum(1)).sum()
         return relative(value, energy, grad, share[:, None] * activations)
     return float(value), grad
 
@@ -86,17 +87,37 @@ def partners(batch: Batch, seed: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " 
     first = starts[has] + rng.integers(0, np.maximum(batch.lengths[has] - 1, 1))
     documents = batch.documents[has]
     others = documents[:, None] != documents[None, :]
-    return torch.from_numpy(first), torch.from_numpy(first + 1), torch.from_numpy(others)
+    device = batch.x.device
+    at, apart = torch.from_numpy(first).to(device), torch.from_numpy(others).to(device)
+    return at, at + 1, apart
 
 
 def info_nce(
     a: Float[Tensor, "p d"], b: Float[Tensor, "p d"], others: Bool[Tensor, "p p"], temperature: float
-) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of cosines: each row's partner against the partners of other documents' rows."""
-    scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature
-    scores = scores.masked_fill(~(others | torch.eye(len(a), dtype=torch.bool)), -torch.inf)
-    target = torch.arange(len(a))
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+) -> tuple[Float[Tensor, ""], Float[Tensor, "p d"], Float[Tensor, "p d"]]:
+    """Symmetric InfoNCE of cosines, each row's partner against the partners of other documents' rows; d / da, d / db.
+
+    With S = cos(a_i, b_j) / temperature and p pairs, d / dS = (softmax over rows + softmax over columns - 2 I) / (2 p).
+    """
+    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    (unit_a, norm_a), (unit_b, norm_b) = _unit(a), _unit(b)
+    scores = (unit_a @ unit_b.T / temperature).masked_fill_(~(others | own), -torch.inf)
+    by_row, by_column = scores.log_softmax(1), scores.log_softmax(0)
+    value = -(by_row.diagonal() + by_column.diagonal()).mean() / 2
+    slope = (by_row.exp() + by_column.exp() - 2 * own) / (2 * len(a) * temperature)
+    return value, _along_sphere(slope @ unit_b, unit_a, norm_a), _along_sphere(slope.T @ unit_a, unit_b, norm_b)
+
+
+def _unit(x: Float[Tensor, "p d"]) -> tuple[Float[Tensor, "p d"], Float[Tensor, "p 1"]]:
+    norm = x.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+    return x / norm, norm
+
+
+def _along_sphere(
+    grad: Float[Tensor, "p d"], unit: Float[Tensor, "p d"], norm: Float[Tensor, "p 1"]
+) -> Float[Tensor, "p d"]:
+    """From the gradient at a normed row to that at the row itself."""
+    return (grad - unit * (grad * unit).sum(1, keepdim=True)) / norm
 
 
 def contrastive_dense(
@@ -115,8 +136,8 @@ def contrastive(
     """As `contrastive_dense`, at a sparse code's entries."""
     first, second, others = partners(batch, seed)
     rows = torch.cat([first, second])
-    place_of = torch.full((code.n_tokens,), -1, dtype=torch.int64)
-    place_of[rows] = torch.arange(len(rows))
+    place_of = torch.full_like(code.offsets[1:], -1)
+    place_of[rows] = torch.arange(len(rows), device=rows.device)
     place = place_of[code.rows]
     at = (place >= 0).nonzero().squeeze(1)
     where = (place[at], code.latents[at])
@@ -128,14 +149,17 @@ def contrastive(
 
 
 def _contrast(rows: Float[Tensor, "two_p d"], others: Bool[Tensor, "p p"], temperature: float) -> tuple[float, Tensor]:
-    """Value and gradient, by autograd on a leaf of the few rows that take part."""
+    """Value and gradient at the few rows that take part: first each pair's first, then each pair's second."""
     if len(others) < 2:
         return 0.0, torch.zeros_like(rows)
-    with torch.enable_grad():
-        leaf = rows.detach().requires_grad_()
-        value = info_nce(leaf[: len(others)], leaf[len(others) :], others, temperature)
-        (grad,) = torch.autograd.grad(value, leaf)
-    return value.item(), grad
+    value, *grads = info_nce(rows[: len(others)], rows[len(others) :], others, temperature)
+    return float(value), torch.cat(grads)
+
+
+def positions_of(batch: Batch) -> Int[Tensor, " n"]:
+    """Each token's position in its sequence."""
+    found = positions(batch.lengths) + np.repeat(batch.starts, batch.lengths)
+    return torch.from_numpy(found).to(batch.x.device)
 
 
 class PositionPenalty:
@@ -144,13 +168,13 @@ class PositionPenalty:
     The means follow the batches and are held constant in the gradient, 2 (m_jp - m_j) / n for every token at p.
     """
 
-    def __init__(self, n_positions: int, d: int) -> None:
-        self.sums = torch.zeros(n_positions, d)
-        self.counts = torch.zeros(n_positions)
+    def __init__(self, n_positions: int, d: int, device: torch.device) -> None:
+        self.sums = torch.zeros(n_positions, d, device=device)
+        self.counts = torch.zeros(n_positions, device=device)
 
     def sparse(self, code: SparseCode, batch: Batch) -> tuple[float, Float[Tensor, " n_entries"]]:
         """Value and gradient at weight 1."""
-        position = torch.from_numpy(positions(batch.lengths) + np.repeat(batch.starts, batch.lengths))
+        position = positions_of(batch)
         entry = position[code.rows]
         self._decay(position)
         flat = entry * self.sums.shape[1] + code.latents
@@ -160,7 +184,7 @@ class PositionPenalty:
 
     def dense(self, activations: Float[Tensor, "n d"], batch: Batch) -> tuple[float, Float[Tensor, "n d"]]:
         """As `sparse`, for a dense code."""
-        position = torch.from_numpy(positions(batch.lengths) + np.repeat(batch.starts, batch.lengths))
+        position = positions_of(batch)
         self._decay(position)
         self.sums.index_add_(0, position, activations.to(self.sums.dtype))
         off, value = self._deviations()

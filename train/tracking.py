@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tcsae.shared.codes import SparseCode
+from tcsae.shared.device import sum_dtype
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.windows import pair_weights
 from tcsae.train.loader import Batch
 from tcsae.train.losses import Pairs, difference_dense, difference_sparse
 from tcsae.train.trainer import StepResult, Trainer
 
-METRICS = "metrics.jsonl"
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -45,26 +45,20 @@ def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str
 
 def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[float, float]:
     """(mean ||f||^2, adjacent correlation): E ||f_t+1 - f_t||^2 = 2 sum_j var(f_j) (1 - rho_j)."""
-    code = result.state.code
+    code, wide = result.state.code, sum_dtype(batch.x.device)
     weights = torch.from_numpy(pair_weights(batch.lengths, 2)).to(batch.x)
     pairs = [Pairs(1, weights / weights.sum().clamp(min=1))]
     if isinstance(code, SparseCode):
-        square, mean = code.values.double().square().sum(), torch.zeros(code.d_sae, dtype=torch.float64)
-        mean.index_add_(0, code.latents, code.values.double())
+        values = code.values.to(wide)
+        square, mean = values.square().sum(), values.new_zeros(code.d_sae).index_add_(0, code.latents, values)
         zeros = trainer.workspace.zeros(code.n_tokens, code.d_sae)
         difference = difference_sparse(code, pairs, torch.zeros_like(code.values), zeros)
     else:
-        square, mean = code.square().sum().double(), code.sum(0, dtype=torch.float64)
+        square, mean = code.square().sum().to(wide), code.sum(0, dtype=wide)
         difference = difference_dense(code, pairs, trainer.workspace.get("temporal", *code.shape).zero_())
     n = len(batch.x)
     variance = float(square / n - (mean / n).square().sum())
     return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if it has not been written."""
-    file = Path(path) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 class Tracker(NamedTuple):

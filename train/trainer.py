@@ -1,7 +1,6 @@
 """One run in training: its weights, optimiser and step. The backward pass is written out; nothing builds a graph."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +16,14 @@ from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
 from tcsae.train.loader import Batch
-from tcsae.train.losses import difference_dense, l1_dense, l1_sparse
+from tcsae.train.losses import difference_dense, l1_sparse
 from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
 
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
 CALIBRATION_TOKENS = 4096
+NO_GRADIENT = 1e-5
+"""A gradient this small, times the code's norm and over the term's value, is rounding."""
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Progress:
 
     n_steps: int = 0
     n_tokens: int = 0
+    n_left_out: int = 0
+    """Tokens of segments that data.max_norm left out."""
     mean_loss: float = 0.0
     n_restored: int = 0
     ended: str = ""
@@ -54,7 +57,10 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains one SAE, a batch a step. `sample` [n, d_model] sets the input scale and the first decoder bias."""
+    """Trains one SAE, a batch a step, on the device that `sample` and `workspace` are on.
+
+    `sample` [n, d_model] sets the input scale and the first decoder bias.
+    """
 
     config: TrainConfig
     sample: Float[Tensor, "n d_model"]
@@ -72,17 +78,17 @@ class Trainer:
         if self.initial is None:
             self.sae = initial_sae(config, self.sample * self.scale)
         else:
-            self.sae = self.initial
+            self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
         self.batch_code: BatchCode = batchtopk_code
         self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
-        self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64)
+        self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.sample.device)
         ranges = config.sae.group_ranges()
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
         penalised = config.temporal.position_penalty > 0
-        self.positions = PositionPenalty(self.n_positions, self.scope[1]) if penalised else None
+        self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device) if penalised else None
 
     def _learns(self, parameter: Tensor) -> bool:
         """All but a batchtopk's threshold, which is found at the end."""
@@ -100,7 +106,8 @@ class Trainer:
         assert W_dec.grad is not None
         if config.optimizer.unit_decoder:
             # Along a unit row the gradient would only be undone by the norm, yet it would feed Adam's moments.
-            W_dec.grad.sub_(torch.linalg.vecdot(W_dec.grad, W_dec)[:, None] * W_dec)
+            products = torch.mul(W_dec.grad, W_dec, out=self.workspace.get("rows", *W_dec.shape))
+            W_dec.grad.addcmul_(W_dec, products.sum(1)[:, None], value=-1)
         result.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm))
         self._guard(result)
         for group in self.optimizer.param_groups:
@@ -117,22 +124,27 @@ class Trainer:
         """A batch is done with, used or not: schedules and ends go by batches seen."""
         self.progress.n_steps += 1
         self.progress.n_tokens += len(batch.x)
+        self.progress.n_left_out += batch.n_left_out
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> StepResult:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
+        if self.config.optimizer.gradients == "autograd":
+            from tcsae.train.reference import autograd_gradients  # which imports this module
+
+            return autograd_gradients(self, batch)
         sae, config, n = self.sae, self.config, len(batch.x)
         x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
         jump = config.sae.activation == "jumprelu"
         state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0, self.batch_code)
-        losses = {"reconstruction": reconstruct(sae, state, config.group_weights)}
+        losses = {"reconstruction": reconstruct(sae, state, config.group_weights, self.workspace)}
         grad = code_gradient(sae, state, self.workspace)
         weight = self._add_terms(losses, state, batch, grad)
         threshold_grad = None
         if jump:
             losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
         dead = self.dead()
-        fired, n_active = set_gradients(sae, state, grad, threshold_grad)
+        fired, n_active = set_gradients(sae, state, grad, threshold_grad, config.sparsity.l1 / n)
         self.tokens_since_fired.add_(n).masked_fill_(fired, 0)
         if config.dead.aux_weight and config.sae.activation != "gelu":
             aux_k = min(config.dead.aux_k, config.sae.d_sae)
@@ -148,8 +160,8 @@ class Trainer:
             pairs = pairs_of(config.temporal, batch)
             losses["temporal"] = weight * float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
         elif config.temporal.active:
-            value, unit, target = self._temporal(code, batch, grad)
-            weight = self._temporal_weight(target, unit)
+            value, unit, target, entries = self._temporal(code, batch, grad)
+            weight = self.temporal_weight(value, target, unit, entries)
             losses["temporal"] = weight * value
             self._add(grad, unit, weight, code)
         if self.positions is not None:
@@ -160,28 +172,43 @@ class Trainer:
             losses["position"] = config.temporal.position_penalty * value
             self._add(grad, unit, config.temporal.position_penalty, code)
         if config.sparsity.l1:
-            add: Callable[..., Tensor] = l1_sparse if isinstance(code, SparseCode) else l1_dense
-            losses["l1"] = float(add(code, config.sparsity.l1, grad))
+            if isinstance(code, SparseCode):
+                losses["l1"] = float(l1_sparse(code, config.sparsity.l1, grad))
+            else:  # its gradient is added on the way back through the activation
+                assert state.activity is not None
+                losses["l1"] = config.sparsity.l1 * state.activity.total / len(code)
         return weight
 
-    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Value and gradient at weight 1 over the scope, and the reconstruction's gradient over the same."""
-        config, seed = self.config.temporal, hash((self.config.init_seed, self.progress.n_steps)) % 2**32
+    def step_seed(self) -> int:
+        """Of what a run draws for itself in this step."""
+        return hash((self.config.init_seed, self.progress.n_steps)) % 2**32
+
+    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+        """Over the scope: value and gradient at weight 1, the reconstruction's gradient, and the code's entries."""
+        config, seed = self.config.temporal, self.step_seed()
         if isinstance(code, SparseCode):
             part, at = code.part(*self.scope)
             value, unit = sparse_term(config, part, batch, self.workspace, seed)
-            return value, unit, grad[at]
+            return value, unit, grad[at], part.values
         columns = slice(*self.scope)
         value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed)
-        return value, unit, grad[:, columns]
+        return value, unit, grad[:, columns], code[:, columns]
 
-    def _temporal_weight(self, target: Tensor, unit: Tensor) -> float:
-        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up."""
+    def temporal_weight(self, value: float, target: Tensor, unit: Tensor, code: Tensor) -> float:
+        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up.
+
+        `value` and `unit` are the term and its gradient at weight 1, `target` is the reconstruction's gradient; both
+        are with respect to the entries `code`, of which the active ones count. Where nothing but rounding is left of
+        the term's gradient (no latent fires twice in a row), it gets no weight: any share would be noise.
+        """
         config = self.config.temporal
         if not config.budget:
             return self._risen(config.weight)
-        norm = float(unit.norm())
-        return self._risen(config.budget * float(target.norm()) / norm if norm else 0.0)
+        active = code != 0
+        norm, size = float((unit * active).norm()), float(code.norm())
+        if norm * size <= NO_GRADIENT * abs(value):
+            return 0.0
+        return self._risen(config.budget * float((target * active).norm()) / norm)
 
     def _risen(self, weight: float) -> float:
         return weight * min(
@@ -216,8 +243,11 @@ class Trainer:
 
     @torch.no_grad()
     def finished_sae(self) -> SparseAutoencoder:
-        """A copy that reads unscaled activations; a batchtopk gets the threshold at which L0 is k on the sample."""
-        sae = SparseAutoencoder(self.config.sae)
+        """A copy on the CPU that reads unscaled activations.
+
+        A batchtopk's gets the threshold at which L0 is k on the sample.
+        """
+        sae = SparseAutoencoder(self.config.sae).to(self.sample.device)
         sae.load_state_dict(self.sae.state_dict())
         if self.config.sae.activation == "batchtopk":
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
@@ -226,4 +256,4 @@ class Trainer:
             # The last entry kept has to stay above the threshold: fires on strict >.
             sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
-        return sae.eval()
+        return sae.cpu().eval()

@@ -25,9 +25,10 @@ from step import batches, ours
 import tcsae
 from tcsae.shared.cli import cli
 from tcsae.shared.codecs import check_codec
+from tcsae.shared.layout import Shard
 from tcsae.shared.manifest import SPLITS
 from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, Shard, open_writer
+from tcsae.shared.writer import Rows, open_writer
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader

@@ -46,9 +46,8 @@ def main() -> None:
         planned[name, False] = plan_runs(store, Training((twin,), [*asked.settings, *without], seeds))
     runs = [run for group in planned.values() for run in group]
     train_runs(store, asked.runs, runs)
-    done = {
-        one["name"]: one for one in evaluate_runs(store, asked.runs, Request([run.name for run in runs])).evaluations
-    }
+    evaluated = evaluate_runs(store, asked.runs, Request(names=[run.name for run in runs]))
+    done = {one["name"]: one for one in evaluated.evaluations}
     found = {}
     for name in TWINS:
         pairs = zip(planned[name, True], planned[name, False], strict=True)

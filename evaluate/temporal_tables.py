@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from tcsae.shared.console import table
+from tcsae.shared.console import sparkline, table
 
 SUMMARY = {
     "jaccard": "jaccard_corrected",
-    "rho in doc": "rho_1_within",
+    "rho doc": "rho_1_within",
     "median": "rho_1_within_median",
     "slow/x": "slowness_to_x",
     "dwell": "dwell",
@@ -19,7 +19,7 @@ SUMMARY = {
     "join AUC": "boundary_auc",
 }
 
-
+CURVE_WIDTH = 6
 LAGS = (1, 2, 4, 8, 16, 32)
 """At which the curves are printed; eval.json has every lag."""
 
@@ -29,16 +29,16 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     measured = [one for one in evaluations if one.get("temporal")]
     if not measured:
         return
-    rows = [_summary("x itself", measured[0]["temporal"]["x"]["measures"])]
+    rows = [_summary("x itself", measured[0]["temporal"]["x"])]
     for one in measured:
         for group, found in one["temporal"]["groups"].items():
             if "rho_1" in found["measures"]:
                 name = one["name"] if group == "all" else f"  {group.replace('_', ' ')}"
-                rows.append(_summary(name, found["measures"]))
-    table("Temporal and position measures, each minus its null", ("", *SUMMARY), rows)
+                rows.append(_summary(name, found))
+    table("Temporal and position measures, each minus its null", ("", *SUMMARY, "rho(k)"), rows)
     click.echo(
         "A star: the 95% interval leaves out zero. slow/x: below 0 is slower than x itself, relative to permuted "
-        "positions.\nMedians over latents; all else pooled over them."
+        "positions.\nMedians over latents; all else pooled over them. rho(k): within documents, lags 1 to 32."
     )
     if not details:
         click.echo("Every measure with its value, null and interval: --details.")
@@ -51,8 +51,10 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     click.echo("Nulls: " + "; ".join(f"{name}: {text}" for name, text in first["null_definitions"].items()) + ".")
 
 
-def _summary(name: str, measures: dict[str, Any]) -> list[object]:
-    return [name, *(_difference(measures.get(measure)) for measure in SUMMARY.values())]
+def _summary(name: str, found: dict[str, Any]) -> list[object]:
+    measures, curve = found["measures"], found["curves"].get("rho_1_within", [])
+    curve = sparkline([value for value in curve if value is not None], CURVE_WIDTH)
+    return [name, *(_difference(measures.get(measure)) for measure in SUMMARY.values()), curve]
 
 
 def _difference(row: dict[str, Any] | None) -> str | None:

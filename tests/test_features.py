@@ -1,0 +1,230 @@
+"""Promise: what is shown of a latent is what it does: its measures, its sequences, its likes, its lens, its tokens."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcsae.evaluate.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
+from tcsae.evaluate.feature_data import label_tokens, token_rarity
+from tcsae.evaluate.feature_pass import Part, collect_features
+from tcsae.evaluate.latent_figures import MEASURES
+from tcsae.evaluate.lens import Lenses, logit_lens
+from tcsae.evaluate.neighbours import N_NEAREST, FiringSample, nearest_by_decoder
+from tcsae.evaluate.temporal_figures import latent_measures
+from tcsae.shared.codes import positive_code
+from tcsae.shared.store import Store
+from tcsae.shared.tail import Tail
+from tcsae.shared.token_text import TokenTexts, _bytes_text, legible
+
+spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return toy.write_store(tmp_path_factory.mktemp("store") / "a.zarr", toy.make_model(), toy.N_SEQUENCES)
+
+
+def whole_code(store: Store, sae) -> tuple[torch.Tensor, np.ndarray]:
+    """The dense code of every position of the eval split, and which positions are counted."""
+    x = torch.from_numpy(store.eval.read(toy.HOOK, 0, store.eval.n_sequences))
+    position = np.arange(toy.LENGTH)
+    counted = (position < store.eval.lengths[:, None]) & (position >= 1)
+    with torch.no_grad():
+        code = sae.encode(x)
+    code[~torch.from_numpy(counted)] = 0
+    return code, counted
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gelu"])
+def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activation):
+    """`eval` and the report may never mean two things by one name."""
+    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
+    latents = [0, 7, 21]
+    for latent in latents:
+        which = torch.arange(toy.LATENTS) == latent
+        pooled = latent_measures(found.sums, found.sums, which)
+        ours = {name: float(values[latent]) for name, values in found.figures.measures.items()}
+        for name in ("rho_1", "rho_1_within", "slowness", "dwell", "position_share", "token_share", "document_share"):
+            assert ours[name] == pytest.approx(pooled.values[name], nan_ok=True), name
+        np.testing.assert_allclose(found.figures.rho[:, latent], pooled.curves["rho_1_within"], rtol=1e-9)
+        assert float(found.figures.rho_null[latent]) == pytest.approx(pooled.nulls["rho_1_within"])
+        assert ours["rho_8_within"] == pytest.approx(pooled.curves["rho_1_within"][7])
+    assert list(found.figures.measures) == list(MEASURES)
+    dead = {name: float(values[3]) for name, values in found.figures.measures.items() if activation != "gelu"}
+    assert all(np.isnan(value) for name, value in dead.items() if name != "density")
+
+
+def test_density_and_sequences_are_counted(store):
+    sae = toy.make_sae("relu")
+    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    code, counted = whole_code(store, sae)
+    on = code > 0
+    np.testing.assert_allclose(found.figures.measures["density"], on.sum((0, 1)) / counted.sum())
+    assert found.contexts.n_sequences.tolist() == on.any(1).sum(0).tolist()
+    np.testing.assert_allclose(found.contexts.maximum(), code.amax((0, 1)).clamp(min=0), rtol=1e-6)
+    np.testing.assert_allclose(found.contexts.total, code.clamp(min=0).sum((0, 1)), rtol=1e-5)
+    assert found.alive.tolist() == on.any(1).any(0).tolist()
+    assert not found.alive[3]
+    assert found.n_tokens == counted.sum()
+
+
+def test_a_part_of_a_split_is_its_first_documents(store):
+    (found,) = collect_features(Part(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
+    ends = np.append(np.flatnonzero(np.diff(store.eval.documents)) + 1, store.eval.n_sequences)
+    n = next(end for end in ends if store.eval.lengths[:end].sum() >= 50)
+    assert found.n_tokens == np.maximum(store.eval.lengths[:n] - 1, 0).sum()
+    assert int(found.contexts.top.sequence.max()) < n
+
+
+def random_code(seed: int, n_sequences: int, length: int, d_sae: int, density: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    code = torch.rand(n_sequences, length, d_sae, generator=generator)
+    return torch.where(torch.rand(code.shape, generator=generator) < density, code, 0.0)
+
+
+def collect(code: torch.Tensor, cuts: list[int]) -> ContextCollector:
+    made = ContextCollector(code.shape[2], code.shape[1])
+    counted = torch.ones(code.shape[:2], dtype=torch.bool)
+    for start, stop in zip([0, *cuts], [*cuts, len(code)], strict=True):
+        made.add(start, counted[start:stop], positive_code(code[start:stop].flatten(0, 1)))
+    return made
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 10**6), st.lists(st.integers(1, 59), max_size=4, unique=True), st.sampled_from([0.003, 0.03, 0.3])
+)
+def test_the_strongest_sequences_are_kept_whole_however_batches_are_cut(seed, cuts, density):
+    code = random_code(seed, 60, 5, 7, density)
+    ours, other = collect(code, sorted(cuts)), collect(code, [])
+    peaks = code.amax(1)
+    for latent in range(7):
+        firing = (peaks[:, latent] > 0).nonzero().squeeze(1).tolist()
+        expected = sorted(firing, key=lambda i: -float(peaks[i, latent]))
+        found = ours.contexts(latent)
+        strongest = [one for one in found if one.quantile is None]
+        assert [one.sequence for one in strongest] == expected[:N_TOP]
+        assert len({one.sequence for one in found}) == len(found)
+        for one in found:
+            np.testing.assert_allclose(one.activations, code[one.sequence, :, latent], rtol=1e-3)
+        again = other.contexts(latent)
+        assert [(one.sequence, one.quantile) for one in found] == [(one.sequence, one.quantile) for one in again]
+        if len(firing) <= N_SAMPLED:  # exact
+            ascending = sorted(firing, key=lambda i: float(peaks[i, latent]))
+            for one in found[len(strongest) :]:
+                assert one.sequence == ascending[round(one.quantile * (len(firing) - 1))]
+
+
+def test_the_sample_is_fair():
+    """Of 400 sequences in which all latents fire, each is drawn as often as any other."""
+    code = torch.rand(400, 1, 300, generator=torch.Generator().manual_seed(0)) + 0.1
+    made = collect(code, [100, 150, 390])
+    drawn = torch.bincount(made.sample.sequence.flatten().long(), minlength=400).float()
+    assert drawn.sum() == 300 * N_SAMPLED
+    mean, chance = 300 * N_SAMPLED / 400, N_SAMPLED / 400
+    assert abs(float(drawn.var()) / (300 * chance * (1 - chance)) - 1) < 0.3
+    assert abs(float(drawn[:100].mean()) / mean - 1) < 0.05
+    quantiles = {one.quantile for one in made.contexts(0)} - {None}
+    assert quantiles <= set(QUANTILES)
+    peaks = code[:, 0, 0].sort().values
+    middle = next(one for one in made.contexts(0) if one.quantile == 0.5)
+    assert peaks[120] < middle.activations.max() < peaks[280]
+
+
+def test_the_nearest_latents(store, monkeypatch):
+    sae = toy.make_sae("relu")
+    monkeypatch.setattr("tcsae.evaluate.neighbours.BLOCK", 7)
+    monkeypatch.setattr("tcsae.evaluate.neighbours.PAIR_BLOCK", 50)
+    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
+    cosines = (unit @ unit.T).fill_diagonal_(-1)
+    cosines[:, ~found.alive] = -1
+    near = nearest_by_decoder(sae.W_dec, found.alive)
+    np.testing.assert_allclose(near.likeness, cosines.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
+    assert near.latents[:, 0].tolist() == cosines.argmax(1).tolist()
+    code, counted = whole_code(store, sae)
+    on = (code[torch.from_numpy(counted)] > 0).double()
+    both = on.T @ on
+    either = on.sum(0)[:, None] + on.sum(0) - both
+    jaccard = (both / either.clamp(min=1)).fill_diagonal_(-1)
+    together = found.firing.nearest(found.alive)
+    np.testing.assert_allclose(together.likeness, jaccard.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
+    assert found.firing.n_tokens == counted.sum()
+
+
+def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
+    monkeypatch.setattr("tcsae.evaluate.neighbours.SAMPLE_TOKENS", 100)
+    sample = FiringSample(6, 1000)
+    code = random_code(0, 50, 20, 6, 0.5)
+    sample.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
+    assert sample.n_tokens == 100, "every tenth sequence"
+    on = (code[::10].flatten(0, 1) > 0).double()
+    both = on.T @ on
+    jaccard = (both / (on.sum(0)[:, None] + on.sum(0) - both)).fill_diagonal_(0)
+    np.testing.assert_allclose(
+        sample.nearest(torch.ones(6, dtype=torch.bool)).likeness, jaccard.topk(5, 1).values, rtol=1e-6
+    )
+    monkeypatch.setattr("tcsae.evaluate.neighbours.SAMPLE_PAIRS", 0)
+    alive = torch.ones(6, dtype=torch.bool)
+    none = FiringSample(6, 1000)
+    none.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
+    assert none.nearest(alive).likeness.sum() == 0
+
+
+def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
+    tail = Tail.load(store.tail_path(toy.HOOK))
+    generator = torch.Generator().manual_seed(0)
+    mean, directions = torch.randn(toy.WIDTH, generator=generator), torch.randn(5, toy.WIDTH, generator=generator)
+    tokens = torch.arange(0, toy.VOCABULARY, 2)
+    found = logit_lens(tail, mean, directions, tokens)
+    for i, direction in enumerate(directions):
+        change = tail.logits((mean + direction).view(1, 1, -1))[0, 0] - tail.logits(mean.view(1, 1, -1))[0, 0]
+        change = (change - change.mean())[tokens]
+        best = change.argsort(descending=True)[:8]
+        assert found.promoted[i].tolist() == tokens[best].tolist()
+        np.testing.assert_allclose(found.gains[i], change[best], atol=1e-4)
+        assert found.suppressed[i, 0] == tokens[change.argmin()]
+        assert found.losses[i, 0] == pytest.approx(float(change.min()), abs=1e-4)
+    without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
+    lenses = Lenses(without, Part(without.eval, toy.HOOK, 1))
+    assert lenses.of(toy.HOOK, directions) is None
+    assert "no tail for" in lenses.tail(toy.HOOK)
+
+
+def test_a_latent_s_tokens_are_those_it_fires_on_rare_ones_first():
+    tokens = np.array([[1, 2, 3, 1], [1, 4, 1, 1]])
+    collector = ContextCollector(1, 4)
+    code = torch.tensor([[[1.0], [1.0], [0.2], [0.0]], [[0.0], [0.3], [1.0], [1.0]]])
+    collector.add(0, torch.ones(2, 4, dtype=torch.bool), positive_code(code.flatten(0, 1)))
+    rarity = token_rarity(tokens)
+    assert rarity[1] == pytest.approx(np.log(8 / 5))
+    assert label_tokens(collector.kept(0), tokens, rarity) == [2, 1, 4], "3 is below a quarter of the peak"
+
+
+def test_tokens_show_legibly(tiny_store, store):
+    from tcsae.shared.store import open_store
+
+    texts = TokenTexts(open_store(tiny_store))
+    tokenizer = texts._tokenizer
+    for text, shown in ((" a", " a"), ("\n", "⏎"), ("\t", "⇥"), ("\x1b", "\\x1b"), ("<", "<")):
+        (token,) = tokenizer.encode(text, add_special_tokens=False)
+        assert texts[token] == shown
+    assert "".join(texts[token] for token in tokenizer.encode("é", add_special_tokens=False)) == "⟨C3⟩⟨A9⟩"
+    assert texts[0] == "<|endoftext|>"
+    assert texts[10**6] == "⟨1000000⟩", "beyond the vocabulary"
+    assert TokenTexts(store)[17] == "⟨17⟩", "no tokenizer in that store"
+    assert list(texts.table([5, 3, 5])) == [3, 5]
+
+
+def test_bytes_and_odd_pieces():
+    assert _bytes_text("<0xE2>") == "⟨E2⟩"
+    assert _bytes_text("âĢ") == "⟨E2 80⟩"
+    assert _bytes_text("漢") == "漢", "no byte-level vocabulary"
+    assert legible("\u202eb") == "\\u202eb", "no override of the direction of text"
