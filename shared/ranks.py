@@ -59,8 +59,11 @@ def has_rendezvous() -> bool:
     return "MASTER_ADDR" in os.environ
 
 
-def start_group(ours: Ranks) -> None:
-    """Meet the other processes. Raises ConfigError if nothing says where."""
+def start_group(ours: Ranks, device: "torch.device | str" = "cpu") -> None:
+    """Meet the other processes, to add up what is on `device`: by nccl on a GPU, by gloo on a CPU.
+
+    Raises ConfigError if nothing says where to meet.
+    """
     import torch
     import torch.distributed as dist
 
@@ -71,10 +74,7 @@ def start_group(ours: Ranks) -> None:
             "One run in several processes takes a rendezvous (MASTER_ADDR, MASTER_PORT). Start it with torchrun: "
             f"torchrun --nproc-per-node {ours.world} -m tcsae train ..."
         )
-    backend = "cpu:gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ours.local % torch.cuda.device_count())
-        backend += ",cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "cpu:gloo"
     dist.init_process_group(backend, rank=ours.rank, world_size=ours.world, timeout=timedelta(seconds=WAIT_S))
 
 

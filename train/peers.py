@@ -93,7 +93,7 @@ class PeerTrainer(Trainer):
         return threshold_code(pre, below.clamp(min=0))
 
 
-def check_parallel(config: TrainConfig, world: int, device: torch.device | str) -> None:
+def check_parallel(config: TrainConfig, world: int, device: torch.device | str = "cpu") -> None:
     """Raises ConfigError for settings whose losses are no sums over a batch's parts, or batches that are too small."""
     if torch.device(device).type == "mps":
         raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")

@@ -30,7 +30,7 @@ def train_together(
     check_names(runs)
     if len(runs) == 1:
         check_parallel(runs[0].config, ours.world, device)
-        start_group(ours)
+        start_group(ours, device)
         train_runs(store, runs_path, runs, fresh, tracker, device, Peers(ours))
         return [load_record(runs_path / runs[0].name)] if ours.rank == 0 else []
     mine = deal(runs, ours)
