@@ -6,7 +6,12 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says what else the machine does, not whether the promise holds.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Before torch and the Hub's libraries are imported: tests use one thread, and no network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
