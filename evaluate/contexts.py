@@ -3,7 +3,7 @@
 Of each latent are kept the N_TOP sequences with the largest peaks, and N_SAMPLED of all sequences in which it fires,
 drawn by a hash of (sequence, latent): which ones depends on nothing else. Quantiles of the peaks are those of the
 sample, exact where a latent fires in no more sequences than that. Each kept sequence has all its activations, as
-float16 shares of its peak.
+float16 shares of its peak: three digits, and below 3e-8 of the peak nothing.
 """
 
 from typing import NamedTuple

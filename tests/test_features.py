@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
@@ -106,6 +106,7 @@ def collect(code: torch.Tensor, cuts: list[int]) -> ContextCollector:
 
 
 @settings(max_examples=30, deadline=None)
+@example(21304, [], 0.3)
 @given(
     st.integers(0, 10**6), st.lists(st.integers(1, 59), max_size=4, unique=True), st.sampled_from([0.003, 0.03, 0.3])
 )
@@ -121,7 +122,8 @@ def test_the_strongest_sequences_are_kept_whole_however_batches_are_cut(seed, cu
         assert [one.sequence for one in strongest] == expected[:N_TOP]
         assert len({one.sequence for one in found}) == len(found)
         for one in found:
-            np.testing.assert_allclose(one.activations, code[one.sequence, :, latent], rtol=1e-3)
+            # float16 shares of the peak: below 6e-5 of it their steps no longer shrink.
+            np.testing.assert_allclose(one.activations, code[one.sequence, :, latent], rtol=1e-3, atol=6e-8)
         again = other.contexts(latent)
         assert [(one.sequence, one.quantile) for one in found] == [(one.sequence, one.quantile) for one in again]
         if len(firing) <= N_SAMPLED:  # exact
