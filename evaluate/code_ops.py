@@ -63,12 +63,7 @@ def take(code: Code, tokens: Int[Tensor, " m"]) -> Code:
     """The code of the given tokens, in that order; a token may be taken twice."""
     if not isinstance(code, SparseCode):
         return code.index_select(0, tokens)
-    counts = code.offsets.diff()[tokens]
-    offsets = torch.zeros(len(tokens) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    shift = code.offsets[tokens] - offsets[:-1]
-    at = torch.arange(int(offsets[-1])) + torch.repeat_interleave(shift, counts, output_size=int(offsets[-1]))
-    return SparseCode(code.values.index_select(0, at), code.latents.index_select(0, at), offsets, code.d_sae)
+    return code.take(tokens)[0]
 
 
 def by_latent(code: Code) -> Held:

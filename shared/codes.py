@@ -43,6 +43,17 @@ class SparseCode(NamedTuple):
         """The same code as a matrix."""
         return self.values.new_zeros(self.n_tokens, self.d_sae).index_put_((self.rows, self.latents), self.values)
 
+    def take(self, tokens: Int[Tensor, " m"]) -> tuple["SparseCode", Int[Tensor, " n_taken"]]:
+        """The code of the given tokens, in that order, a token perhaps twice; and where its entries stand in this one."""
+        counts = self.offsets.diff()[tokens]
+        offsets = self.offsets.new_zeros(len(tokens) + 1)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        n = int(offsets[-1])
+        shift = torch.repeat_interleave(self.offsets[tokens] - offsets[:-1], counts, output_size=n)
+        at = torch.arange(n, device=shift.device) + shift
+        values, latents = self.values.index_select(0, at), self.latents.index_select(0, at)
+        return SparseCode(values, latents, offsets, self.d_sae), at
+
     def part(self, first: int, stop: int) -> tuple["SparseCode", Int[Tensor, " n_part"] | slice]:
         """The code of latents first..stop-1 alone, numbered from 0, and where its entries stand in this one."""
         if (first, stop) == (0, self.d_sae):

@@ -34,7 +34,7 @@ from tcsae.train.dense import activate, activation_backward_
 from tcsae.train.loader import Batch
 from tcsae.train.losses import l1_sparse
 from tcsae.train.reference import contrastive_loss, windows_loss
-from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, sparse_term
+from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, shuffled, sparse_term
 from tcsae.train.tracking import metrics_line
 from tcsae.train.trainer import StepResult, Trainer
 
@@ -115,6 +115,19 @@ def test_partners_are_adjacent_and_negatives_of_other_documents():
     assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1)[0] == 0
 
 
+@pytest.mark.parametrize("order", ["segment", "batch"])
+def test_controls_shuffle_within_their_bounds(order):
+    lengths = [5, 1, 7, 3]
+    batch = batch_of(torch.zeros(16, 1), lengths)
+    segment = np.repeat(np.arange(4), lengths)
+    moved = [shuffled(order, batch, seed).numpy() for seed in range(8)]
+    for one in moved:
+        assert sorted(one) == list(range(16))
+    stay = [bool((segment[one] == segment).all()) for one in moved]
+    assert stay == [order == "segment"] * 8
+    assert len({tuple(one) for one in moved}) == 8
+
+
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
 @pytest.mark.parametrize("l1", [0.0, 0.7])
 @pytest.mark.parametrize("n", [1, ROWS, 2 * ROWS + 3])
@@ -160,6 +173,9 @@ TERMS = {
     "relative on the first group": {"temporal": TemporalConfig(weight=0.3, kind="relative", scope="first")},
     "relative by budget": {"temporal": TemporalConfig(budget=0.2, kind="relative")},
     "contrastive": {"temporal": TemporalConfig(weight=0.3, kind="contrastive")},
+    "eq. 3 on shuffled segments": {"temporal": TemporalConfig(weight=0.3, order="segment")},
+    "relative on a shuffled batch": {"temporal": TemporalConfig(weight=0.3, kind="relative", order="batch")},
+    "contrastive on shuffled segments": {"temporal": TemporalConfig(weight=0.3, kind="contrastive", order="segment")},
     "eq. 3 by budget, positions": {"temporal": TemporalConfig(budget=0.2, position_penalty=0.5, warmup=1.0)},
 }
 SHAPES = {

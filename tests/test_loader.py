@@ -57,6 +57,7 @@ def segments_of(batches) -> list[list[tuple[int, int]]]:
     segment_length=st.integers(1, 8),
     skip_first=st.integers(0, 3),
     buffer_sequences=st.integers(1, 30),
+    min_sequence_length=st.integers(1, 6),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=25, deadline=None)
@@ -65,7 +66,10 @@ def test_each_epoch_hands_out_every_token_once_in_whole_segments(store, **option
     loader = SegmentLoader(store, config)
     n_batches = -(-2 * loader.n_segments // config.n_segments)
     stream = segments_of(take(loader, n_batches))
-    expected = {(s, p) for s, length in enumerate(store.train.lengths) for p in range(config.skip_first, int(length))}
+    kept = [(s, n) for s, n in enumerate(store.train.lengths.tolist()) if n >= config.min_sequence_length]
+    expected = {(s, p) for s, n in kept for p in range(config.skip_first, n)}
+    assert loader.n_tokens + loader.n_skipped + loader.n_short == store.train.lengths.sum()
+    assert loader.n_short == store.train.lengths.sum() - sum(n for _, n in kept)
     for epoch in (0, 1):
         part = stream[epoch * loader.n_segments : (epoch + 1) * loader.n_segments]
         tokens = [token for segment in part for token in segment]
@@ -130,8 +134,10 @@ def test_sample_does_not_depend_on_progress(store):
 
 
 def test_no_token_left_is_said(store):
-    with pytest.raises(StoreError, match="no train sequence is longer than data.skip_first=7. Lower it"):
+    with pytest.raises(StoreError, match=r"no train sequence has 1 tokens .* more than data.skip_first=7; .* 7"):
         SegmentLoader(store, DataConfig(skip_first=7))
+    with pytest.raises(StoreError, match=r"has 8 tokens \(data.min_sequence_length\) .* the longest has 7. Lower"):
+        SegmentLoader(store, DataConfig(min_sequence_length=8))
 
 
 def test_public_iterators(store):

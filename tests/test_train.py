@@ -74,7 +74,11 @@ def test_a_run_is_a_folder_that_says_everything(store, tmp_path):
     }  # fmt: skip
     assert record["store"]["content"] == store.content
     assert (record["hook"], record["steps"], record["preset"]) == (HOOK, 60, "topk")
-    assert record["left_out"] == {"skip_first_per_epoch": store.train.n_sequences, "max_norm": 0}
+    assert record["left_out"] == {
+        "skip_first_per_epoch": store.train.n_sequences,
+        "short_per_epoch": 0,
+        "max_norm": 0,
+    }
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert lines[-1]["tokens"] == record["tokens"]

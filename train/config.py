@@ -20,6 +20,8 @@ class DataConfig:
     """Consecutive positions of one sequence; shorter segments come from more documents."""
     skip_first: int = 1
     """First positions of each sequence that are left out: their norms are outliers in many models."""
+    min_sequence_length: int = 1
+    """Shorter sequences are left out; sequence_length keeps only those that were cut off, not ended."""
     max_norm: float | None = None
     """Leave out segments that hold a norm above this many times the median; None keeps all."""
     buffer_sequences: int = 2048
@@ -31,6 +33,7 @@ class DataConfig:
         _at_least("data.n_segments", self.n_segments, 1)
         _at_least("data.segment_length", self.segment_length, 1)
         _at_least("data.skip_first", self.skip_first, 0)
+        _at_least("data.min_sequence_length", self.min_sequence_length, 1)
         _at_least("data.buffer_sequences", self.buffer_sequences, 1)
         _at_least("data.seed", self.seed, 0)
         if self.max_norm is not None and not self.max_norm > 0:
@@ -91,6 +94,9 @@ class TemporalConfig:
     window: int = 3
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
+    order: Literal["text", "segment", "batch"] = "text"
+    """Order of the positions that the term sees. As controls: shuffled within each segment (its pairs are of one
+    document, but not adjacent), or over the batch (of any documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
@@ -117,7 +123,7 @@ class TemporalConfig:
     @property
     def is_plain(self) -> bool:
         """Whether the term is a sum of squared differences at a weight known beforehand."""
-        return self.kind in ("difference", "gated") and not self.budget
+        return self.kind in ("difference", "gated") and not self.budget and self.order == "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

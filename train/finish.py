@@ -26,7 +26,11 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "store": {"location": store.location, "content": store.content},
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
-        "left_out": {"skip_first_per_epoch": loader.n_skipped, "max_norm": progress.n_left_out},
+        "left_out": {
+            "skip_first_per_epoch": loader.n_skipped,
+            "short_per_epoch": loader.n_short,
+            "max_norm": progress.n_left_out,
+        },
         "epochs": progress.n_tokens / loader.n_tokens,
         "input_scale": trainer.scale,
         "dead_fraction": float(trainer.dead().float().mean()),

@@ -61,10 +61,13 @@ class SegmentLoader:
         self.n_batches_done = n_batches_done
         """The loader's state."""
         split = store.train
-        self._sequence, self._start, self._length = segments(split.lengths, config.segment_length, config.skip_first)
+        lengths = np.where(split.lengths >= config.min_sequence_length, split.lengths, 0)
+        self._sequence, self._start, self._length = segments(lengths, config.segment_length, config.skip_first)
         if not len(self._sequence):
             raise StoreError(
-                f"{store.location}: no train sequence is longer than data.skip_first={config.skip_first}. Lower it."
+                f"{store.location}: no train sequence has {config.min_sequence_length} tokens "
+                f"(data.min_sequence_length) and more than data.skip_first={config.skip_first}; the longest has "
+                f"{split.lengths.max(initial=0)}. Lower them."
             )
         n_chunks = -(-split.n_sequences // store.sequences_per_chunk)
         self._chunks_per_block = max(1, config.buffer_sequences // store.sequences_per_chunk)
@@ -93,7 +96,13 @@ class SegmentLoader:
     @property
     def n_skipped(self) -> int:
         """Valid tokens that no epoch has: the sequences' positions before `skip_first`."""
-        return int(self.store.train.lengths.sum()) - self.n_tokens
+        return int(self.store.train.lengths.sum()) - self.n_short - self.n_tokens
+
+    @property
+    def n_short(self) -> int:
+        """Tokens of the sequences below `min_sequence_length`, which no epoch has either."""
+        lengths = self.store.train.lengths
+        return int(lengths[lengths < self.config.min_sequence_length].sum())
 
     def block_bytes(self) -> int:
         """Of one block in memory."""

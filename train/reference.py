@@ -17,7 +17,7 @@ from tcsae.train.auxk import AUX_TOKENS
 from tcsae.train.backward import Pass
 from tcsae.train.config import TemporalConfig
 from tcsae.train.loader import Batch
-from tcsae.train.temporal import partners
+from tcsae.train.temporal import partners, shuffled
 from tcsae.train.trainer import StepResult, Trainer
 
 
@@ -78,7 +78,11 @@ def _code_losses(
     if temporal.active:
         seed = trainer.step_seed()
         term = contrastive_loss if temporal.kind == "contrastive" else windows_loss
-        loss = term(temporal, code[:, scope], batch, seed)
+        seen, of = code, batch
+        if temporal.order != "text":
+            moved = shuffled(temporal.order, batch, seed)
+            seen, of = code[moved], batch._replace(x=batch.x[moved])
+        loss = term(temporal, seen[:, scope], of, seed)
         target, unit = (torch.autograd.grad(one, code, retain_graph=True)[0] for one in (reconstruction, loss))
         weight = trainer.temporal_weight(loss.item(), target[:, scope], unit[:, scope], code[:, scope].detach())
         losses["temporal"] = weight * loss

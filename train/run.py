@@ -241,6 +241,8 @@ class _Pass:
         n = self.loader.config.n_segments * self.loader.config.segment_length
         buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
-        tokens = f"{self.loader.n_tokens:,} tokens an epoch ({self.loader.n_skipped:,} left out by data.skip_first)"
+        loader = self.loader
+        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
+        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")

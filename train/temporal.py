@@ -3,6 +3,9 @@
 Each returns its value at weight 1 and its gradient with respect to the code's entries; the trainer sets the weight.
 """
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,10 +39,25 @@ def pairs_of(config: TemporalConfig, batch: Batch) -> list[Pairs]:
     return pairs
 
 
+def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
+    """The batch's tokens in random order, drawn by `seed`: within each segment, or over the whole batch."""
+    rng = np.random.default_rng(seed)
+    draws = rng.random(len(batch.x))
+    if order == "segment":
+        draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    return torch.from_numpy(np.argsort(draws)).to(batch.x.device)
+
+
 def sparse_term(
     config: TemporalConfig, code: SparseCode, batch: Batch, workspace: Workspace, seed: int
 ) -> tuple[float, Float[Tensor, " n_entries"]]:
     """Value and gradient, at weight 1, for a sparse code of non-negative entries."""
+    if config.order != "text":
+        moved = shuffled(config.order, batch, seed)
+        part, at = code.take(moved)
+        batch = batch._replace(x=batch.x[moved])
+        found, unit = sparse_term(replace(config, order="text"), part, batch, workspace, seed)
+        return found, torch.empty_like(unit).index_copy_(0, at, unit)
     if config.kind == "contrastive":
         return contrastive(config, code, batch, seed)
     pairs = pairs_of(config, batch)
@@ -55,7 +73,12 @@ def sparse_term(
 def dense_term(
     config: TemporalConfig, activations: Float[Tensor, "n d"], batch: Batch, workspace: Workspace, seed: int
 ) -> tuple[float, Float[Tensor, "n d"]]:
-    """Value and gradient, at weight 1, for a dense code; the gradient lies in the workspace."""
+    """Value and gradient, at weight 1, for a dense code; the gradient may lie in the workspace."""
+    if config.order != "text":
+        moved = shuffled(config.order, batch, seed)
+        batch = batch._replace(x=batch.x[moved])
+        found, unit = dense_term(replace(config, order="text"), activations[moved], batch, workspace, seed)
+        return found, torch.empty_like(unit).index_copy_(0, moved, unit)
     if config.kind == "contrastive":
         return contrastive_dense(config, activations, batch, seed)
     pairs = pairs_of(config, batch)
