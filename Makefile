@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval report
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
-SOURCES := $(wildcard *.py py.typed harvest/*.py train/*.py evaluate/*.py evaluate/page/* shared/*.py data/*.py data/embedded/* data/README.md)
+SOURCES := $(wildcard *.py py.typed harvest/*.py train/*.py evaluate/*.py evaluate/page/* shared/*.py paper/*.py data/*.py data/embedded/* data/README.md)
 LISTING := .venv/listing
 
 .PHONY: run test fast lint types clean

@@ -44,7 +44,7 @@ class SparseCode(NamedTuple):
         return self.values.new_zeros(self.n_tokens, self.d_sae).index_put_((self.rows, self.latents), self.values)
 
     def take(self, tokens: Int[Tensor, " m"]) -> tuple["SparseCode", Int[Tensor, " n_taken"]]:
-        """The code of the given tokens, in that order, a token perhaps twice; and where its entries stand in this one."""
+        """The code of the given tokens, in that order (one may come twice), and where its entries stand in this one."""
         counts = self.offsets.diff()[tokens]
         offsets = self.offsets.new_zeros(len(tokens) + 1)
         torch.cumsum(counts, 0, out=offsets[1:])

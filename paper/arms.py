@@ -1,0 +1,124 @@
+"""What is trained for the paper's questions: arms, each a preset with settings, over several seeds.
+
+Arms that differ in one setting share seeds, data order and steps, so that they are compared seed by seed.
+"""
+
+from dataclasses import dataclass, replace
+
+TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments"
+"""Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
+moments that the paper's had."""
+SMALL = ("sae.d_sae=1024", "sae.k=16")
+LONG = ("data.segment_length=128", "data.n_segments=16")
+"""Batches of whole sequences."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: the same SAE under several seeds."""
+
+    label: str
+    preset: str = "topk"
+    settings: tuple[str, ...] = SMALL
+    store: str = TEXT
+    n_seeds: int = 3
+    n_steps: int = 1250
+    temporal: bool = True
+    """Whether temporal measures are taken of it."""
+    smooth: str = ""
+    """How its codes are smoothed after training, as `tcsae eval --smooth` says it."""
+
+    def on(self, store: str) -> "Arm":
+        return replace(self, store=store)
+
+
+def topk(label: str, *settings: str, preset: str = "topk") -> Arm:
+    return Arm(label, preset, (*SMALL, *settings))
+
+
+def weighted(kind: str, weight: float, *settings: str) -> Arm:
+    """TopK with a temporal term."""
+    about = f"{NAMES[kind]}, weight {weight:g}"
+    if kind == "contrastive" and weight == 3.0 and not settings:
+        return topk(about, preset="temporal-topk")
+    at = ("temporal.temperature=0.3",) if kind == "contrastive" else ()
+    return topk(about, f"temporal.kind={kind}", f"temporal.weight={weight:g}", *at, *settings)
+
+
+def labelled(label: str, arm: Arm) -> Arm:
+    return replace(arm, label=label)
+
+
+NAMES = {"difference": "eq. 3", "relative": "relative slowness", "contrastive": "contrastive"}
+WEIGHTS = {"difference": (0.03, 0.1, 0.3), "relative": (1.0, 3.0, 10.0), "contrastive": (1.0, 3.0, 10.0)}
+
+PLAIN = topk("no temporal term")
+FRONTIER = {kind: [weighted(kind, weight) for weight in weights] for kind, weights in WEIGHTS.items()}
+FEWER = [Arm(f"no temporal term, k = {k}", settings=("sae.d_sae=1024", f"sae.k={k}")) for k in (12, 8)]
+CONTRASTIVE, RELATIVE, EQUATION_3 = FRONTIER["contrastive"][1], FRONTIER["relative"][1], FRONTIER["difference"][1]
+SHUFFLED = {
+    (kind, order): labelled(f"{NAMES[kind]}, {about}", weighted(kind, 3.0, f"temporal.order={order}"))
+    for kind in ("relative", "contrastive")
+    for order, about in (("segment", "pairs of one document"), ("batch", "pairs of any documents"))
+}
+SMOOTHINGS = ("ema=0.1", "ema=0.2", "ema=0.4", "mean=2", "mean=3", "hysteresis=1.5", "hysteresis=3")
+SMOOTHED = [replace(PLAIN, label=f"no term, codes smoothed: {rule}", smooth=rule) for rule in SMOOTHINGS]
+MATRYOSHKA = Arm("matryoshka, contrastive", "temporal-matryoshka")
+MATRYOSHKA_PLAIN = Arm("matryoshka, no temporal term", "temporal-matryoshka", (*SMALL, "temporal.weight=0"))
+PENALISED = topk("position penalty", "temporal.position_penalty=1")
+BOTH = topk("contrastive and position penalty", "temporal.position_penalty=1", preset="temporal-topk")
+WINDOWS = [
+    topk(f"eq. 3, w = {window}, {pairs} pairs", "temporal.weight=0.1", *told)
+    for window, pairs, told in (
+        (2, "adjacent", ("temporal.window=2",)),
+        (8, "adjacent", ("temporal.window=8",)),
+        (3, "all", ("temporal.pairs=all",)),
+        (8, "all", ("temporal.window=8", "temporal.pairs=all")),
+    )
+]
+NULLS = {store: (PLAIN.on(store), CONTRASTIVE.on(store)) for store in (PERMUTED, RANDOM)}
+
+RUNGS = [
+    replace(Arm(f"temporal-topk, k = {k}", "temporal-topk", ("sae.d_sae=1024", f"sae.k={k}")), n_seeds=n_seeds)
+    for k, n_seeds in ((8, 1), (32, 1), (64, 1), (128, 1), (249, 3))
+]
+FIXED = Arm("sequences of 128 only", settings=(*SMALL, *LONG, "data.min_sequence_length=128"))
+NATURAL = Arm("all lengths, as many tokens", settings=(*SMALL, "data.segment_length=128", "data.n_segments={natural}"))
+"""{natural}: as many segments as hold the tokens of FIXED's batches, on average."""
+WITHOUT = [
+    topk(about, *settings)
+    for about, settings in (
+        ("Xavier initialisation, not the transpose", ("init.weights=xavier",)),
+        ("decoder bias from 0, not from the mean", ("init.b_dec=zero",)),
+        ("inputs not scaled", ("init.input_scale=none",)),
+        ("gradients not clipped", ("optimizer.clip_norm=1e9",)),
+        ("rate constant after the warm-up", ("optimizer.decay=none",)),
+        ("no warm-up", ("optimizer.warmup_steps=0",)),
+        ("decoder rows of any norm", ("optimizer.unit_decoder=false",)),
+        ("no AuxK", ("dead.aux_weight=0",)),
+    )
+]
+BATCHTOPK = topk("BatchTopK, no temporal term", preset="batchtopk")
+BATCHTOPK_CONTRASTIVE = topk(
+    "BatchTopK, contrastive",
+    "temporal.kind=contrastive",
+    "temporal.weight=3",
+    "temporal.temperature=0.3",
+    preset="batchtopk",
+)
+LARGE_PLAIN = Arm("4096 latents, k = 32, no temporal term", "topk", ())
+LARGE = Arm("4096 latents, k = 32, contrastive", "temporal-topk", ())
+
+PAPER_RUNS = ("run0", "run2", "run3", "run4")
+LOGGED = {
+    (store, run): Arm(f"no step, {store}", f"logged-{run}", (), store, n_seeds=8, n_steps=0, temporal=False)
+    for store in (MOMENTS, TEXT)
+    for run in PAPER_RUNS
+}
+WRITTEN = {run: Arm("trained as written", f"written-{run}", (), n_steps=2000) for run in PAPER_RUNS}
+RESCALED = {
+    run: Arm("trained, lambda_1 rescaled", f"written-{run}", ("sparsity.l1={rescaled}",), n_seeds=1, n_steps=2000)
+    for run in PAPER_RUNS
+}
+"""{rescaled}: lambda_1 = 0.1 times the root of this store's mean squared norm over Pythia's 372: the ratio of the two
+terms is then what it is there."""

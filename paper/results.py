@@ -1,0 +1,82 @@
+"""What was found of each arm: figures over seeds, and differences to a twin, seed by seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tcsae.evaluate.compare import differences
+from tcsae.paper.arms import Arm
+
+TEMPORAL = "all"
+GROUPS = ("all", "first_group", "frequency_matched")
+
+
+class Gain(NamedTuple):
+    """An arm minus its twin in one figure: of each seed, the difference and its 95% interval over documents."""
+
+    differences: list[float]
+    intervals: list[list[float] | None]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.differences))
+
+    @property
+    def sure(self) -> int:
+        """The sign, if every seed's interval leaves out 0 on that side; else 0."""
+        if not self.intervals or any(one is None for one in self.intervals):
+            return 0
+        lows, highs = zip(*[one for one in self.intervals if one is not None], strict=True)
+        return 1 if min(lows) > 0 else -1 if max(highs) < 0 else 0
+
+
+@dataclass
+class Results:
+    """Evaluations of arms, as eval.json has them; `folders` is where each arm's runs lie."""
+
+    evaluations: dict[Arm, list[dict[str, Any]]]
+    folders: dict[str, Path]
+    records: dict[Arm, list[dict[str, Any]]] = field(default_factory=dict)
+    """What tcsae.json says of the same runs."""
+    _gains: dict[tuple[Arm, Arm], list[dict[str, Any]]] = field(default_factory=dict)
+
+    def values(self, arm: Arm, figure: str, group: str = TEMPORAL, null: bool = False) -> list[float]:
+        """One a seed. `null`: what is left of a temporal measure beyond its null."""
+        return [value_of(one, figure, group, null) for one in self.evaluations[arm]]
+
+    def mean(self, arm: Arm, figure: str, group: str = TEMPORAL, null: bool = False) -> float:
+        return float(np.mean(self.values(arm, figure, group, null)))
+
+    def gain(self, arm: Arm, twin: Arm, figure: str) -> Gain:
+        """`arm` minus `twin`, of the seeds that both have."""
+        if (arm, twin) not in self._gains:
+            folder = self.folders[arm.store]
+            pairs = zip(self.evaluations[arm], self.evaluations[twin], strict=False)
+            self._gains[arm, twin] = [differences(folder, one, other) for one, other in pairs]
+        found = [one[figure] for one in self._gains[arm, twin]]
+        return Gain([one["difference"] for one in found], [one["interval"] for one in found])
+
+    def curve(self, arm: Arm, name: str) -> list[float]:
+        """A temporal measure over lags 1, 2 ..., mean over seeds."""
+        curves = [one["temporal"]["groups"]["all"]["curves"][name] for one in self.evaluations[arm]]
+        return [float(one) for one in np.mean(np.array(curves, dtype=float), axis=0)]
+
+
+def value_of(evaluation: dict[str, Any], figure: str, group: str = TEMPORAL, null: bool = False) -> float:
+    """A figure of an evaluation: of eval.json's metrics, of its temporal measures, or the code's energy."""
+    if figure in evaluation["metrics"]:
+        found = evaluation["metrics"][figure]
+    elif figure == "energy":
+        found = evaluation["temporal"]["scale"]["mean_squared_norm"]
+    else:
+        found = evaluation["temporal"]["groups"][group]["measures"][figure]["difference" if null else "value"]
+    return float("nan") if found is None else float(found)
+
+
+def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | None:
+    """y at x = `at` on the line through the (x, y) points in order of x; None outside of them."""
+    xs, ys = zip(*sorted(points), strict=True)
+    return float(np.interp(at, xs, ys)) if xs[0] <= at <= xs[-1] else None
