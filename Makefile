@@ -1,15 +1,16 @@
 # make run    install, then harvest, train, evaluate and report on the embedded model and corpus (FRESH=1 starts anew)
 # make test   install with the development extras, then lint, type check and test
+# make paper  the paper's table and questions into docs/results, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
 BIN := .venv/bin
 CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval report
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
-SOURCES := $(wildcard *.py py.typed harvest/*.py train/*.py evaluate/*.py evaluate/page/* shared/*.py paper/*.py data/*.py data/embedded/* data/README.md)
+SOURCES := $(wildcard *.py py.typed harvest/*.py train/*.py evaluate/*.py evaluate/page/* shared/*.py paper/*.py paper/*.j2 data/*.py data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast lint types clean
+.PHONY: run test fast lint types paper clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -21,6 +22,9 @@ run: .venv/installed
 
 test: .venv/installed-dev lint types
 	$(BIN)/pytest -n 2 --dist loadfile
+
+paper: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
 
 fast: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
@@ -50,4 +54,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper

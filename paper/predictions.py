@@ -214,8 +214,8 @@ PREDICTIONS: dict[str, list[Prediction]] = {
     ],
     "smoothing": [
         Prediction(
-            "No smoothing of a plain SAE's codes (running mean, EMA, hysteresis) that is as slow as the contrastive term "
-            "explains as much.",
+            "No smoothing of a plain SAE's codes (running mean, EMA, hysteresis) that is as slow as the contrastive "
+            "term explains as much.",
             lambda r: all(
                 r.mean(one, EV) < r.mean(CONTRASTIVE, EV)
                 for one in SMOOTHED

@@ -1,16 +1,33 @@
 """From arms to evaluations: stores, runs and figures, each made only where it is not there yet."""
 
-from collections.abc import Iterable, Sequence
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tcsae.evaluate.candidates import Request as Evaluation
+from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.paper.arms import Arm
-from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Place, natural_segments, squared_norm
-from tcsae.shared.store import Store
+from tcsae.evaluate.several import evaluate_dealt
+from tcsae.paper.arms import TEXT, Arm
+from tcsae.paper.page import Made, title_of, write_page
+from tcsae.paper.results import Results
+from tcsae.paper.sections import KEYS, arms_of
+from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Asked, Place, natural_segments, open_or_make, squared_norm
+from tcsae.shared.console import say
+from tcsae.shared.errors import ConfigError, unknown
+from tcsae.shared.ranks import ranks, wait_for_all
+from tcsae.shared.runs import EVALUATION, is_finished, load_evaluation
+from tcsae.shared.sae import load_record
+from tcsae.shared.store import Store, open_store
 from tcsae.train.plan import Request, Run, plan_runs
 from tcsae.train.run import train_runs
+from tcsae.train.several import train_together
+
+TIMES = "times.jsonl"
 
 
 @dataclass(frozen=True)
@@ -19,12 +36,54 @@ class Size:
 
     n_tokens: int
     most_seeds: int
-    shorter: int = 1
+    shorter: int
     """Steps are divided by it."""
+    name: str
+
+    def seeds(self, arm: Arm) -> int:
+        """An arm without steps costs nothing, and its spread over seeds is what it is there for."""
+        return min(arm.n_seeds, self.most_seeds if arm.n_steps else 8)
 
 
-FULL = Size(n_tokens=1_000_000, most_seeds=8)
-QUICK = Size(n_tokens=100_000, most_seeds=2, shorter=10)
+FULL = Size(1_000_000, most_seeds=3, shorter=1, name="")
+QUICK = Size(60_000, most_seeds=1, shorter=25, name=" --quick")
+
+
+def answer(place: Place, out: Path, keys: Sequence[str], asked: Asked, size: Size) -> None:
+    """Harvest, train and evaluate what the questions need, and write the page about all that are complete.
+
+    In several processes runs are dealt out; rank 0 writes the page. Raises ConfigError for an unknown question.
+    """
+    for key in keys:
+        if key not in KEYS:
+            raise ConfigError(unknown("question", key, KEYS))
+    ours, stores = ranks(), {}
+    for key in keys or KEYS:
+        arms = arms_of(key)
+        say(f"{title_of(key)} (--only {key}): {len(arms)} arms")
+        for name in dict.fromkeys([TEXT, *(arm.store for arm in arms)]):
+            with timed(place, key, "harvest"):
+                stores[name] = open_or_make(place, name, asked)
+            if ours.several:
+                wait_for_all(ours)
+        with timed(place, key, "train"):
+            _train(place, stores, arms, size)
+        with timed(place, key, "eval"):
+            _evaluate(place, stores, arms, size)
+    if ours.rank == 0:
+        say(f"The page: {_page(place, out, asked, size)}")
+
+
+@contextmanager
+def timed(place: Place, key: str, stage: str) -> Iterator[None]:
+    """Note the processor time that a stage takes, in every process."""
+    start = time.process_time()
+    yield
+    spent = time.process_time() - start
+    if spent > 1:
+        place.work.mkdir(parents=True, exist_ok=True)
+        with (place.work / TIMES).open("a") as file:
+            file.write(json.dumps({"key": key, "stage": stage, "processor_s": round(spent, 1)}) + "\n")
 
 
 def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
@@ -34,25 +93,34 @@ def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
         "rescaled": round(0.1 * (squared_norm(store) / PYTHIA_SQUARED_NORM) ** 0.5, 4),
     }
     settings = [one.format(**known) for one in arm.settings]
-    seeds = ",".join(map(str, range(min(arm.n_seeds, size.most_seeds))))
+    seeds = ",".join(map(str, range(size.seeds(arm))))
     steps = f"steps={arm.n_steps // size.shorter}"
     return plan_runs(store, Request((arm.preset,), [*settings, steps], (f"init_seed={seeds}",)))
 
 
-def train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> None:
+def _train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> None:
     """Train what is not trained yet, in one pass for all that agree on their data."""
+    ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
-        train_runs(stores[name], place.runs(name), runs)
+        if todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
+            if ours.several and len(runs) > 1:
+                train_together(stores[name], place.runs(name), runs, ours)
+            else:
+                train_runs(stores[name], place.runs(name), todo)
 
 
-def evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
+def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
     """Evaluate what is not evaluated yet."""
-    for temporal in (True, False):
-        chosen = [arm for arm in arms if arm.temporal == temporal]
+    ours = ranks()
+    for temporal, smooth in dict.fromkeys((arm.temporal, arm.smooth) for arm in arms):
+        chosen = [arm for arm in arms if (arm.temporal, arm.smooth) == (temporal, smooth)]
         for name, runs in _by_store(stores, chosen, size).items():
-            evaluate_runs(
-                stores[name], place.runs(name), Evaluation(names=[run.name for run in runs], temporal=temporal)
-            )
+            names = [run.name for run in runs]
+            request = Evaluation(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
+            if ours.several:
+                evaluate_dealt(stores[name], place.runs(name), request, ours)
+            else:
+                evaluate_runs(stores[name], place.runs(name), request)
 
 
 def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict[str, list[Run]]:
@@ -63,5 +131,38 @@ def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict
     return {name: list(runs.values()) for name, runs in found.items()}
 
 
-Evaluations = dict[Arm, list[dict[str, Any]]]
-"""Of each arm, its seeds' evaluations in order."""
+def _page(place: Place, out: Path, asked: Asked, size: Size) -> Path:
+    """Write the page about the questions whose arms are all trained and evaluated."""
+    results = Results({}, {})
+    stores: dict[str, Store] = {}
+    complete = [key for key in KEYS if all(_load(place, arm, size, stores, results) for arm in arms_of(key))]
+    given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
+    made = Made(f"tcsae paper{size.name}{given}", bool(size.name), stores, _times(place))
+    return write_page(out, results, complete, made)
+
+
+def _load(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results: Results) -> bool:
+    """Read an arm's records and evaluations into `results`; False if one is missing."""
+    if arm in results.evaluations:
+        return True
+    if arm.store not in stores:
+        if not (place.store(arm.store) / "zarr.json").exists():
+            return False
+        stores[arm.store] = open_store(str(place.store(arm.store)))
+        results.folders[arm.store] = place.runs(arm.store)
+    store = stores[arm.store]
+    folders = [place.runs(arm.store) / run.name for run in plan(store, arm, size)]
+    if not all(map(is_finished, folders)):
+        return False
+    file = smoothed_file(EVALUATION, arm.smooth or None)
+    found = [load_evaluation(folder, store.content, file) for folder in folders]
+    if any(one is None for one in found):
+        return False
+    results.evaluations[arm] = [one for one in found if one is not None]
+    results.records[arm] = [load_record(folder) for folder in folders]
+    return True
+
+
+def _times(place: Place) -> list[dict[str, Any]]:
+    path = place.work / TIMES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

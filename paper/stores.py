@@ -1,11 +1,12 @@
 """The stores of the experiments: the text, its two nulls, and synthetic activations of the paper's moments."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tcsae.harvest.config import HarvestConfig
+from tcsae.harvest.config import HarvestConfig, ModelChoice
+from tcsae.harvest.corpus import CorpusChoice
 from tcsae.harvest.run import harvest
 from tcsae.paper.arms import MOMENTS, PERMUTED, RANDOM, TEXT
 from tcsae.shared.creation import create_store
@@ -31,9 +32,23 @@ class Place:
         return self.work / "runs" / name
 
 
-def open_stores(place: Place, names: list[str], config: HarvestConfig) -> dict[str, Store]:
-    """Each store by its name, made first where it is not there yet."""
-    return {name: _make(str(place.store(name)), name, config) for name in names}
+@dataclass(frozen=True)
+class Asked:
+    """The language model, the text, and how much of it."""
+
+    model: str
+    dataset: str
+    n_tokens: int
+
+
+def open_or_make(place: Place, name: str, asked: Asked) -> Store:
+    """The store of this name, made first where it is not there yet."""
+    location = str(place.store(name))
+    if name == MOMENTS:
+        return _moments(location)
+    control = {TEXT: None, PERMUTED: "permuted", RANDOM: "random-weights"}[name]
+    choices = {"model": ModelChoice(name=asked.model), "corpus": CorpusChoice(name=asked.dataset)}
+    return harvest(location, HarvestConfig(**choices, n_tokens=asked.n_tokens, control=control))
 
 
 def squared_norm(store: Store) -> float:
@@ -48,13 +63,6 @@ def natural_segments(store: Store, n_segments: int) -> int:
     return round(n_segments * (store.sequence_length - 1) / float(usable[usable > 0].mean()))
 
 
-def _make(location: str, name: str, config: HarvestConfig) -> Store:
-    if name == MOMENTS:
-        return _moments(location)
-    controls = {TEXT: None, PERMUTED: "permuted", RANDOM: "random-weights"}
-    return harvest(location, replace(config, control=controls[name]))
-
-
 def _moments(location: str) -> Store:
     """Gaussian activations about a mean, of the paper's norm and spread: with |mu|^2 = m and total variance v,
     (m + v) / v = SPREAD and m + v = NORM^2."""
@@ -67,10 +75,6 @@ def _moments(location: str) -> Store:
     with create_store(location, hooks={"moments": D_MODEL}, sequence_length=128) as store:
         for split, n in MOMENTS_SEQUENCES.items():
             x = rng.standard_normal((n, 128, D_MODEL)) * np.sqrt(variance / D_MODEL) + mean
-            documents = np.arange(n) + (split == "eval") * n_train()
+            documents = np.arange(n) + (split == "eval") * MOMENTS_SEQUENCES["train"]
             store.append(split, {"moments": x.astype(np.float32)}, documents=documents)
     return open_store(location)
-
-
-def n_train() -> int:
-    return MOMENTS_SEQUENCES["train"]

@@ -19,6 +19,7 @@ STAGES = {
     "inspect": "tcsae.shared.inspection:inspect",
     "verify": "tcsae.shared.verify_command:verify",
     "export": "tcsae.train.export_command:export",
+    "paper": "tcsae.paper.command:paper",
 }
 GROUP_OPTIONS = ("--store", "--runs")
 

@@ -13,7 +13,7 @@ import pytest
 from tcsae.shared.windows import positions
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("harvest", "train", "evaluate", "shared", "data")
+ROOMS = ("harvest", "train", "evaluate", "shared", "data", "paper")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MAY_IMPORT = {
     "shared": {"shared"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "harvest": {"harvest", "shared", "data"},
     "train": {"train", "shared"},
     "evaluate": {"evaluate", "shared"},
+    "paper": {"paper", "harvest", "train", "evaluate", "shared"},  # on top of the stages, as a user is
 }
 HEAVY = ("torch", "zarr", "transformers", "transformer_lens", "datasets", "numpy", "safetensors")
 

@@ -1,0 +1,199 @@
+"""The paper's questions: which arms answer each, and which figures are shown."""
+
+from dataclasses import dataclass
+
+from tcsae.paper import arms
+from tcsae.paper.arms import CONTRASTIVE, EQUATION_3, FRONTIER, MATRYOSHKA, MATRYOSHKA_PLAIN, PLAIN, RELATIVE, Arm
+from tcsae.paper.tables import Line
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question and its table."""
+
+    key: str
+    title: str
+    question: str
+    lines: tuple[Line, ...]
+    figures: tuple[str, ...]
+    twin: str = ""
+    """What the brackets compare with, in words."""
+    picture: str = ""
+    """Name of a picture in `figures`, if there is one."""
+    also: tuple[Arm, ...] = ()
+    """Arms that only the picture or a prediction needs."""
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All that it needs, each once."""
+        named = (arm for line in self.lines for arm in (line.arm, line.twin) if arm is not None)
+        return list(dict.fromkeys([*named, *self.also]))
+
+
+FRONT = ("explained_variance", "ce_loss_score", "slowness_to_x", "rho_8_within", "jaccard_corrected", "energy")
+CORE = ("explained_variance", "ce_loss_score", "l0", "dead_fraction")
+
+
+def _to(twin: Arm, *compared: Arm) -> tuple[Line, ...]:
+    return (Line(twin), *(Line(arm, twin) for arm in compared))
+
+
+TABLE = "table"
+"""Key of the paper's own table, which is put together in `first_table`."""
+TABLE_ARMS = [*arms.LOGGED.values(), *arms.WRITTEN.values(), *arms.RESCALED.values()]
+SECTIONS = (
+    Section(
+        "frontier",
+        "What a temporal term costs, and what it brings",
+        "Explained variance and CE score against slowness for eq. 3, relative slowness and the contrastive term, at "
+        "the same L0; fewer active latents as the control. Slowness is scale-free, so a code that only shrinks gains "
+        "nothing: the last column shows how much each one shrinks.",
+        _to(PLAIN, *FRONTIER["difference"], *FRONTIER["relative"], *FRONTIER["contrastive"], *arms.FEWER),
+        FRONT,
+        "no temporal term",
+        "frontier",
+    ),
+    Section(
+        "shuffled",
+        "Is it order, topic or mere shrinkage?",
+        "The same terms on pairs that are not adjacent: of one document (what is left is topic), and of any documents "
+        "(what is left is shrinkage).",
+        (
+            Line(PLAIN),
+            Line(RELATIVE, PLAIN),
+            *(Line(arms.SHUFFLED["relative", order], PLAIN) for order in ("segment", "batch")),
+            Line(CONTRASTIVE, PLAIN),
+            *(Line(arms.SHUFFLED["contrastive", order], PLAIN) for order in ("segment", "batch")),
+        ),
+        ("explained_variance", "slowness_to_x", "rho_8_within", "jaccard_corrected", "probe_document"),
+        "no temporal term",
+    ),
+    Section(
+        "smoothing",
+        "Could one simply smooth the codes?",
+        "A plain SAE's codes, smoothed along each sequence after training and decoded: an exponential moving average, "
+        "a running mean, and hysteresis (a latent that is on stays on more easily than another comes on).",
+        _to(PLAIN, CONTRASTIVE, *arms.SMOOTHED),
+        ("explained_variance", "ce_loss_score", "l0", "slowness_to_x", "rho_8_within", "boundary_auc"),
+        "no temporal term",
+        "smoothing",
+        tuple(FRONTIER["contrastive"]),
+    ),
+    Section(
+        "boundary",
+        "Flat inside, sharp at joins?",
+        "Where one document follows another the code should change, inside a document less. Join AUC: how well the "
+        "size of the change tells a join; join ratio: the mean change at joins over that inside.",
+        _to(PLAIN, EQUATION_3, RELATIVE, CONTRASTIVE),
+        ("boundary_auc", "boundary_ratio", "slowness_to_x"),
+        "no temporal term",
+    ),
+    Section(
+        "probes",
+        "What does the slow group know?",
+        "The first fifth of a matryoshka, with the contrastive term on it and without: accuracy of linear probes for "
+        "the document, the token and the position.",
+        tuple(
+            Line(arm, None, group)
+            for group in ("first_group", "frequency_matched", "all")
+            for arm in (MATRYOSHKA, MATRYOSHKA_PLAIN)
+        ),
+        ("probe_document", "probe_token", "probe_position"),
+    ),
+    Section(
+        "frequency",
+        "Slow, or only frequent?",
+        "The same group against latents outside of it that fire as often.",
+        tuple(
+            Line(arm, None, group)
+            for arm in (MATRYOSHKA, MATRYOSHKA_PLAIN)
+            for group in ("first_group", "frequency_matched")
+        ),
+        ("rho_1_within", "rho_8_within", "slowness_to_x", "document_share", "token_share", "position_share"),
+    ),
+    Section(
+        "position",
+        "Consistent over time, or only over position?",
+        "The share of the code's variance that lies between positions, and what a penalty on it does.",
+        (Line(PLAIN), Line(CONTRASTIVE, PLAIN), Line(arms.PENALISED, PLAIN), Line(arms.BOTH, CONTRASTIVE)),
+        ("explained_variance", "position_share", "probe_position", "slowness_to_x", "rho_8_within"),
+        "the same without what is named last: no temporal term, or the contrastive term alone",
+    ),
+    Section(
+        "nulls",
+        "Is it the text, or the method?",
+        "The same two SAEs on the activations of the same text with the tokens of each document in random order "
+        "(`harvest --control permuted`), and on those of a model of the same shape that was never trained "
+        "(`harvest --control random-weights`).",
+        (
+            *_to(PLAIN, CONTRASTIVE),
+            *(line for store in (arms.PERMUTED, arms.RANDOM) for line in _to(PLAIN.on(store), CONTRASTIVE.on(store))),
+        ),
+        ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected"),
+        "the same store without the term",
+    ),
+    Section(
+        "windows",
+        "Does the window matter?",
+        "Eq. 3 at weight 0.1 with windows of 2, 3 and 8 positions, over adjacent and over all pairs; lags beyond those "
+        "trained on are in the picture.",
+        _to(PLAIN, arms.WINDOWS[0], EQUATION_3, *arms.WINDOWS[1:]),
+        ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected"),
+        "no temporal term",
+        "lags",
+        (RELATIVE, CONTRASTIVE),
+    ),
+    Section(
+        "sparsity",
+        "Reconstruction with sparsity kept",
+        "The temporal preset from 8 to 249 active latents; the paper's run 3 has a legacy explained variance of -1.76 "
+        "at an L0 of 249.06.",
+        tuple(Line(arm) for arm in (arms.RUNGS[0], CONTRASTIVE, *arms.RUNGS[1:])),
+        (
+            "explained_variance",
+            "explained_variance_legacy",
+            "cossim",
+            "l2_ratio",
+            "l0",
+            "ce_loss_score",
+            "slowness_to_x",
+        ),
+        picture="sparsity",
+    ),
+    Section(
+        "lengths",
+        "Sequences of any length",
+        "Batches of whole sequences: those of 128 positions only, or all, padded nowhere, with as many tokens a batch.",
+        _to(arms.FIXED, arms.NATURAL),
+        ("explained_variance", "ce_loss_score", "slowness_to_x"),
+        "the first line",
+    ),
+    Section(
+        "without",
+        "What of the recipe matters?",
+        "One thing left out at a time.",
+        _to(PLAIN, *arms.WITHOUT),
+        CORE,
+        "the whole recipe",
+    ),
+    Section(
+        "default",
+        "The recommended preset",
+        "Candidates at 1024 latents with 16 active, and at the default's size. The rule: the contrastive term may cost "
+        "0.01 of explained variance and of CE score against its twin without it.",
+        (
+            *_to(PLAIN, CONTRASTIVE),
+            Line(arms.BATCHTOPK, PLAIN),
+            Line(arms.BATCHTOPK_CONTRASTIVE, arms.BATCHTOPK),
+            *_to(arms.LARGE_PLAIN, arms.LARGE),
+        ),
+        (*CORE, "slowness_to_x", "rho_8_within", "boundary_auc"),
+        "its twin: the line without the term, for BatchTopK the first line",
+    ),
+)
+KEYS = (TABLE, *(section.key for section in SECTIONS))
+
+
+def arms_of(key: str) -> list[Arm]:
+    """What a question needs trained."""
+    return TABLE_ARMS if key == TABLE else next(one for one in SECTIONS if one.key == key).arms
