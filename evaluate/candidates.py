@@ -1,17 +1,18 @@
 """Which folders below --runs are evaluated, with which options, and what of that is done already."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tcsae.evaluate import metrics
 from tcsae.evaluate.foreign import foreign_config, is_foreign, load_foreign
+from tcsae.evaluate.smoothing import Smoothing, check_smoothing, parse_smoothing
 from tcsae.shared.config import to_dict
 from tcsae.shared.console import say
 from tcsae.shared.errors import RunError, TcsaeError
 from tcsae.shared.files import file_digest
-from tcsae.shared.runs import find_runs, is_finished, load_evaluation
+from tcsae.shared.runs import EVALUATION, find_runs, is_finished, load_evaluation
 from tcsae.shared.sae import RECORD, WEIGHTS, SparseAutoencoder, load_record, load_sae
 from tcsae.shared.store import Store
 
@@ -35,6 +36,15 @@ class EvalOptions:
     baselines: bool = False
     """Whether the baselines that have the size of an SAE are scored."""
     split: str = "eval"
+    smooth: str | None = None
+    """How the SAE's codes are smoothed before they are decoded, as in "ema=0.3"; None: not at all."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As evaluations hold them: nothing is said of smoothing where there is none."""
+        return {name: value for name, value in to_dict(self).items() if (name, value) != ("smooth", None)}
+
+    def file(self, name: str) -> str:
+        return smoothed_file(name, self.smooth)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +59,18 @@ class Request:
     splice: Literal["counted", "all"] = "counted"
     temporal: bool = True
     baselines: bool = False
+    smooth: Collection[str] = ()
+    """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
+
+    def smoothings(self) -> list[Smoothing]:
+        """Raises ConfigError for one that does not exist, or a value out of its range."""
+        return list(dict.fromkeys(map(parse_smoothing, self.smooth)))
+
+
+def smoothed_file(name: str, smooth: str | None) -> str:
+    """The file of a run's smoothed codes that is what `name` is of its own: eval+ema=0.3.json beside eval.json."""
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}+{smooth}{dot}{ending}" if smooth else name
 
 
 class Candidate(NamedTuple):
@@ -58,6 +80,11 @@ class Candidate(NamedTuple):
     record: dict[str, Any]
     """tcsae.json, or for a foreign SAE the little that is known."""
     options: EvalOptions
+
+    @property
+    def name(self) -> str:
+        """The folder's; of smoothed codes, with what smooths them."""
+        return f"{self.path.name}+{self.options.smooth}" if self.options.smooth else self.path.name
 
 
 class Loaded(NamedTuple):
@@ -134,12 +161,12 @@ def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
 
     One that measured more (temporal, baselines) than is asked for now will do.
     """
-    found = load_evaluation(run.path, store.content)
+    found = load_evaluation(run.path, store.content, run.options.file(EVALUATION))
     if found is None or found.get("definition_version") != metrics.DEFINITION_VERSION:
         return None
     # A tail that could not be read may have been put back.
     tail_is_back = found.get("no_tail") and "none" not in store.manifest.tails.get(run.options.hook, {"none": ""})
-    then, now = found.get("options", {}), to_dict(run.options)
+    then, now = found.get("options", {}), run.options.to_json()
     same = then.keys() == now.keys() and all(
         then[key] == value or (key in ("temporal", "baselines") and then[key]) for key, value in now.items()
     )
@@ -158,21 +185,44 @@ def load(run: Candidate) -> Loaded:
     return Loaded(run, sae, file_digest(run.path / WEIGHTS))
 
 
-def sort_out(
-    store: Store, folders: Sequence[Path], request: Request
-) -> tuple[dict[Path, dict[str, Any]], dict[EvalOptions, list[Loaded]], list[str]]:
-    """(evaluations that still hold, runs to evaluate by their options, a line for each that is refused)."""
-    kept: dict[Path, dict[str, Any]] = {}
-    groups: dict[EvalOptions, list[Loaded]] = {}
-    refused: list[str] = []
+class Work(NamedTuple):
+    """What is to be done with the runs asked for."""
+
+    order: list[str]
+    """Names of all evaluations that there will be, in the order asked for, a run's smoothed ones after it."""
+    kept: dict[str, dict[str, Any]]
+    """Evaluations that still hold."""
+    groups: dict[EvalOptions, list[Loaded]]
+    """What has to be evaluated, by what one pass shares: the options, whatever the smoothing."""
+    refused: list[str]
+    """A line for each that gets no figures."""
+
+
+def sort_out(store: Store, folders: Sequence[Path], request: Request) -> Work:
+    """Raises ConfigError for a smoothing that does not exist."""
+    found = Work([], {}, {}, [])
+    smoothings = request.smoothings()
     for path in folders:
+        loaded: Loaded | None = None
         try:
-            run = candidate(store, path, request)
-            found = None if request.force else done_before(store, run)
-            if found:
-                kept[path] = found | {"name": path.name}  # the folder may have been renamed since
-            else:
-                groups.setdefault(run.options, []).append(load(run))
+            plain = candidate(store, path, request)
         except TcsaeError as error:
-            refused.append(f"{path.name}: {error}")
-    return kept, groups, refused
+            found.refused.append(f"{path.name}: {error}")
+            continue
+        for smoothing in (None, *smoothings):
+            run = plain._replace(options=replace(plain.options, smooth=str(smoothing) if smoothing else None))
+            try:
+                if not request.force and (held := done_before(store, run)):
+                    found.kept[run.name] = held | {"name": run.name}  # the folder may have been renamed since
+                else:
+                    loaded = loaded or load(plain)
+                    if smoothing:
+                        check_smoothing(smoothing, loaded.sae.config)
+                    found.groups.setdefault(plain.options, []).append(loaded._replace(run=run))
+            except TcsaeError as error:
+                found.refused.append(f"{run.name}: {error}")
+                if loaded is None:
+                    break
+            else:
+                found.order.append(run.name)
+    return found

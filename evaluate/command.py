@@ -10,10 +10,17 @@ from tcsae.shared.cli import Place, StageCommand
 @click.command(name="eval", cls=StageCommand)
 @click.option("--run", "names", multiple=True, metavar="NAME", help="A run below --runs; repeatable. Default: all.")
 @click.option("--compare", metavar="A", help="Print the paired differences between run A and the run of --with.")
-@click.option("--with", "other", metavar="B", help="The run that --compare is with.")
+@click.option("--with", "other", metavar="B", help="The run that --compare is with. Either may be as RUN+ema=0.3.")
 @click.option("--force", is_flag=True, help="Evaluate again what is evaluated already.")
 @click.option("--temporal/--no-temporal", default=True, show_default=True, help="Temporal and position measures.")
 @click.option("--details", is_flag=True, help="Also print every temporal measure with its null and interval.")
+@click.option(
+    "--smooth",
+    multiple=True,
+    metavar="KIND=VALUE",
+    help="Also score each SAE with its codes smoothed along every sequence: ema=0.3 (memory), mean=3 (last positions), "
+    "hysteresis=2 (latents stay on while among the 2 k largest). Repeatable; named like RUN+ema=0.3.",
+)
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
     "--splice",
@@ -36,6 +43,7 @@ def evaluate(
     other: str | None,
     splice: Literal["counted", "all"],
     details: bool,
+    smooth: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Score trained SAEs on the store's eval split, without the language model.
@@ -53,16 +61,20 @@ def evaluate(
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
     from tcsae.evaluate.run import evaluate_runs
+    from tcsae.evaluate.smoothing import split_name
     from tcsae.evaluate.tables import show
     from tcsae.shared.console import say
     from tcsae.shared.errors import RunError
     from tcsae.shared.store import open_store
 
-    runs_path, pair = Path(place.runs), (compare, other) if compare and other else None
-    request = Request(names=pair or names, splice=splice, **settings)
+    runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
+    found = [split_name(name) for name in pair]
+    smooth += tuple(one for _, one in found if one)
+    request = Request(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
     evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
+    by_name = {one["name"]: one for one in evaluations}
     if pair and not refused:
-        show_differences(runs_path, *evaluations)
+        show_differences(runs_path, *(by_name["+".join(filter(None, one))] for one in found))
     else:
         show(evaluations, place.runs, details)
     if refused:

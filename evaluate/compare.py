@@ -9,6 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from tcsae.evaluate.bootstrap import interval, jackknife, point
+from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.run import REPLICATES
 from tcsae.shared.console import table
 from tcsae.shared.errors import RunError
@@ -27,7 +28,7 @@ def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> 
                 "paired. Give both the same: tcsae eval --force, with --skip-first if that is what differs."
             )
     found = {}
-    rows = [_rows(runs_path / evaluation["name"] / REPLICATES) for evaluation in (one, other)]
+    rows = [_rows(_replicates(runs_path, evaluation)) for evaluation in (one, other)]
     for name in sorted(rows[0].keys() & rows[1].keys()):
         a, b = rows[0][name], rows[1][name]
         figures = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
@@ -66,6 +67,12 @@ def _comparable(evaluation: dict[str, Any], key: str) -> Any:
     if key == "store":
         return evaluation["store"]["content"][:12]
     return {name: evaluation["options"][name] for name in ("hook", "skip_first", "splice", "split")}
+
+
+def _replicates(runs_path: Path, evaluation: dict[str, Any]) -> Path:
+    smooth = evaluation["options"].get("smooth")
+    run = evaluation["name"].removesuffix(f"+{smooth}")
+    return runs_path / run / smoothed_file(REPLICATES, smooth)
 
 
 def _rows(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from tcsae.evaluate.activity import Code, firing_counts, n_latents
 from tcsae.evaluate.baselines import ConstantOutput
 from tcsae.evaluate.batches import Batch, batches, document_numbers
 from tcsae.evaluate.metrics import COLUMNS, Inputs, Output, Sums, sum_rows, token_columns, widen
-from tcsae.evaluate.systems import System
+from tcsae.evaluate.systems import SmoothedOutput, System, output_of
 from tcsae.evaluate.tail_metrics import Losses, Reference, sequence_losses, splice
 from tcsae.shared.store import Split
 from tcsae.shared.tail import Tail
@@ -58,7 +58,7 @@ class Settings:
 def measure(
     split: Split,
     settings: Settings,
-    systems: Sequence[System],
+    systems: Sequence[System | SmoothedOutput],
     tail: Tail | None,
     reference: Reference | None,
     observer: Observer | None,
@@ -81,7 +81,8 @@ def measure(
             observer.begin(batch, x_counted)
         spliced = {}
         for i, system in enumerate(systems):
-            output, rest = system(x_counted), system(x_skipped)
+            output = output_of(system, x_counted, counted.sequence)
+            rest = output_of(system, x_skipped, skipped.sequence)
             sums.add(i, counted, output, skipped, rest)
             if observer is not None and output.code is not None:
                 observer.see(i, output.code)

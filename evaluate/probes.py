@@ -18,6 +18,7 @@ from tcsae.evaluate.activity import Code
 from tcsae.evaluate.batches import Batch, document_numbers
 from tcsae.evaluate.bootstrap import interval, point, resamplings
 from tcsae.evaluate.code_ops import entry_values
+from tcsae.evaluate.smoothing import ema_kernel, filtered_rows, mean_kernel
 from tcsae.shared.codes import SparseCode
 from tcsae.shared.store import Split
 
@@ -120,15 +121,8 @@ def probe(
 
 def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
     """The code averaged over each token's last MEAN_OVER tokens, and with an exponential memory."""
-    lag = torch.arange(MAX_TOKENS)[:, None] - torch.arange(MAX_TOKENS)
-    mean = ((lag >= 0) & (lag < MEAN_OVER)).float()
-    memory = torch.where(lag >= 0, EMA_DECAY ** lag.clamp(min=0).float(), 0.0)
-    kernels = {"mean_pooled": mean / mean.sum(1, keepdim=True), "ema": memory * (1 - EMA_DECAY)}
-    made = {}
-    for name, kernel in kernels.items():
-        parts = [kernel[: len(part), : len(part)] @ part for part in code.split(plan.lengths.tolist())]
-        made[name] = torch.cat(parts)
-    return made
+    kernels = {"mean_pooled": mean_kernel(MAX_TOKENS, MEAN_OVER), "ema": ema_kernel(MAX_TOKENS, EMA_DECAY)}
+    return {name: filtered_rows(code, plan.lengths.tolist(), kernel) for name, kernel in kernels.items()}
 
 
 def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:

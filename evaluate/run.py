@@ -15,7 +15,9 @@ from tcsae.evaluate.bootstrap import LEVEL, N_RESAMPLINGS, interval, point, resa
 from tcsae.evaluate.candidates import EvalOptions, Loaded, Request, evaluable, sort_out
 from tcsae.evaluate.one_pass import Measured, Settings, measure
 from tcsae.evaluate.reference import load_reference, save_reference
-from tcsae.evaluate.systems import SaeOutput, System
+from tcsae.evaluate.smoothing import DEFINITIONS as SMOOTHINGS
+from tcsae.evaluate.smoothing import parse_smoothing
+from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
 from tcsae.evaluate.temporal_run import TemporalObserver
 from tcsae.shared.config import to_dict
 from tcsae.shared.console import progress, say
@@ -33,13 +35,13 @@ class Evaluated(NamedTuple):
     """What `evaluate_runs` has to say."""
 
     evaluations: list[dict[str, Any]]
-    """What each run's eval.json holds, in the order asked for."""
+    """What each run's eval.json holds, in the order asked for; a run's smoothed ones come after it."""
     refused: list[str]
     """One line for each run that gets no figures, and why."""
 
 
 class Group(NamedTuple):
-    """Runs with the same options, and what they share."""
+    """Runs with the same options but for the smoothing, and what they share."""
 
     store: Store
     runs_path: Path
@@ -50,18 +52,22 @@ class Group(NamedTuple):
 def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None) -> Evaluated:
     """Evaluate the runs asked for and write each one's eval.json, its replicates, and SAEBench's form of it.
 
-    Kept as it is: an eval.json of the same weights, store content, options and definition version, unless forced.
-    Raises RunError if there is no run, or none of a given name; StoreError if the eval split is empty or damaged.
+    Each smoothing asked for gives one more evaluation of every run, named like "run+ema=0.3", in eval+ema=0.3.json;
+    SAEBench has no form for it. Kept as it is: an eval.json of the same weights, store content, options and definition
+    version, unless forced.
+    Raises RunError if there is no run, or none of a given name; ConfigError for a smoothing that does not exist;
+    StoreError if the eval split is empty or damaged.
     """
     request = request or Request()
     folders = evaluable(runs_path, request.names)
-    evaluations, groups, refused = sort_out(store, folders, request)
+    work = sort_out(store, folders, request)
+    evaluations = dict(work.kept)
     if evaluations:
-        say(f"Evaluated already: {', '.join(path.name for path in evaluations)}. Do it again with --force.")
-    for options, runs in groups.items():
+        say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
+    for options, runs in work.groups.items():
         found = _evaluate(Group(store, runs_path, options, runs))
-        evaluations |= {loaded.run.path: one for loaded, one in zip(runs, found, strict=True)}
-    return Evaluated([evaluations[path] for path in folders if path in evaluations], refused)
+        evaluations |= {loaded.run.name: one for loaded, one in zip(runs, found, strict=True)}
+    return Evaluated([evaluations[name] for name in work.order], work.refused)
 
 
 def _evaluate(group: Group) -> list[dict[str, Any]]:
@@ -75,7 +81,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
     constant = baselines.constant_baselines(mean.float())
     sized = _sized_baselines(group) if options.baselines else {}
-    systems: list[System] = [*(SaeOutput(one.sae) for one in group.runs), *sized.values(), *constant.values()]
+    systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
     observer = TemporalObserver(split, options.skip_first, mean, len(group.runs)) if options.temporal else None
     start = time.monotonic()
     title = f"eval {len(group.runs)} SAE{'s' * (len(group.runs) > 1)}"
@@ -105,6 +111,11 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         )
         for i, row in enumerate(rows[: len(group.runs)])
     ]
+
+
+def _system(loaded: Loaded) -> System | SmoothedOutput:
+    smooth = loaded.run.options.smooth
+    return SmoothedOutput(loaded.sae, parse_smoothing(smooth)) if smooth else SaeOutput(loaded.sae)
 
 
 def _check_not_empty(store: Store, split: Split, options: EvalOptions) -> None:
@@ -162,7 +173,6 @@ def _common(group: Group, measured: Measured, no_tail: str | None) -> dict[str, 
     return {
         "definition_version": metrics.DEFINITION_VERSION,
         "store": {"location": store.location, "content": store.content},
-        "options": to_dict(group.options),
         "sequence_length": store.sequence_length,
         "n_sequences": split.n_sequences,
         "n_documents": split.n_documents,
@@ -186,31 +196,36 @@ def _write(
 ) -> dict[str, Any]:
     """Write a run's files, eval.json last; returns what that holds. `figures`: the metrics and the probes, by row."""
     rows, probed = figures
-    loaded, folder = group.runs[i], group.runs[i].run.path
+    loaded, folder, options = group.runs[i], group.runs[i].run.path, group.runs[i].run.options
     evaluation = _about(loaded, group.store) | {"metrics": _points(rows)}
     evaluation["intervals"] = {name: interval(rows[name]) for name in rows if len(rows[name]) > 1}
     evaluation |= common
     assert firings is not None
-    details = saebench.feature_details(loaded.sae, firings, common["n_tokens"])
-    core = saebench.core_output(evaluation, loaded.sae, details, group.store.manifest.recipe.model.name)
-    write_json(folder / saebench.FILE, core)
+    if options.smooth is None:
+        details = saebench.feature_details(loaded.sae, firings, common["n_tokens"])
+        core = saebench.core_output(evaluation, loaded.sae, details, group.store.manifest.recipe.model.name)
+        write_json(folder / saebench.FILE, core)
     draws = {name: values.contiguous() for name, values in {**rows, **probed}.items() if len(values) > 1}
-    write_atomic(folder / REPLICATES, safetensors.torch.save(draws, {"content": group.store.content}))
-    write_json(folder / EVALUATION, evaluation)
+    write_atomic(folder / options.file(REPLICATES), safetensors.torch.save(draws, {"content": group.store.content}))
+    write_json(folder / options.file(EVALUATION), evaluation)
     return evaluation
 
 
 def _about(loaded: Loaded, store: Store) -> dict[str, Any]:
-    path, record, _ = loaded.run
+    path, record, options = loaded.run
     trained_on = record["store"]["content"]
-    if trained_on not in (None, store.content):
+    if trained_on not in (None, store.content) and not options.smooth:
         say(f"{path.name}: trained on another store (content {trained_on[:12]}), evaluated on this one.")
-    return {
-        "name": path.name,
+    about = {
+        "name": loaded.run.name,
         "preset": record["preset"],
         "sae": to_dict(loaded.sae.config),
         "steps": record["steps"],
         "tokens": record["tokens"],
         "weights": loaded.weights,
         "trained_on": trained_on,
+        "options": options.to_json(),
     }
+    if options.smooth:
+        about["smoothing"] = SMOOTHINGS[parse_smoothing(options.smooth).kind]
+    return about

@@ -1,14 +1,15 @@
 """What is evaluated: an SAE, or a baseline, as a function of activations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.evaluate.activity import Code, join_codes
 from tcsae.evaluate.metrics import Output
-from tcsae.shared.codes import SparseCode
+from tcsae.evaluate.smoothing import HYSTERESIS, Smoothing, filtered, smoothing_kernel, stay_above, stay_topk
+from tcsae.shared.codes import SparseCode, select_topk, threshold_code
 from tcsae.shared.sae import SparseAutoencoder
 
 BATCH_CODE_ENTRIES = 8 << 20
@@ -25,19 +26,65 @@ class SaeOutput:
         self.sae = sae
 
     def __call__(self, x: Float[Tensor, "n d_model"]) -> Output:
-        parts = [(self._decode(code, part), code) for part, code in code_parts(self.sae, x)]
+        parts = [(decoded(self.sae, code, part), code) for part, code in code_parts(self.sae, x)]
         x_hats, codes = zip(*parts, strict=True)
         return Output(torch.cat(x_hats) if len(parts) > 1 else x_hats[0], join_codes(list(codes)))
 
-    def _decode(self, code: Code, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        return self.sae.decode_sparse(code, x) if isinstance(code, SparseCode) else self.sae.decode(code, x)
+
+class SmoothedOutput:
+    """An SAE whose codes are smoothed along each sequence before they are decoded."""
+
+    def __init__(self, sae: SparseAutoencoder, smoothing: Smoothing) -> None:
+        self.sae, self.smoothing = sae, smoothing
+
+    def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].tolist())
+        return Output(decoded(self.sae, code, x), code)
+
+    def code(self, x: Float[Tensor, "n d_model"], lengths: Sequence[int]) -> Code:
+        """The smoothed code of consecutive sequences of these lengths."""
+        kind, value = self.smoothing
+        if kind == HYSTERESIS and self.sae.config.activation == "topk":
+            n = min(round(value * self.sae.config.k), self.sae.config.d_sae)
+            return stay_topk(self._joined(x, lambda part: largest(self.sae, part, n)), lengths, self.sae.config.k)
+        if kind == HYSTERESIS:
+            threshold = self.sae.threshold.detach()
+            lower = torch.minimum(threshold, threshold / value)
+            found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
+            return stay_above(found, lengths, threshold)
+        kernel = smoothing_kernel(self.smoothing, max(lengths, default=0))
+        return filtered(join_codes([code for _, code in code_parts(self.sae, x)]), lengths, kernel)
+
+    def _joined(self, x: Float[Tensor, "n d_model"], encode: Callable[[Tensor], SparseCode]) -> SparseCode:
+        joined = join_codes([code for _, code in code_parts(self.sae, x, encode)])
+        assert isinstance(joined, SparseCode)
+        return joined
+
+
+def decoded(sae: SparseAutoencoder, code: Code, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    return sae.decode_sparse(code, x) if isinstance(code, SparseCode) else sae.decode(code, x)
+
+
+def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) -> SparseCode:
+    """The largest pre-activations of each token, whatever their sign."""
+    values, latents = select_topk(sae.pre_activations(x), n_kept)
+    offsets = torch.arange(0, values.numel() + 1, n_kept)
+    return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae)
+
+
+def output_of(system: "System | SmoothedOutput", x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+    """What a system makes of activations; `sequence` numbers each one's sequence, ascending."""
+    return system(x, sequence) if isinstance(system, SmoothedOutput) else system(x)
 
 
 def code_parts(
-    sae: SparseAutoencoder, x: Float[Tensor, "n d_model"]
+    sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], encode: Callable[[Tensor], Code] | None = None
 ) -> Iterator[tuple[Float[Tensor, "n_part d_model"], Code]]:
-    """Activations and their code, at most BATCH_CODE_ENTRIES at a time; at least one part, which may be empty."""
-    # Next to no entry of a gelu is zero, so its sparse code would cost three times more.
-    encode = sae.encode if sae.config.activation == "gelu" else sae.encode_sparse
+    """Activations and their code (by default the SAE's own), at most BATCH_CODE_ENTRIES at a time; at least one part,
+    which may be empty.
+    """
+    if encode is None:
+        # Next to no entry of a gelu is zero, so its sparse code would cost three times more.
+        encode = sae.encode if sae.config.activation == "gelu" else sae.encode_sparse
     for part in x.split(max(1, BATCH_CODE_ENTRIES // sae.config.d_sae)):
         yield part, encode(part)

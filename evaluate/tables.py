@@ -15,7 +15,8 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
     """Print one table for each set of options, and how to read it."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in evaluations:
-        groups.setdefault(str(sorted(one["options"].items())), []).append(one)
+        shared = {name: value for name, value in one["options"].items() if name != "smooth"}
+        groups.setdefault(str(sorted(shared.items())), []).append(one)
     for group in groups.values():
         first = group[0]
         rows = [_row(name.replace("_", " "), figures, {}) for name, figures in first["baselines"].items()]
@@ -26,6 +27,8 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         show_temporal(group, details)
     if evaluations:
         click.echo(f"All figures, intervals and definitions: {runs}/NAME/eval.json")
+    for rule in dict.fromkeys(one["smoothing"] for one in evaluations if "smoothing" in one):
+        click.echo(f"Smoothed codes: {rule}.")
 
 
 def _row(name: str, figures: dict[str, Any], intervals: dict[str, Any]) -> list[object]:

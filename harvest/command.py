@@ -11,6 +11,7 @@ from tcsae.shared.cli import Count, Place, StageCommand
 if TYPE_CHECKING:
     from tcsae.harvest.config import HarvestConfig
     from tcsae.harvest.plan import Plan
+    from tcsae.shared.manifest import Recipe
     from tcsae.shared.store import Store
 
 
@@ -90,7 +91,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="One document in so many, chosen by the hash of its text, goes to the eval split.",
 )
-@click.option("--seed", default=0, show_default=True, help="0 keeps the corpus's order, another number shuffles it.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="0 keeps the corpus's order, another number shuffles it. Also the seed of --control.",
+)
+@click.option(
+    "--control",
+    type=click.Choice(["permuted", "random-weights"]),
+    help="A null in place of the store: each document's tokens in random order, or the model as it is before training.",
+)
 @click.option(
     "--codec",
     type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
@@ -132,7 +143,7 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 def _config(options: Mapping[str, Any]) -> "HarvestConfig":
     from tcsae.harvest.config import HarvestConfig, ModelChoice
     from tcsae.harvest.corpus import CorpusChoice
-    from tcsae.shared.manifest import SequenceRecipe
+    from tcsae.shared.manifest import ControlRecipe, SequenceRecipe
 
     return HarvestConfig(
         model=ModelChoice(
@@ -162,6 +173,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
         n_sequences=options["sequences"],
         codec=options["codec"],
         codec_error=options["codec_error"],
+        control=ControlRecipe(kind=options["control"], seed=options["seed"]) if options["control"] else None,
     )
 
 
@@ -175,6 +187,7 @@ def print_plan(plan: "Plan") -> None:
         for name, values in (("sequences", plan.sequences), ("tokens", plan.tokens))
     ]
     table(f"{plan.location}: the plan", ["", "train", "eval"], rows)
+    _print_control(plan.recipe)
     n_tokens = max(1, sum(plan.tokens.values()))
     for codec, n_bytes in plan.activations.items():
         chosen = " (chosen)" if codec == plan.recipe.codec else ""
@@ -204,6 +217,7 @@ def print_summary(store: "Store") -> None:
     title = f"{store.location}: {store.manifest.recipe.model.name} over {store.manifest.recipe.corpus.name}"
     rows = [(name, counts["train"][name], counts["eval"][name]) for name in ("sequences", "tokens", "documents")]
     table(title, ["", "train", "eval"], rows)
+    _print_control(store.manifest.recipe)
     n_tokens = counts["train"]["tokens"] + counts["eval"]["tokens"]
     parts = store.n_bytes()
     click.echo(f"  {size(sum(parts.values()))} on disk, {sum(parts.values()) / n_tokens:.0f} bytes a token")
@@ -218,3 +232,8 @@ def print_summary(store: "Store") -> None:
         f"{counts['documents_empty']:,} without a sequence, {counts['tokens_dropped_short']:,} tokens in short ends, "
         f"{counts['tokens_beyond_budget']:,} beyond the asked"
     )
+
+
+def _print_control(recipe: "Recipe") -> None:
+    if recipe.control:
+        click.echo(f"  control {recipe.control}")

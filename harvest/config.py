@@ -8,7 +8,7 @@ from tcsae.harvest.sequences import check_sequences
 from tcsae.shared.codecs import check_codec
 from tcsae.shared.device import DEVICES
 from tcsae.shared.errors import ConfigError, unknown
-from tcsae.shared.manifest import SequenceRecipe
+from tcsae.shared.manifest import CONTROLS, ControlRecipe, SequenceRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_POSITIONS = 1 << 20
@@ -56,6 +56,8 @@ class HarvestConfig:
     codec: str = "float16"
     codec_error: float | None = None
     """Relative squared error of the codec `compact`; None: its default."""
+    control: ControlRecipe | None = None
+    """A null of this harvest in place of it."""
 
     def __post_init__(self) -> None:
         if self.corpus.seed < 0:
@@ -67,6 +69,8 @@ class HarvestConfig:
             )
         if self.n_sequences is not None and self.n_sequences < 10:
             raise ConfigError(f"--sequences {self.n_sequences}: at least ten.")
+        if self.control is not None and self.control.kind not in CONTROLS:
+            raise ConfigError(unknown("control", self.control.kind, CONTROLS))
         check_sequences(self.sequences, self.most_tokens)
         check_codec(self.codec, self.codec_error)
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):

@@ -22,6 +22,8 @@ class LanguageModel:
     """What `from_pretrained` takes: a folder, or a Hub id."""
     revision: str
     """A commit of the Hub, or "sha256:..." of a local folder's files."""
+    weights_seed: int | None = None
+    """None: the weights that it was trained to. Otherwise weights as they are before training, drawn with this seed."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -20,12 +20,16 @@ def load_bridge(model: LanguageModel, device: str = "cpu", dtype: str = "float32
 
     try:
         with quiet():
+            untrained = None
+            if model.weights_seed is not None:
+                untrained = _untrained(model, dtype, {"attn_implementation": "eager"}).to(device)
             bridge = TransformerBridge.boot_transformers(
                 model.source,
                 device=device,
                 dtype=getattr(torch, dtype),
                 # Otherwise every layer's attention weights are kept until the pass ends.
                 hf_config_overrides={"output_attentions": False},
+                hf_model=untrained,
                 **model.options,
             )
             return bridge.eval()
@@ -41,15 +45,31 @@ def load_plain(model: LanguageModel, device: str = "cpu", dtype: str = "float32"
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = dict(model.options)
+    options: dict[str, Any] = {}
     if getattr(model.config().get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # sdpa leaves the soft cap out (Gemma 2)
     try:
         with quiet():
-            found = AutoModelForCausalLM.from_pretrained(model.source, dtype=getattr(torch, dtype), **options)
-            return found.eval().to(device)
+            if model.weights_seed is not None:
+                return _untrained(model, dtype, options).to(device)
+            options |= {"dtype": getattr(torch, dtype), **model.options}
+            return AutoModelForCausalLM.from_pretrained(model.source, **options).eval().to(device)
     except (OSError, ValueError) as error:
         raise TailError(f"No tail: {model.name} is no causal language model ({first_line(error)}).") from error
+
+
+def _untrained(model: LanguageModel, dtype: str, options: dict[str, Any]) -> Any:
+    """The same architecture with the weights that `transformers` begins to train it from, drawn with the model's seed.
+
+    Drawn on the CPU in float32, so that every device and dtype gets the same.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert model.weights_seed is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model.weights_seed)
+        found = AutoModelForCausalLM.from_config(model.config(), dtype=torch.float32, **options)
+    return found.eval().to(getattr(torch, dtype))
 
 
 def tail_parameters(model: Any, start_layer: int) -> int:

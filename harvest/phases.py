@@ -15,11 +15,12 @@ from tcsae.harvest.capture import Capture
 from tcsae.harvest.corpus import Corpus, Document
 from tcsae.harvest.language_model import LanguageModel
 from tcsae.harvest.loading import load_plain, quiet
-from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, split_of
+from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, permuted, split_of
 from tcsae.harvest.signals import StopRequest
 from tcsae.shared.console import progress, say
 from tcsae.shared.errors import DataError
 from tcsae.shared.files import PARTIAL
+from tcsae.shared.manifest import PERMUTED, ControlRecipe
 from tcsae.shared.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
 from tcsae.shared.writer import StoreWriter
 
@@ -52,7 +53,7 @@ def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, s
         say(f"{writer.location} goes on: {counts['documents_read']:,} documents are read.")
     shown, committed, committed_at = n_tokens(counts), counts["documents_read"], time.monotonic()
     with progress(f"{corpus.recipe.name} to sequences", recipe.n_tokens, done=shown) as advance:
-        for _ in _read(sequencer, corpus, model, tokenizer):
+        for _ in _read(sequencer, corpus, model, tokenizer, recipe.control):
             advance(n_tokens(counts) - shown)
             shown = n_tokens(counts)
             now = time.monotonic()
@@ -139,7 +140,9 @@ def write_tokenizer(writer: StoreWriter, model: LanguageModel) -> list[str]:
         return writer.add_folder("tokenizer", Path(folder))
 
 
-def _read(sequencer: Sequencer, corpus: Corpus, model: LanguageModel, tokenizer: Any) -> Iterator[None]:
+def _read(
+    sequencer: Sequencer, corpus: Corpus, model: LanguageModel, tokenizer: Any, control: ControlRecipe | None
+) -> Iterator[None]:
     """Feed the corpus to the sequencer, from where its counts stand; yields after every batch of documents."""
     if sequencer.done:
         return
@@ -150,6 +153,8 @@ def _read(sequencer: Sequencer, corpus: Corpus, model: LanguageModel, tokenizer:
         ids = _ids([documents[i] for i in wanted], tokenizer, n_vocabulary)
         found = dict(zip(wanted, ids, strict=True))
         for i, split in enumerate(splits):
+            if i in found and control is not None and control.kind == PERMUTED:
+                found[i] = permuted(found[i], control.seed, sequencer.counts["documents_read"])
             sequencer.add(split, found.get(i, []))
             if sequencer.done:
                 break

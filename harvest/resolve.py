@@ -59,6 +59,7 @@ def resolve(
         n_sequences=config.n_sequences,
         libraries={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        control=config.control,
     )
     return recipe, capture
 

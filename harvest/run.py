@@ -6,7 +6,7 @@ The same call, made again after a kill, goes on from what is on disk and ends wi
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from shutil import disk_usage
 from typing import Any
@@ -26,7 +26,7 @@ from tcsae.shared.console import say
 from tcsae.shared.errors import DataError, ModelError, StoreError
 from tcsae.shared.extension import can_extend, extend
 from tcsae.shared.journal import Journal
-from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, Manifest, Recipe
+from tcsae.shared.manifest import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Manifest, Recipe
 from tcsae.shared.storage import local_root
 from tcsae.shared.store import Store, open_store, read_attributes, read_manifest
 from tcsae.shared.writer import StoreWriter, open_writer
@@ -57,7 +57,8 @@ def harvest(
     if writer is None:
         _say_used(location, found.recipe)
         return open_store(location)
-    if before is None and config.model.name == EMBEDDED and config.sequences.eval_every != EVAL_EVERY:
+    trained = config.model.name == EMBEDDED and found.model.weights_seed is None
+    if before is None and trained and config.sequences.eval_every != EVAL_EVERY:
         say(
             f"With --eval-every {config.sequences.eval_every} the embedded model was trained on part of the eval "
             f"split, and figures on it will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
@@ -127,6 +128,8 @@ def _prepare(location: str, config: HarvestConfig, fresh: bool) -> _Found:
     for leftover in local_root(location).absolute().parent.glob(f"{local_root(location).name}.*{DELETED}"):
         shutil.rmtree(leftover, ignore_errors=True)
     model = find_model(config.model.name, config.model.revision)
+    if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
+        model = replace(model, weights_seed=config.control.seed)
     corpus = find_corpus(config.corpus)
     stored = read_manifest(location)
     return _Found(model, corpus, *resolve(config, model, corpus, stored.recipe if stored else None))

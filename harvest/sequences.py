@@ -53,6 +53,15 @@ def cut(n_tokens: int, recipe: SequenceRecipe) -> list[tuple[int, int]]:
     return pieces
 
 
+def permuted(ids: Sequence[int], seed: int, number: int) -> list[int]:
+    """The tokens of document `number` in random order: the same one whenever, and by whomever, it is cut.
+
+    The order is that of a bit generator's raw numbers, which NumPy promises to keep from version to version.
+    """
+    order = np.argsort(np.random.PCG64([seed, number]).random_raw(len(ids)), kind="stable")
+    return [ids[i] for i in order]
+
+
 class Sequencer:
     """Cuts documents into sequences, in corpus order, until both splits have their `budgets` of `unit`.
 

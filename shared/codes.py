@@ -108,7 +108,7 @@ def batchtopk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
         ties = (values == last).nonzero().squeeze(1)[: want - int(keep.sum())]
         keep[ties] = True
         candidates, values = candidates[keep], values[keep]
-    return _from_flat(candidates, values, pre.shape)
+    return from_flat(candidates, values, pre.shape)
 
 
 def threshold_code(
@@ -123,13 +123,13 @@ def threshold_code(
     if margin:
         limit = threshold.expand(pre.shape[1])[at % pre.shape[1]]
         values = torch.where(values > limit, values, 0.0)
-    return _from_flat(at, values, pre.shape)
+    return from_flat(at, values, pre.shape)
 
 
 def positive_code(activations: Float[Tensor, "n d_sae"]) -> SparseCode:
     """The positive entries of a dense code (all that are not zero, but for a gelu's)."""
     at = _places(activations, 0.0)
-    return _from_flat(at, activations.reshape(-1)[at], activations.shape)
+    return from_flat(at, activations.reshape(-1)[at], activations.shape)
 
 
 def decode(
@@ -162,9 +162,7 @@ def _sampled_bound(flat: Float[Tensor, " n_entries"], want: int) -> float:
     return max(0.0, float(sample.kthvalue(max(1, int((1 - share) * sample.numel()))).values))
 
 
-def _from_flat(
-    at: Int[Tensor, " n_entries"], values: Float[Tensor, " n_entries"], shape: tuple[int, ...]
-) -> SparseCode:
+def from_flat(at: Int[Tensor, " n_entries"], values: Float[Tensor, " n_entries"], shape: tuple[int, ...]) -> SparseCode:
     """A code from ascending positions in its flattened dense form."""
     n, d_sae = shape
     rows = torch.div(at, d_sae, rounding_mode="floor")

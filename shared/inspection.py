@@ -99,6 +99,8 @@ def _recipe(manifest: "Manifest") -> Iterator[str]:
         f"  sequences  up to {sequences.length} tokens of one document, {'a' if sequences.prepend_bos else 'no'} BOS; "
         + (f"one document in {sequences.eval_every} is eval" if sequences.eval_every else "both splits were given")
     )
+    if manifest.recipe.control:
+        yield f"  control    {manifest.recipe.control}"
     yield f"  hooks      {hooks}, stored as {manifest.recipe.codec}"
 
 

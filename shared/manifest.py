@@ -17,6 +17,11 @@ VERSION = 2
 """1: float16 and float32 only, no statistics/<hook>/sums, no checksums_metadata."""
 SPLITS = ("train", "eval")
 HARVESTING, SEALED = "harvesting", "sealed"
+PERMUTED, RANDOM_WEIGHTS = "permuted", "random-weights"
+CONTROLS = {
+    PERMUTED: "each document's tokens in random order",
+    RANDOM_WEIGHTS: "the model with weights as they are before training",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,19 @@ class HookRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ControlRecipe:
+    """A null of a store: what the activations are when one thing about the language model or its text is destroyed."""
+
+    kind: str
+    """One of `CONTROLS`."""
+    seed: int = 0
+    """Of the orders, or of the weights."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}, seed {self.seed}: {CONTROLS[self.kind]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that determines a store's bytes; compared when a harvest is resumed."""
 
@@ -90,6 +108,8 @@ class Recipe:
     n_sequences: int | None = None
     """Sequences asked for instead; `n_tokens` is then what they can hold."""
     libraries: dict[str, str] = field(default_factory=dict)
+    control: ControlRecipe | None = None
+    """None: the model as it was trained, over the text as it was written. Then the manifest has no such key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +157,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as dictionaries, with its digest filled in."""
         blank = to_dict(dataclasses.replace(self, digest=""))
+        if blank["recipe"]["control"] is None:
+            del blank["recipe"]["control"]  # so that a store without one has the bytes it had before there were any
         return blank | {"digest": json_digest(blank)}
 
     def root_metadata(self) -> bytes:

@@ -39,10 +39,13 @@ def find_runs(runs_path: Path, names: Collection[str] = ()) -> list[Path]:
     return [folders[name] for name in dict.fromkeys(names or folders)]
 
 
-def load_evaluation(run_path: Path, content: str) -> dict[str, Any] | None:
-    """A run's eval.json if it is about the weights that lie there now and the store of this `content`; else None."""
+def load_evaluation(run_path: Path, content: str, file: str = EVALUATION) -> dict[str, Any] | None:
+    """A run's eval.json if it is about the weights that lie there now and the store of this `content`; else None.
+
+    `file`: that of its smoothed codes instead.
+    """
     try:
-        evaluation = json.loads((run_path / EVALUATION).read_text())
+        evaluation = json.loads((run_path / file).read_text())
         of_this_store = evaluation["store"]["content"] == content
         return evaluation if of_this_store and evaluation["weights"] == file_digest(run_path / WEIGHTS) else None
     except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours: evaluating again replaces it
