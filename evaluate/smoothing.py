@@ -18,7 +18,7 @@ from tcsae.shared.codes import SparseCode, from_flat
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.sae import THRESHOLDED, SaeConfig
 
-EMA, MEAN, HYSTERESIS = "ema", "mean", "hysteresis"
+EMA, MEAN, HYSTERESIS, SCALE = "ema", "mean", "hysteresis", "scale"
 DEFINITIONS = {
     EMA: "f'_t = a f'_(t-1) + (1 - a) f_t along a sequence, f' = f at its first counted position; exact, so that a "
     "latent once on stays above zero, and L0 counts it",
@@ -26,8 +26,14 @@ DEFINITIONS = {
     HYSTERESIS: "topk: the latents that were on at t-1 stay on at t while they are among the m k largest "
     "pre-activations and these are positive; the largest others fill up to k. With thresholds: a latent is on above "
     "its threshold, and stays on above threshold / m",
+    SCALE: "c f: no smoothing, but the control for what a code gains by being smaller",
 }
-ALLOWED = {EMA: "ema=A, 0 <= A < 1", MEAN: "mean=W, a whole number from 1 on", HYSTERESIS: "hysteresis=M, M >= 1"}
+ALLOWED = {
+    EMA: "ema=A, 0 <= A < 1",
+    MEAN: "mean=W, a whole number from 1 on",
+    HYSTERESIS: "hysteresis=M, M >= 1",
+    SCALE: "scale=C, C > 0",
+}
 
 
 class Smoothing(NamedTuple):
@@ -49,7 +55,12 @@ def parse_smoothing(text: str) -> Smoothing:
         value = float(number)
     except ValueError:
         value = math.nan
-    fits = {EMA: 0 <= value < 1, MEAN: value >= 1 and value.is_integer(), HYSTERESIS: 1 <= value < math.inf}
+    fits = {
+        EMA: 0 <= value < 1,
+        MEAN: value >= 1 and value.is_integer(),
+        HYSTERESIS: 1 <= value < math.inf,
+        SCALE: 0 < value < math.inf,
+    }
     if not fits[kind]:
         raise ConfigError(f"--smooth {text}: allowed is {ALLOWED[kind]}.")
     return Smoothing(kind, value)
@@ -87,7 +98,9 @@ def ema_kernel(n: int, decay: float) -> Float[Tensor, "n n"]:
 
 
 def smoothing_kernel(smoothing: Smoothing, n: int) -> Float[Tensor, "n n"]:
-    """Of `ema` and `mean`, for sequences of up to n positions."""
+    """Of `ema`, `mean` and `scale`, for sequences of up to n positions."""
+    if smoothing.kind == SCALE:
+        return smoothing.value * torch.eye(n)
     if smoothing.kind == MEAN:
         return mean_kernel(n, int(smoothing.value))
     kernel = ema_kernel(n, smoothing.value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tcsae.evaluate.paper import PRINTED
 from tcsae.paper.arms import CONTRASTIVE, FEWER, FRONTIER, NAMES, PLAIN, RELATIVE, RUNGS, SMOOTHED, WINDOWS, Arm
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tcsae",
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -120,9 +120,11 @@ def _path(ax: "Axes", results: Results, arms: Sequence[Arm], score: str, label: 
     """A line through arms, in their order, with the range of seeds at each."""
     xs, ys = ([results.values(arm, name) for arm in arms] for name in ("slowness_to_x", score))
     middle = [[sum(one) / len(one) for one in values] for values in (xs, ys)]
-    bars = [
+    bars: list[list[list[float]]] = [
         [[at - min(one) for at, one in zip(means, values, strict=True)],
          [max(one) - at for at, one in zip(means, values, strict=True)]]
         for means, values in zip(middle, (xs, ys), strict=True)
     ]  # fmt: skip
-    ax.errorbar(*middle, xerr=bars[0], yerr=bars[1], marker=marker, markersize=4, linewidth=1.2, label=label)
+    ax.errorbar(
+        middle[0], middle[1], xerr=bars[0], yerr=bars[1], marker=marker, markersize=4, linewidth=1.2, label=label
+    )

@@ -8,8 +8,9 @@ import numpy as np
 from tcsae.harvest.config import HarvestConfig, ModelChoice
 from tcsae.harvest.corpus import CorpusChoice
 from tcsae.harvest.run import harvest
-from tcsae.paper.arms import MOMENTS, PERMUTED, RANDOM, TEXT
+from tcsae.paper.arms import MOMENTS, TEXT
 from tcsae.shared.creation import create_store
+from tcsae.shared.manifest import ControlRecipe
 from tcsae.shared.store import Store, open_store
 
 D_MODEL, NORM, SPREAD = 512, 15.8, 1.89
@@ -46,9 +47,9 @@ def open_or_make(place: Place, name: str, asked: Asked) -> Store:
     location = str(place.store(name))
     if name == MOMENTS:
         return _moments(location)
-    control = {TEXT: None, PERMUTED: "permuted", RANDOM: "random-weights"}[name]
-    choices = {"model": ModelChoice(name=asked.model), "corpus": CorpusChoice(name=asked.dataset)}
-    return harvest(location, HarvestConfig(**choices, n_tokens=asked.n_tokens, control=control))
+    control = None if name == TEXT else ControlRecipe(kind=name)
+    model, corpus = ModelChoice(name=asked.model), CorpusChoice(name=asked.dataset)
+    return harvest(location, HarvestConfig(model=model, corpus=corpus, n_tokens=asked.n_tokens, control=control))
 
 
 def squared_norm(store: Store) -> float:

@@ -29,7 +29,7 @@ spec.loader.exec_module(toy)
 make_run, make_sae, WIDTH = toy.make_run, toy.make_sae, toy.WIDTH
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu", "gelu")
-KERNELS = ("ema=0", "ema=0.3", "ema=0.95", "mean=1", "mean=3", "mean=20")
+KERNELS = ("ema=0", "ema=0.3", "ema=0.95", "mean=1", "mean=3", "mean=20", "scale=0.8")
 HYSTERESES = ("hysteresis=1", "hysteresis=1.5", "hysteresis=2", "hysteresis=100")
 lengths_of = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -71,6 +71,8 @@ def naive(sae, text: str, x, sequence):
             rows.append(f[t] if begins else value * rows[-1] + (1 - value) * f[t])
         elif kind == "mean":
             rows.append(f[max(start, t - int(value) + 1) : t + 1].mean(0))
+        elif kind == "scale":
+            rows.append(value * f[t])
         elif sae.config.activation == "topk":
             order = sorted(range(len(pre[t])), key=lambda j: -float(pre[t, j]))
             near = order[: round(value * k)]
@@ -284,6 +286,7 @@ def test_smoothed_codes_are_compared_with_a_run(store, tmp_path):
         ("mean=0", "allowed is mean=W"),
         ("mean=inf", "allowed is mean=W"),
         ("hysteresis=0.5", "allowed is hysteresis=M, M >= 1"),
+        ("scale=0", "allowed is scale=C, C > 0"),
         ("hysteresis=inf", "allowed is hysteresis=M"),
         ("hysteresis=two", "allowed is hysteresis=M"),
     ],
