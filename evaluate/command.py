@@ -18,8 +18,9 @@ from tcsae.shared.cli import Place, StageCommand
     "--smooth",
     multiple=True,
     metavar="KIND=VALUE",
-    help="Also score each SAE with its codes smoothed along every sequence: ema=0.3 (memory), mean=3 (last positions), "
-    "hysteresis=2 (latents stay on while among the 2 k largest). Repeatable; named like RUN+ema=0.3.",
+    help="Also score each SAE with its codes smoothed along every sequence: ema=0.3 (memory; ema-topk=0.3: of it "
+    "the k largest), mean=3 (last positions), hysteresis=2 (latents stay on while among the 2 k largest), scale=0.9 "
+    "(only smaller: a control). Repeatable; named like RUN+ema=0.3.",
 )
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(

@@ -18,10 +18,11 @@ from tcsae.shared.codes import SparseCode, from_flat
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.sae import THRESHOLDED, SaeConfig
 
-EMA, MEAN, HYSTERESIS, SCALE = "ema", "mean", "hysteresis", "scale"
+EMA, EMA_TOPK, MEAN, HYSTERESIS, SCALE = "ema", "ema-topk", "mean", "hysteresis", "scale"
 DEFINITIONS = {
     EMA: "f'_t = a f'_(t-1) + (1 - a) f_t along a sequence, f' = f at its first counted position; exact, so that a "
     "latent once on stays above zero, and L0 counts it",
+    EMA_TOPK: "topk: ema, of which each token keeps its k largest latents, so that L0 stays what it was",
     MEAN: "mean of f over the last w counted positions of the sequence, fewer at its beginning",
     HYSTERESIS: "topk: the latents that were on at t-1 stay on at t while they are among the m k largest "
     "pre-activations and these are positive; the largest others fill up to k. With thresholds: a latent is on above "
@@ -30,6 +31,7 @@ DEFINITIONS = {
 }
 ALLOWED = {
     EMA: "ema=A, 0 <= A < 1",
+    EMA_TOPK: "ema-topk=A, 0 <= A < 1",
     MEAN: "mean=W, a whole number from 1 on",
     HYSTERESIS: "hysteresis=M, M >= 1",
     SCALE: "scale=C, C > 0",
@@ -57,6 +59,7 @@ def parse_smoothing(text: str) -> Smoothing:
         value = math.nan
     fits = {
         EMA: 0 <= value < 1,
+        EMA_TOPK: 0 <= value < 1,
         MEAN: value >= 1 and value.is_integer(),
         HYSTERESIS: 1 <= value < math.inf,
         SCALE: 0 < value < math.inf,
@@ -73,11 +76,12 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def check_smoothing(smoothing: Smoothing, config: SaeConfig) -> None:
-    """Raises ConfigError for a hysteresis of an activation that has no bound to be lowered."""
-    if smoothing.kind == HYSTERESIS and config.activation not in ("topk", *THRESHOLDED):
+    """Raises ConfigError for a smoothing that an SAE of this activation has no meaning for."""
+    allowed = {EMA_TOPK: ("topk",), HYSTERESIS: ("topk", *THRESHOLDED)}
+    if config.activation not in allowed.get(smoothing.kind, (config.activation,)):
         raise ConfigError(
-            f"{smoothing} is for topk, {' and '.join(THRESHOLDED)} SAEs, and its activation is {config.activation}: "
-            "there is no bound to be lowered. Smooth it by ema=A or mean=W."
+            f"{smoothing} is for {', '.join(allowed[smoothing.kind])} SAEs, and its activation is "
+            f"{config.activation}: there is no bound to be kept or lowered. Smooth it by ema=A or mean=W."
         )
 
 
@@ -133,6 +137,16 @@ def filtered_rows(
     """The same of a dense code."""
     parts = [kernel[: len(part), : len(part)] @ part for part in code.split(list(lengths))]
     return torch.cat([code[:0], *parts])
+
+
+def keep_largest(code: SparseCode, k: int) -> SparseCode:
+    """The k largest entries of each token, all of one that has fewer."""
+    rows = code.rows
+    order = np.lexsort((-code.values.numpy(), rows.numpy()))
+    at = torch.from_numpy(order[np.arange(len(order)) - code.offsets[rows].numpy() < k])
+    offsets = torch.zeros_like(code.offsets)
+    torch.cumsum(code.offsets.diff().clamp(max=k), 0, out=offsets[1:])
+    return SparseCode(code.values[at], code.latents[at], offsets, code.d_sae)
 
 
 def code_of_none(d_sae: int) -> SparseCode:

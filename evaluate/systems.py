@@ -8,7 +8,16 @@ from torch import Tensor
 
 from tcsae.evaluate.activity import Code, join_codes
 from tcsae.evaluate.metrics import Output
-from tcsae.evaluate.smoothing import HYSTERESIS, Smoothing, filtered, smoothing_kernel, stay_above, stay_topk
+from tcsae.evaluate.smoothing import (
+    EMA_TOPK,
+    HYSTERESIS,
+    Smoothing,
+    filtered,
+    keep_largest,
+    smoothing_kernel,
+    stay_above,
+    stay_topk,
+)
 from tcsae.shared.codes import SparseCode, select_topk, threshold_code
 from tcsae.shared.sae import SparseAutoencoder
 
@@ -53,7 +62,8 @@ class SmoothedOutput:
             found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
             return stay_above(found, lengths, threshold)
         kernel = smoothing_kernel(self.smoothing, max(lengths, default=0))
-        return filtered(join_codes([code for _, code in code_parts(self.sae, x)]), lengths, kernel)
+        made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]), lengths, kernel)
+        return keep_largest(made, self.sae.config.k) if kind == EMA_TOPK and isinstance(made, SparseCode) else made
 
     def _joined(self, x: Float[Tensor, "n d_model"], encode: Callable[[Tensor], SparseCode]) -> SparseCode:
         joined = join_codes([code for _, code in code_parts(self.sae, x, encode)])

@@ -61,7 +61,7 @@ SHUFFLED = {
     for kind in ("relative", "contrastive")
     for order, about in (("segment", "pairs of one document"), ("batch", "pairs of any documents"))
 }
-SMOOTHINGS = ("ema=0.1", "ema=0.2", "ema=0.4", "mean=2", "mean=3", "hysteresis=1.5", "hysteresis=3")
+SMOOTHINGS = ("ema=0.1", "ema=0.3", "ema-topk=0.2", "ema-topk=0.4", "mean=2", "hysteresis=1.5", "hysteresis=3")
 SCALED = [replace(PLAIN, label=f"no temporal term, code times {c:g}", smooth=f"scale={c:g}") for c in (0.9, 0.8)]
 SMOOTHED = [replace(PLAIN, label=f"no term, codes smoothed: {rule}", smooth=rule) for rule in SMOOTHINGS]
 MATRYOSHKA = Arm("matryoshka, contrastive", "temporal-matryoshka")

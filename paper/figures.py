@@ -58,8 +58,8 @@ def smoothing(results: Results) -> "Figure":
     """Explained variance against slowness: the contrastive term, and a plain SAE smoothed."""
     figure, (ax,) = _panels(1)
     _path(ax, results, [PLAIN, *FRONTIER["contrastive"]], "explained_variance", "contrastive, trained", "o")
-    for marker, rule in zip("sD^", ("ema", "mean", "hysteresis"), strict=True):
-        arms = [PLAIN, *(one for one in SMOOTHED if one.smooth.startswith(rule))]
+    for marker, rule in zip("sD^v", ("ema", "ema-topk", "mean", "hysteresis"), strict=True):
+        arms = [PLAIN, *(one for one in SMOOTHED if one.smooth.startswith(f"{rule}="))]
         _path(ax, results, arms, "explained_variance", f"smoothed after training: {rule}", marker)
     ax.set_xlabel("slowness / x (left: slower)")
     ax.set_ylabel("explained variance")

@@ -46,8 +46,8 @@ SECTIONS = (
         "frontier",
         "What a temporal term costs, and what it brings",
         "Explained variance and CE score against slowness for eq. 3, relative slowness and the contrastive term, at "
-        "the same L0. The controls: fewer active latents, and codes made smaller. Slowness is scale-free, so a code that "
-        "only shrinks gains nothing; the last column shows how much each one shrinks.",
+        "the same L0. The controls: fewer active latents, and codes made smaller. Slowness is scale-free, so a code "
+        "that only shrinks gains nothing; the last column shows how much each one shrinks.",
         _to(PLAIN, *(arm for kind in FRONTIER.values() for arm in kind), *arms.FEWER, *arms.SCALED),
         FRONT,
         "no temporal term",
@@ -72,7 +72,8 @@ SECTIONS = (
         "smoothing",
         "Could one simply smooth the codes?",
         "A plain SAE's codes, smoothed along each sequence after training and decoded: an exponential moving average, "
-        "a running mean, and hysteresis (a latent that is on stays on more easily than another comes on).",
+        "a running mean, and hysteresis (a latent that is on stays on more easily than another comes on). Averages "
+        "keep latents on that have faded, so their L0 grows; ema-topk keeps each token's k largest.",
         _to(PLAIN, CONTRASTIVE, *arms.SMOOTHED),
         ("explained_variance", "ce_loss_score", "l0", "slowness_to_x", "rho_8_within", "boundary_auc"),
         "no temporal term",

@@ -67,7 +67,7 @@ def naive(sae, text: str, x, sequence):
     for t in range(len(x)):
         begins = t == 0 or sequence[t] != sequence[t - 1]
         start = t if begins else start
-        if kind == "ema":
+        if kind.startswith("ema"):
             rows.append(f[t] if begins else value * rows[-1] + (1 - value) * f[t])
         elif kind == "mean":
             rows.append(f[max(start, t - int(value) + 1) : t + 1].mean(0))
@@ -97,6 +97,16 @@ def test_memory_and_mean_are_the_loop(activation, text, lengths, seed):
     )
 
 
+@given(st.sampled_from(("ema-topk=0", "ema-topk=0.3", "ema-topk=0.95")), lengths_of, st.integers(0, 99))
+def test_of_a_memory_the_largest_are_kept(text, lengths, seed):
+    sae, (x, sequence) = sae_of("topk"), inputs(lengths, seed)
+    found, memory = smoothed(sae, text, x, sequence).double(), naive(sae, text, x, sequence)
+    for row, whole in zip(found, memory, strict=True):
+        kept = whole.sort(descending=True).values[: sae.config.k]
+        torch.testing.assert_close(row[row > 0].sort(descending=True).values, kept[kept > 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row[row > 0], whole[row > 0], rtol=1e-4, atol=1e-5)
+
+
 @given(st.sampled_from(ACTIVATIONS[:3]), st.sampled_from(HYSTERESES), lengths_of, st.integers(0, 99))
 def test_hysteresis_is_the_loop(activation, text, lengths, seed):
     sae, (x, sequence) = sae_of(activation), inputs(lengths, seed)
@@ -106,7 +116,9 @@ def test_hysteresis_is_the_loop(activation, text, lengths, seed):
         assert int((found > 0).sum(1).max()) <= sae.config.k
 
 
-@given(st.sampled_from(("ema=0.5", "mean=3", "hysteresis=2")), lengths_of, st.integers(0, 99), st.data())
+@given(
+    st.sampled_from(("ema=0.5", "ema-topk=0.5", "mean=3", "hysteresis=2")), lengths_of, st.integers(0, 99), st.data()
+)
 def test_nothing_goes_from_one_sequence_into_another(text, lengths, seed, data):
     assume(len(lengths) > 1)
     sae, (x, sequence) = sae_of("topk"), inputs(lengths, seed)
@@ -277,11 +289,12 @@ def test_smoothed_codes_are_compared_with_a_run(store, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("median=3", "Unknown smoothing 'median'.*ema, mean, hysteresis"),
+        ("median=3", "Unknown smoothing 'median'.*ema, ema-topk, mean, hysteresis"),
         ("ema", "--smooth ema: allowed is ema=A, 0 <= A < 1"),
         ("ema=1", "--smooth ema=1: allowed is ema=A, 0 <= A < 1"),
         ("ema=-0.1", "allowed is ema=A"),
         ("ema=nan", "allowed is ema=A"),
+        ("ema-topk=1", "allowed is ema-topk=A, 0 <= A < 1"),
         ("mean=2.5", "allowed is mean=W, a whole number from 1 on"),
         ("mean=0", "allowed is mean=W"),
         ("mean=inf", "allowed is mean=W"),
@@ -305,6 +318,6 @@ def test_hysteresis_needs_a_bound(store, tmp_path):
     make_run(tmp_path, "r", sae_of("relu"), store)
     done = call(store, tmp_path, "--smooth", "hysteresis=2", "--smooth", "mean=2")
     assert done.exit_code == 1
-    assert "r+hysteresis=2: hysteresis=2 is for topk, batchtopk and jumprelu SAEs" in " ".join(done.stderr.split())
+    assert "r+hysteresis=2: hysteresis=2 is for topk, batchtopk, jumprelu SAEs" in " ".join(done.stderr.split())
     assert len(list(tmp_path.glob("a/eval*.json"))) == 3
     assert {path.name for path in tmp_path.glob("r/eval*.json")} == {"eval.json", "eval+mean=2.json"}
