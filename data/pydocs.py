@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import platform
 import pydoc_data.topics
 import sysconfig
@@ -28,11 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import platformdirs
-
 from tcsae.data.near_duplicates import Filtered, drop_near_duplicates
 from tcsae.shared.errors import DataError
-from tcsae.shared.files import json_digest, write_atomic
+from tcsae.shared.files import cache_path, json_digest, write_atomic
 
 READER_VERSION = 1
 """Part of the revision: raise it whenever the same installation would give other documents."""
@@ -111,12 +108,6 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
     return versions
-
-
-def cache_path() -> Path:
-    """Folder of the parsed corpus: TCSAE_CACHE, or the user's cache directory."""
-    chosen = os.environ.get("TCSAE_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("tcsae")
 
 
 def pydocs_file(on_progress: Progress | None = None) -> Path:

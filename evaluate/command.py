@@ -52,7 +52,7 @@ def evaluate(
     Also scores SAEs of others: folders below --runs in SAELens' layout. Writes eval.json into each folder, and
     saebench_core.json, the same in SAEBench's form; prints tables with 95% intervals over documents. The
     cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. Everything is
-    computed on the CPU.
+    computed on the CPU; in several processes (torchrun) the SAEs are dealt out to them.
     """
     if (compare is None) != (other is None):
         raise click.UsageError("--compare A needs --with B, and --with needs --compare.")
@@ -62,21 +62,26 @@ def evaluate(
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
     from tcsae.evaluate.run import evaluate_runs
+    from tcsae.evaluate.several import evaluate_dealt
     from tcsae.evaluate.smoothing import split_name
     from tcsae.evaluate.tables import show
     from tcsae.shared.console import say
     from tcsae.shared.errors import RunError
+    from tcsae.shared.ranks import ranks
     from tcsae.shared.store import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     found = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in found if one)
     request = Request(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
-    evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
-    by_name = {one["name"]: one for one in evaluations}
-    if pair and not refused:
-        show_differences(runs_path, *(by_name["+".join(filter(None, one))] for one in found))
+    if (ours := ranks()).several:
+        evaluations, refused = evaluate_dealt(open_store(place.store), runs_path, request, ours)
     else:
+        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
+    by_name = {one["name"]: one for one in evaluations}
+    if pair and evaluations and not refused:
+        show_differences(runs_path, *(by_name["+".join(filter(None, one))] for one in found))
+    elif evaluations or not ours.several:
         show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:

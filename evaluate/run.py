@@ -21,7 +21,7 @@ from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
 from tcsae.evaluate.temporal_run import TemporalObserver
 from tcsae.shared.config import to_dict
 from tcsae.shared.console import progress, say
-from tcsae.shared.errors import StoreError, TcsaeError
+from tcsae.shared.errors import RemoteError, StoreError, TcsaeError
 from tcsae.shared.files import write_atomic, write_json
 from tcsae.shared.runs import EVALUATION
 from tcsae.shared.store import Split, Store
@@ -130,6 +130,8 @@ def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
     """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without."""
     try:
         return Tail.load(store.tail_path(hook)), None
+    except RemoteError:  # there may be one
+        raise
     except TcsaeError as error:
         return None, str(error)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.cli import Count, Place, StageCommand
+from tcsae.shared.cli import Count, Place, StageCommand, check_alone
 
 if TYPE_CHECKING:
     from tcsae.harvest.config import HarvestConfig
@@ -117,7 +117,11 @@ if TYPE_CHECKING:
 )
 @click.option("--exact", is_flag=True, help="Fail if the corpus has less text than --tokens.")
 @click.option("--dry-run", is_flag=True, help="Only make the sequences; print what the rest will take.")
-@click.option("--force", is_flag=True, help="Begin even if the disk has not the room.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Begin even if the disk has not the room; break the lock of a dead process in an object store.",
+)
 @click.option("--fresh", is_flag=True, help="Delete the activation store that is there and start anew.")
 @click.pass_context
 def harvest(ctx: click.Context, **options: Any) -> None:
@@ -126,14 +130,20 @@ def harvest(ctx: click.Context, **options: Any) -> None:
     Documents become sequences, one document in each, in a train and an eval split. The model runs up to the deepest
     hook. Killed at any moment, the same command goes on where it stopped; a finished store of the same settings is used
     as it is.
+
+    In several processes, `torchrun --nproc-per-node N -m tcsae harvest ...` or anything that sets RANK and WORLD_SIZE,
+    the same store is made by all of them, each going on by itself; sequences by rank 0, then activations.
     """
     from tcsae.harvest.run import harvest as run
     from tcsae.harvest.run import plan_harvest
+    from tcsae.shared.ranks import ranks
 
     if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
         raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
     place: Place = ctx.obj
     config, fresh, exact = _config(options), options["fresh"], options["exact"]
+    if ranks().several:
+        check_alone(ctx)
     if options["dry_run"]:
         print_plan(plan_harvest(place.store, config, fresh=fresh, exact=exact))
     else:
@@ -194,7 +204,8 @@ def print_plan(plan: "Plan") -> None:
         about = "" if is_exact(codec) else "about "
         click.echo(f"  {codec:9s} {about}{size(n_bytes)}, {n_bytes / n_tokens:.0f} bytes a token{chosen}")
     probe = plan.probe
-    click.echo(f"  still to be written: {size(plan.needed)}, tails included; the disk has {size(plan.free)}")
+    room = "" if plan.free is None else f"; the disk has {size(plan.free)}"
+    click.echo(f"  still to be written: {size(plan.needed)}, tails included{room}")
     click.echo(
         f"  measured on a batch, per token: the model {probe.model * 1e6:.3g} us, writing {probe.write * 1e6:.3g} us, "
         f"reading {probe.read * 1e6:.3g} us"

@@ -16,11 +16,14 @@ from tcsae.harvest.corpus import Corpus, Document
 from tcsae.harvest.language_model import LanguageModel
 from tcsae.harvest.loading import load_plain, quiet
 from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, permuted, split_of
+from tcsae.harvest.several import dealt, write_beside
 from tcsae.harvest.signals import StopRequest
 from tcsae.shared.console import progress, say
 from tcsae.shared.errors import DataError
 from tcsae.shared.files import PARTIAL
 from tcsae.shared.manifest import PERMUTED, ControlRecipe
+from tcsae.shared.objects import LocalObjects
+from tcsae.shared.ranks import ALONE, Ranks
 from tcsae.shared.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
 from tcsae.shared.writer import StoreWriter
 
@@ -66,8 +69,10 @@ def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, s
     writer.finish_sequences({**counts, "corpus_exhausted": not sequencer.done})
 
 
-def write_activations(writer: StoreWriter, capture: Capture, stop: StopRequest | None = None) -> tuple[int, float]:
-    """Phase 2: every shard that is not on disk yet. One is written while the model works on the next.
+def write_activations(
+    writer: StoreWriter, capture: Capture, stop: StopRequest | None = None, ours: Ranks = ALONE
+) -> tuple[int, float]:
+    """Phase 2: every shard that is not on disk yet, or this rank's. One is written while the model works on the next.
 
     Returns the number of tokens that the model read, and the seconds it took.
     """
@@ -75,7 +80,8 @@ def write_activations(writer: StoreWriter, capture: Capture, stop: StopRequest |
     writer.fit_codec(lambda shard: capture.run(writer.tokens(shard), writer.lengths(shard)))
     missing = writer.missing_shards()
     total = n_tokens(writer.manifest.counts)
-    to_do = sum(int(writer.lengths(shard).sum()) for shard in missing)
+    to_do = sum(int(writer.lengths(shard).sum()) for shard in missing) // ours.world
+    total, n_read = (to_do if ours.several else total), 0
     n_shards = len(writer.shards())
     if len(missing) < n_shards:
         say(f"{writer.location} goes on: {n_shards - len(missing)} of {n_shards} shards are on disk.")
@@ -83,18 +89,19 @@ def write_activations(writer: StoreWriter, capture: Capture, stop: StopRequest |
     title = f"{capture.model.name} to {', '.join(hook.requested for hook in capture.hooks)}"
     with progress(title, total, done=total - to_do) as advance, ThreadPoolExecutor(1) as pool:
         pending: Future[None] | None = None
-        for shard in missing:
+        for shard in dealt(writer, ours):
             if stop.number is not None:
                 break
             activations = capture.run(writer.tokens(shard), writer.lengths(shard))
             if pending is not None:
                 pending.result()
-            pending = pool.submit(writer.write_shard, shard, activations)
-            advance(int(writer.lengths(shard).sum()))
+            pending = pool.submit(write_beside, writer, shard, activations)
+            advance(n := int(writer.lengths(shard).sum()))
+            n_read += n
         if pending is not None:
             pending.result()
     stop.check(f"{n_shards - len(writer.missing_shards())} of {n_shards} shards are on disk")
-    return to_do, time.monotonic() - start
+    return n_read, time.monotonic() - start
 
 
 def sample(writer: StoreWriter, capture: Capture) -> Sample:
@@ -120,7 +127,7 @@ def write_tails(writer: StoreWriter, model: LanguageModel, sample: Sample) -> tu
         try:
             start = tail_start(hook.canonical, sample.n_layers)
             plain = plain or load_plain(model)
-            with tempfile.TemporaryDirectory(dir=writer.root, suffix=PARTIAL) as folder:
+            with tempfile.TemporaryDirectory(dir=_beside(writer), suffix=PARTIAL) as folder:
                 path = Path(folder) / "tail"
                 save_tail(make_tail(plain, start), path)
                 tail = Tail.load(path).model
@@ -135,9 +142,14 @@ def write_tails(writer: StoreWriter, model: LanguageModel, sample: Sample) -> tu
 
 def write_tokenizer(writer: StoreWriter, model: LanguageModel) -> list[str]:
     """The tokenizer, so that the store's tokens can be read as text. Returns the keys of the files written."""
-    with tempfile.TemporaryDirectory(dir=writer.root, suffix=PARTIAL) as folder, quiet():
+    with tempfile.TemporaryDirectory(dir=_beside(writer), suffix=PARTIAL) as folder, quiet():
         model.tokenizer().save_pretrained(folder)
         return writer.add_folder("tokenizer", Path(folder))
+
+
+def _beside(writer: StoreWriter) -> Path | None:
+    """Where files are made that a store will hold: on its own disk, if it has one."""
+    return writer.objects.root if isinstance(writer.objects, LocalObjects) else None
 
 
 def _read(

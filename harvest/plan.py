@@ -22,8 +22,9 @@ from tcsae.shared.chunks import CRC_BYTES
 from tcsae.shared.codecs import CODECS, COMPACT_ERROR, EXACT, representation, stored_width
 from tcsae.shared.console import duration, size
 from tcsae.shared.errors import StoreError
-from tcsae.shared.files import PARTIAL, write_atomic
+from tcsae.shared.files import PARTIAL
 from tcsae.shared.manifest import SPLITS, Recipe
+from tcsae.shared.objects import LocalObjects, Objects
 from tcsae.shared.writer import StoreWriter
 
 COMPACT_BITS, COMPACT_BITS_PER_DECADE = 3.5, 1.5
@@ -65,8 +66,8 @@ class Plan:
     """Codec -> bytes of all activations as it stores them; of `compact`, about."""
     needed: int
     """Bytes still to be written, tails included."""
-    free: int
-    """Bytes that the disk has."""
+    free: int | None
+    """Bytes that the disk has; None of an object store."""
     location: str
     probe: Probe
 
@@ -88,7 +89,7 @@ class Plan:
 
     def check_room(self, force: bool) -> None:
         """Raises NoRoomError if the disk has not the room, unless `force`."""
-        if self.needed > self.free and not force:
+        if self.free is not None and self.needed > self.free and not force:
             raise no_room(self.location, self.needed, self.free)
 
 
@@ -106,7 +107,7 @@ def make_plan(writer: StoreWriter, capture: Capture) -> Plan:
         left=left,
         activations=activations,
         needed=math.ceil(activations[recipe.codec] * share) + capture.tail_bytes(),
-        free=disk_usage(writer.root).free,
+        free=free_bytes(writer.objects),
         location=writer.location,
         probe=measure(writer, capture),
     )
@@ -145,22 +146,27 @@ def measure(writer: StoreWriter, capture: Capture) -> Probe:
     start = time.perf_counter()
     found = capture.run(tokens, lengths)
     model = time.perf_counter() - start
-    path = writer.root / f"probe{PARTIAL}"
+    key = f"probe{PARTIAL}"
     write = read = 0.0
     try:
         for x in found.values():
             start = time.perf_counter()
             with np.errstate(over="ignore"):
-                write_atomic(path, x.astype(np.float16).tobytes())
+                writer.objects.put(key, x.astype(np.float16).tobytes())
             wrote = time.perf_counter()
-            data = np.fromfile(path, np.uint8)
+            data = np.frombuffer(writer.objects.get(key), np.uint8)
             google_crc32c.value(data)
             data.view(np.float16).astype(np.float32)
             write, read = write + wrote - start, read + time.perf_counter() - wrote
     finally:
-        path.unlink(missing_ok=True)
+        writer.objects.delete([key])
     n_valid = int(lengths.sum())
     return Probe(model / n_valid, write / n_valid, read / n_valid)
+
+
+def free_bytes(objects: Objects) -> int | None:
+    """Bytes that the disk of a store has; None of an object store."""
+    return disk_usage(objects.root).free if isinstance(objects, LocalObjects) else None
 
 
 def no_room(location: str, needed: int, free: int) -> NoRoomError:

@@ -12,6 +12,7 @@ from tcsae.shared.codecs import check_codec
 from tcsae.shared.device import choose_device
 from tcsae.shared.errors import ConfigError, ModelError
 from tcsae.shared.manifest import HookRecipe, ModelRecipe, Recipe
+from tcsae.shared.ranks import device_of, ranks
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "datasets", "zarr", "numpy")
 
@@ -70,7 +71,7 @@ def load(model: LanguageModel, hooks: tuple[str, ...], recipe: ModelRecipe) -> C
     Raises ConfigError if this machine has no such device; ModelError for the rest.
     """
     try:
-        choose_device(recipe.device)
+        device_of(ranks(), choose_device(recipe.device))
     except ConfigError as error:
         raise ConfigError(f"{error} For a store of another device give another --store, too.") from error
     return Capture(model, hooks, recipe.batch_size, recipe.device, recipe.dtype)

@@ -3,12 +3,13 @@
 The same call, made again after a kill, goes on from what is on disk and ends with the same bytes.
 """
 
+import contextlib
+import gc
 import shutil
 import time
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from shutil import disk_usage
 from typing import Any
 
 from tcsae.data.model import EVAL_EVERY
@@ -17,18 +18,20 @@ from tcsae.harvest.config import HarvestConfig, ModelChoice
 from tcsae.harvest.corpus import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
 from tcsae.harvest.phases import sample, write_activations, write_sequences, write_tails, write_tokenizer
-from tcsae.harvest.plan import Plan, clear_when_full, make_plan, no_room
+from tcsae.harvest.plan import Plan, clear_when_full, free_bytes, make_plan, no_room
 from tcsae.harvest.resolve import load, resolve
 from tcsae.harvest.sequences import budgets_of, n_tokens
-from tcsae.harvest.signals import stop_on_signals
+from tcsae.harvest.several import join, seal_once
+from tcsae.harvest.signals import StopRequest, stop_on_signals
 from tcsae.shared.config import differences
 from tcsae.shared.console import say
-from tcsae.shared.errors import DataError, ModelError, StoreError
+from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
 from tcsae.shared.extension import can_extend, extend
-from tcsae.shared.journal import Journal
+from tcsae.shared.journal import FOLDER, Journal, LockedError
 from tcsae.shared.manifest import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Manifest, Recipe
-from tcsae.shared.storage import local_root
-from tcsae.shared.store import Store, open_store, read_attributes, read_manifest
+from tcsae.shared.objects import LocalObjects, objects_at
+from tcsae.shared.ranks import Ranks, ranks
+from tcsae.shared.store import ROOT, Store, is_leftover, open_store, read_attributes, read_manifest
 from tcsae.shared.writer import StoreWriter, open_writer
 
 __all__ = ["HarvestConfig", "ModelChoice", "harvest", "plan_harvest", "remove_store"]
@@ -45,15 +48,18 @@ def harvest(
 
     `fresh` deletes an activation store that is there. `exact` refuses a corpus with less text than `n_tokens`, before
     the activations are computed; otherwise the store then holds fewer tokens, and says so. `force` begins even if the
-    disk has not the room.
+    disk has not the room, and in an object store breaks the lock of a writer that may be dead.
     Raises ConfigError, ModelError, DataError or StoreError. Wrong names and settings are found before anything is
     written; what a later failure leaves behind, the same call goes on from. Raises Stopped after a SIGINT or SIGTERM,
     once the shard at hand is on disk.
     """
+    ours = ranks()
+    if ours.several:
+        return _harvest_together(location, config, ours, fresh=fresh, exact=exact, force=force)
     start = time.monotonic()
-    found = _prepare(location, config, fresh)
+    found = _prepare(location, config, fresh, force)
     before = _extend(location, found.recipe, force)
-    writer = open_writer(location, found.recipe)
+    writer = open_writer(location, found.recipe, force=force)
     if writer is None:
         _say_used(location, found.recipe)
         return open_store(location)
@@ -64,23 +70,70 @@ def harvest(
             f"split, and figures on it will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
         )
     with writer, clear_when_full(location), stop_on_signals() as stop:
-        write_sequences(writer, found.corpus, found.model, stop)
-        _check_counts(writer, exact)
-        capture = found.load()
-        if writer.missing_shards():
-            plan = make_plan(writer, capture)
-            say(plan.line())
-            plan.check_room(force)
+        capture = _begin(writer, found, stop, exact, force)
         n_read, seconds = write_activations(writer, capture, stop)
-        few = sample(writer, capture)
-        del capture  # a large model need not be in memory twice
-        found.capture = None
-        tails, files = write_tails(writer, found.model, few)
-        files += write_tokenizer(writer, found.model)
-        stop.check("all shards are on disk")
-        writer.seal(tails, files, _times(start, n_read, seconds))
+        del capture
+        _seal(writer, found, _times(start, n_read, seconds), stop)
         stop.check("the store is sealed, nothing is left to do in it")
     return open_store(location)
+
+
+def _harvest_together(
+    location: str, config: HarvestConfig, ours: Ranks, *, fresh: bool, exact: bool, force: bool
+) -> Store:
+    """`harvest` by one of several processes; see `several`."""
+    if fresh:
+        raise ConfigError(
+            f"--fresh in {ours.world} processes: each would delete what the others write. Start anew with one process, "
+            "harvest --fresh --dry-run, then start all without --fresh."
+        )
+    start = time.monotonic()
+    found = _prepare(location, config, fresh)
+    if ours.rank == 0:
+        with contextlib.suppress(LockedError):  # the others are at work
+            _extend(location, found.recipe, force)
+
+    def begin(writer: StoreWriter) -> Capture:
+        capture = _begin(writer, found, stop, exact, force)
+        writer.fit_codec(lambda shard: capture.run(writer.tokens(shard), writer.lengths(shard)))
+        return capture
+
+    with clear_when_full(location), stop_on_signals() as stop:
+        joined = join(location, found.recipe, ours, begin, stop, force)
+        if joined is None:
+            _say_used(location, found.recipe)
+            return open_store(location)
+        writer, capture = joined
+        with writer:
+            capture = capture or found.load()
+            n_read, seconds = write_activations(writer, capture, stop, ours)
+            del capture
+            times = _times(start, n_read, seconds) | {"ranks": ours.world}
+            seal_once(location, lambda: _seal(writer, found, times, stop), stop)
+        stop.check("the store is sealed, nothing is left to do in it")
+    return open_store(location)
+
+
+def _begin(writer: StoreWriter, found: "_Found", stop: StopRequest, exact: bool, force: bool) -> Capture:
+    """Phase 1, and a plan of phase 2; the model that will do it."""
+    write_sequences(writer, found.corpus, found.model, stop)
+    _check_counts(writer, exact)
+    capture = found.load()
+    if writer.missing_shards():
+        plan = make_plan(writer, capture)
+        say(plan.line())
+        plan.check_room(force)
+    return capture
+
+
+def _seal(writer: StoreWriter, found: "_Found", times: dict[str, Any], stop: StopRequest) -> None:
+    few = sample(writer, found.load())
+    found.capture = None  # a large model need not be in memory twice
+    gc.collect()
+    tails, files = write_tails(writer, found.model, few)
+    files += write_tokenizer(writer, found.model)
+    stop.check("all shards are on disk")
+    writer.seal(tails, files, times)
 
 
 def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Plan:
@@ -89,6 +142,8 @@ def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, e
     Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
     store, which would have to be opened for writing.
     """
+    if (ours := ranks()).several:
+        raise ConfigError(f"--dry-run in {ours.world} processes: one is enough. Start it without torchrun.")
     found = _prepare(location, config, fresh)
     manifest = read_manifest(location)
     if manifest is not None and manifest.state == SEALED:
@@ -119,14 +174,16 @@ class _Found:
                 f"The store was begun with {self.recipe.model.attention} attention, this program runs "
                 f"{self.model.name} with {capture.attention}. Use --fresh to start anew, or another --store."
             )
+        self.capture = capture
         return capture
 
 
-def _prepare(location: str, config: HarvestConfig, fresh: bool) -> _Found:
+def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = False) -> _Found:
     if fresh:
-        remove_store(location)
-    for leftover in local_root(location).absolute().parent.glob(f"{local_root(location).name}.*{DELETED}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove_store(location, force=force)
+    if isinstance(objects := objects_at(location), LocalObjects):
+        for leftover in objects.root.absolute().parent.glob(f"{objects.root.name}.*{DELETED}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     model = find_model(config.model.name, config.model.revision)
     if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
         model = replace(model, weights_seed=config.control.seed)
@@ -140,13 +197,13 @@ def _extend(location: str, recipe: Recipe, force: bool) -> Manifest | None:
     stored = read_manifest(location)
     if stored is None or not can_extend(stored, recipe):
         return None
-    room = disk_usage(local_root(location)).free
+    room = free_bytes(objects_at(location))
     per_token = sum(open_store(location).n_bytes().values()) / max(1, n_tokens(stored.counts))
     needed = int(per_token * (recipe.n_tokens - stored.recipe.n_tokens))
-    if needed > room and not force:  # found out here, the sealed store stays as it is
+    if room is not None and needed > room and not force:  # found out here, the sealed store stays as it is
         raise no_room(location, needed, room)
     say(f"Extending {location} from {stored.recipe.n_tokens:,} to {recipe.n_tokens:,} tokens.")
-    return extend(location, recipe)
+    return extend(location, recipe, force=force)
 
 
 def _say_used(location: str, recipe: Recipe) -> None:
@@ -157,24 +214,32 @@ def _say_used(location: str, recipe: Recipe) -> None:
     say(f"{location} holds this harvest already; it is used as it is (--fresh makes it anew).{versions}")
 
 
-def remove_store(location: str) -> None:
-    """Delete the activation store at `location`, if there is one, at once as far as a second start can see.
+def remove_store(location: str, *, force: bool = False) -> None:
+    """Delete the activation store at `location`, if there is one; on a disk at once as far as a second start can see.
+
+    In an object store the journal goes first and the root last: killed in between, the same call goes on.
 
     Raises StoreError if something else is there, or if another process harvests into it.
     """
-    root = local_root(location).resolve()
-    values = read_attributes(root)
+    objects = objects_at(location)
+    values = read_attributes(objects)
     if values is None:
         return
     if values.get("format") != FORMAT:
         raise StoreError(
             f"{location} is a Zarr group of another kind; only activation stores are deleted. Move it away."
         )
-    journal = Journal(root, location)
+    journal = Journal(objects, force=force)
     try:
-        doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
-        root.rename(doomed)
-        shutil.rmtree(doomed)
+        if isinstance(objects, LocalObjects):
+            root = objects.root.resolve()
+            doomed = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
+            root.rename(doomed)
+            shutil.rmtree(doomed)
+        else:
+            objects.delete_below(FOLDER)
+            objects.delete([key for key in objects.listed() if key != ROOT and not is_leftover(key)])
+            objects.delete([ROOT])
     finally:
         journal.release()
 

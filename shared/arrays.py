@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, TransposeCodec, ZstdCodec
 
 from tcsae.shared.codecs import representation, stored_width
 from tcsae.shared.manifest import HookRecipe, Layout
-from tcsae.shared.storage import DurableStore, open_or_create
+from tcsae.shared.storage import open_or_create
 
 COMPACT_BLOCK_BYTES = 1 << 17
 
@@ -16,7 +17,7 @@ COMPACT_BLOCK_BYTES = 1 << 17
 class StoreArrays:
     """Arrays for `layout`, of sequences of `length` positions. The root group has to be there when one is asked for."""
 
-    def __init__(self, store: DurableStore, layout: Layout, length: int) -> None:
+    def __init__(self, store: ZarrStore, layout: Layout, length: int) -> None:
         self._store = store
         self._layout = layout
         self._length = length

@@ -2,14 +2,13 @@
 path; this one reads several times as fast and makes no copy.
 """
 
-from pathlib import Path
-
 import google_crc32c
 import numpy as np
 import zarr
 from numpy import ndarray
 
 from tcsae.shared.errors import StoreError
+from tcsae.shared.objects import Objects
 
 CRC_BYTES = 4
 
@@ -20,36 +19,27 @@ def is_plain(array: zarr.Array) -> bool:
     return codecs == ["bytes", "crc32c"] and array.dtype.byteorder in "<=|"
 
 
-def read_chunk(path: Path, out: ndarray, chunk_bytes: int) -> None:
-    """Fill `out` (contiguous) with the first bytes of the plain chunk at `path`, which holds `chunk_bytes` of numbers.
+def read_chunk(objects: Objects, key: str, out: ndarray, chunk_bytes: int) -> None:
+    """Fill `out` (contiguous) with the first bytes of the plain chunk `key`, which holds `chunk_bytes` of numbers.
 
-    Raises StoreError, naming the file, if it is missing, of another size, or its checksum does not fit.
+    Raises StoreError, naming the object, if it is missing, of another size, or its checksum does not fit.
     """
     whole = out.reshape(-1).view(np.uint8)
     if len(whole) < chunk_bytes:  # the last chunk of an array is stored whole, too
         whole = np.empty(chunk_bytes, np.uint8)
     trailer = bytearray(CRC_BYTES + 1)
     try:
-        with path.open("rb", buffering=0) as file:
-            n_read = _fill(file, whole.data)
-            n_read += file.readinto(trailer) or 0
+        n_read = objects.read_into(key, whole.data, memoryview(trailer))
     except OSError as error:
+        why = error.strerror or "it is not there"
         raise StoreError(
-            f"{path} cannot be read ({error.strerror}): the store is damaged. Harvest it again."
+            f"{objects.name(key)} cannot be read ({why}): the store is damaged. Harvest it again."
         ) from error
     if n_read != chunk_bytes + CRC_BYTES:
-        raise StoreError(f"{path} is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long. Harvest the store again.")
+        raise StoreError(
+            f"{objects.name(key)} is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long. Harvest the store again."
+        )
     if google_crc32c.value(whole) != int.from_bytes(trailer[:CRC_BYTES], "little"):
-        raise StoreError(f"{path} is damaged: its checksum does not fit. Harvest the store again.")
+        raise StoreError(f"{objects.name(key)} is damaged: its checksum does not fit. Harvest the store again.")
     if len(whole) > out.nbytes:
         out.reshape(-1).view(np.uint8)[:] = whole[: out.nbytes]
-
-
-def _fill(file: object, view: memoryview) -> int:
-    n_read = 0
-    while n_read < len(view):
-        n = file.readinto(view[n_read:])  # type: ignore[attr-defined]
-        if not n:
-            break
-        n_read += n
-    return n_read

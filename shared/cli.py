@@ -18,10 +18,24 @@ STAGES = {
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.inspection:inspect",
     "verify": "tcsae.shared.verify_command:verify",
+    "copy": "tcsae.shared.copy_command:copy",
     "export": "tcsae.train.export_command:export",
     "paper": "tcsae.paper.command:paper",
 }
 GROUP_OPTIONS = ("--store", "--runs")
+
+
+CHAIN = "tcsae.chain"
+"""Where a context keeps the names of the commands that were given."""
+
+
+def check_alone(ctx: click.Context) -> None:
+    """Raises ConfigError if a command that several processes run is one of a chain."""
+    if len(chain := ctx.meta.get(CHAIN, [])) > 1:
+        raise ConfigError(
+            f"{' '.join(chain)}: in several processes (WORLD_SIZE) each of these takes a start of its own, as the last "
+            "process may still be at the first when another begins the second."
+        )
 
 
 class Place:
@@ -62,7 +76,9 @@ class StageGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in STAGES and not args[0].startswith("-"):
             raise click.UsageError(unknown("command", args[0], STAGES), ctx)
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        ctx.meta.setdefault(CHAIN, []).append(found[0])
+        return found
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -91,7 +107,11 @@ class Count(click.ParamType):
 
 @click.group(cls=StageGroup, chain=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--store", default="data/activations.zarr", show_default=True, metavar="STORE", help="The activation store."
+    "--store",
+    default="data/activations.zarr",
+    show_default=True,
+    metavar="STORE",
+    help="The activation store: a folder, or s3://, gs://, az:// (http(s):// to read).",
 )
 @click.option(
     "--runs",

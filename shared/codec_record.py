@@ -12,7 +12,7 @@ from tcsae.shared.codecs import EXACT, encode, eval_codec, fit, representation
 from tcsae.shared.errors import DataError
 from tcsae.shared.journal import Journal
 from tcsae.shared.manifest import Recipe
-from tcsae.shared.storage import DurableStore
+from tcsae.shared.objects import Objects
 
 RECORD = "codec"
 
@@ -20,8 +20,8 @@ RECORD = "codec"
 class CodecRecord:
     """The journal's record of the codec, and the arrays below codec/; any writer that finds them goes on with them."""
 
-    def __init__(self, recipe: Recipe, store: DurableStore, arrays: StoreArrays, journal: Journal) -> None:
-        self._recipe, self._store, self._arrays, self._journal = recipe, store, arrays, journal
+    def __init__(self, recipe: Recipe, objects: Objects, arrays: StoreArrays, journal: Journal) -> None:
+        self._recipe, self._objects, self._arrays, self._journal = recipe, objects, arrays, journal
         self._parameters: dict[str, dict[str, ndarray]] = {}
 
     @property
@@ -37,7 +37,7 @@ class CodecRecord:
                 path = f"codec/{hook}/{name}"
                 self._arrays.whole(path, values, np.nan)
                 key = f"{path}/c/{'/'.join('0' * values.ndim)}"
-                objects[key] = self._store.digest(key)
+                objects[key] = self._objects.digest(key)
         evals = {hook: eval_codec(self._recipe.codec, x) for hook, x in samples.items()}
         self._journal.write(RECORD, {"eval": evals, "objects": objects})
 
@@ -55,7 +55,9 @@ class CodecRecord:
         names = representation(codec).parameters
         if names and hook not in self._parameters:
             assert self.fitted, "fit comes before the first shard"
-            group = zarr.open_group(self._store, path=f"codec/{hook}", mode="r")
+            group = zarr.open_group(
+                self._objects.zarr_store(read_only=True), path=f"codec/{hook}", mode="r", zarr_format=3
+            )
             self._parameters[hook] = {name: np.asarray(group[name][:]) for name in names}  # type: ignore[index]
         return encode(x, codec, self._parameters.get(hook))
 

@@ -1,6 +1,5 @@
 """A store of anybody's own activations: of other models, of images or sound, from a hook that no library knows."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tcsae.shared.codecs import FIT_TOKENS, check_codec
 from tcsae.shared.errors import ConfigError, DataError, StoreError, unknown
 from tcsae.shared.layout import Shard
 from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.storage import local_root
+from tcsae.shared.objects import objects_at
 from tcsae.shared.store import Store, open_store
 from tcsae.shared.writer import Rows, StoreWriter, open_writer
 
@@ -104,8 +103,8 @@ class StoreCreation:
 
     def discard(self) -> None:
         """Delete what was written: an unfinished creation cannot be gone on with."""
+        self._writer.objects.delete_below("")
         self._writer.close()
-        shutil.rmtree(self._writer.root)
 
     def _rows(self, split: str, n: int, lengths: Any, tokens: Any, documents: Any) -> Rows:
         lengths = np.full(n, self._length) if lengths is None else np.asarray(lengths)
@@ -195,8 +194,8 @@ def create_store(
     Raises StoreError if something is at `location`; ConfigError for settings that do not fit.
     """
     location = str(location)
-    root = local_root(location)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    objects = objects_at(location)
+    if objects.writable and not objects.is_new():
         raise StoreError(f"{location} is there already. Give another location, or delete it first.")
     if not hooks or min(hooks.values()) < 1 or sequence_length < 1 or any(not name or "/" in name for name in hooks):
         raise ConfigError("create_store: give at least one hook (a name without /), widths and lengths from 1 on.")

@@ -27,6 +27,10 @@ class StoreError(TcsaeError):
     """An activation store that is missing, unfinished, foreign, newer or damaged."""
 
 
+class RemoteError(StoreError):
+    """An object store that cannot be reached, or refuses."""
+
+
 class RunError(TcsaeError):
     """A run folder (a trained SAE) that is missing, unfinished, or does not fit the store."""
 

@@ -6,9 +6,7 @@ one harvest of the larger recipe writes; only its history tells them apart.
 """
 
 import base64
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,10 @@ from numpy import ndarray
 from tcsae.shared.codec_record import RECORD as CODEC
 from tcsae.shared.codecs import EXACT, FIT_TOKENS, parameter_shapes
 from tcsae.shared.config import differences
-from tcsae.shared.files import write_atomic
 from tcsae.shared.journal import FOLDER, SEQUENCES, Journal
 from tcsae.shared.layout import chunk_key, chunks_of, shards_of
 from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, Manifest, Recipe
-from tcsae.shared.storage import local_root
+from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.store import Store, check_manifest, read_attributes
 
 KEPT = "kept"
@@ -32,20 +29,25 @@ AMOUNTS = ("n_tokens", "n_sequences")
 class Kept:
     """What an extended store keeps of the time before: nothing, if it is a new one."""
 
-    def __init__(self, journal: Journal, root: Path) -> None:
+    def __init__(self, journal: Journal) -> None:
         record = journal.read(KEPT)
         self.shards: dict[str, dict[str, str]] = record["shards"] if record else {}
         """Name of each kept shard -> its objects' keys and digests."""
         self._sums: dict[str, str] = record["sums"] if record else {}
-        if record and not self.shards and not journal.has(CODEC):
-            # No shard of the larger recipe is there yet, and the old ones may be of another dtype.
-            for folder in (*(f"{split}/activations" for split in SPLITS), "codec"):
-                shutil.rmtree(root / folder, ignore_errors=True)
 
     def sums(self, hook: str, n: int) -> Float[ndarray, " n"]:
         """float64 sums over the kept train shards, added in order; see `statistics`."""
         found = self._sums.get(hook)
         return np.frombuffer(base64.b64decode(found)).copy() if found else np.zeros(n)
+
+
+def clear_for_extension(journal: Journal, objects: Objects) -> None:
+    """Delete the shards that an extension does not keep, before the first new one: they may be of another dtype."""
+    record, names = journal.read(KEPT), journal.names()
+    begun = CODEC in names or any(name.startswith(tuple(f"{split}-" for split in SPLITS)) for name in names)
+    if record and not record["shards"] and not begun:
+        for folder in (*(f"{split}/activations" for split in SPLITS), "codec"):
+            objects.delete_below(folder)
 
 
 def can_extend(manifest: Manifest, recipe: Recipe) -> bool:
@@ -57,28 +59,28 @@ def can_extend(manifest: Manifest, recipe: Recipe) -> bool:
     return not differences(ours, replace(recipe, n_tokens=ours.n_tokens, n_sequences=ours.n_sequences))
 
 
-def extend(location: str, recipe: Recipe) -> Manifest | None:
+def extend(location: str, recipe: Recipe, *, force: bool = False) -> Manifest | None:
     """Make the sealed store at `location` an unfinished one of `recipe`; None if it cannot be extended to that.
 
     From then on it cannot be read until it is sealed again, and `open_writer` goes on with it. Killed before the last
     write, it is the sealed store that it was. Returns the manifest that it had. Raises StoreError if another process
-    writes it.
+    writes it (`force`: and is not dead).
     """
-    root = local_root(location)
-    values = read_attributes(root)
+    objects = objects_at(location)
+    values = read_attributes(objects)
     manifest = None if values is None else check_manifest(location, values)
     if manifest is None or not can_extend(manifest, recipe):
         return None
-    journal = Journal(root, location)
+    journal = Journal(objects, force=force)
     try:
-        shutil.rmtree(root / FOLDER, ignore_errors=True)  # of an extension that was killed before its last write
-        for name, record in _records(Store(location, root, manifest)).items():
+        objects.delete_below(FOLDER)  # of an extension that was killed before its last write
+        for name, record in _records(Store(objects, manifest)).items():
             journal.write(name, record)
         entry = {"content": manifest.content, "counts": manifest.counts, "sealed": manifest.times.get("sealed")}
         entry |= {"n_tokens": manifest.recipe.n_tokens, "n_sequences": manifest.recipe.n_sequences}
         history = (*manifest.history, entry)
         unfinished = Manifest(state=HARVESTING, recipe=recipe, layout=manifest.layout, history=history)
-        write_atomic(root / "zarr.json", unfinished.root_metadata())
+        objects.put("zarr.json", unfinished.root_metadata())
     finally:
         journal.release()
     return manifest

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 PARTIAL = ".partial"
 
 
@@ -62,6 +64,12 @@ def sweep_partials(folder: Path) -> int:
         else:
             path.unlink(missing_ok=True)
     return len(found)
+
+
+def cache_path() -> Path:
+    """Where things lie that can be made again: TCSAE_CACHE, or the user's cache directory."""
+    chosen = os.environ.get("TCSAE_CACHE")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("tcsae")
 
 
 def file_digest(path: Path) -> str:

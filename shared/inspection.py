@@ -12,6 +12,7 @@ from tcsae.shared.token_text import legible
 
 if TYPE_CHECKING:
     from tcsae.shared.manifest import Manifest
+    from tcsae.shared.objects import Objects
     from tcsae.shared.store import Store
 
 SHOWN_CHARACTERS = 240
@@ -37,13 +38,14 @@ def inspect(place: Place, n_sequences: int, split: str) -> None:
     An unfinished store says how far its harvest is. Nothing is changed, and no language model is loaded.
     """
     from tcsae.shared.manifest import SEALED
-    from tcsae.shared.storage import local_root
+    from tcsae.shared.objects import objects_at
     from tcsae.shared.store import check_manifest, open_store, read_attributes
 
-    values = read_attributes(local_root(place.store))
+    objects = objects_at(place.store)
+    values = read_attributes(objects)
     if values is not None and (manifest := check_manifest(place.store, values)).state != SEALED:
         _echo([f"Store {place.store}: unfinished. The same harvest goes on where it stopped.", *_recipe(manifest)])
-        _echo(_harvested(local_root(place.store), manifest))
+        _echo(_harvested(objects, manifest))
         show_runs(Path(place.runs), "")
         return
     store = open_store(place.store)
@@ -104,13 +106,12 @@ def _recipe(manifest: "Manifest") -> Iterator[str]:
     yield f"  hooks      {hooks}, stored as {manifest.recipe.codec}"
 
 
-def _harvested(root: Path, manifest: "Manifest") -> Iterator[str]:
+def _harvested(objects: "Objects", manifest: "Manifest") -> Iterator[str]:
     """How far an unfinished harvest is, from its journal, which is only read."""
     from tcsae.shared.journal import FOLDER
     from tcsae.shared.manifest import SPLITS
 
-    journal = root / FOLDER
-    plan, sequences = _record(journal / "plan.json"), _record(journal / "sequences.json")
+    plan, sequences = _record(objects, f"{FOLDER}/plan.json"), _record(objects, f"{FOLDER}/sequences.json")
     if plan is None:
         n = (sequences or {}).get("n_sequences", dict.fromkeys(SPLITS, 0))
         yield f"  phase 1 of 2, sequences: {n['train']:,} train and {n['eval']:,} eval written, activations not begun"
@@ -118,7 +119,8 @@ def _harvested(root: Path, manifest: "Manifest") -> Iterator[str]:
     counts = plan["counts"]
     rows = manifest.layout.sequences_per_chunk
     n_shards = sum(-(-counts[split]["sequences"] // rows) for split in SPLITS)
-    done = sum(1 for split in SPLITS for _ in journal.glob(f"{split}-*.json"))
+    shards = tuple(f"{FOLDER}/{split}-" for split in SPLITS)
+    done = sum(key.startswith(shards) for key in objects.listed(FOLDER))
     yield from _splits(counts)
     yield f"  phase 2 of 2, activations: {done:,} of {n_shards:,} shards written"
 
@@ -214,8 +216,8 @@ def _short(revision: str) -> str:
     return revision if len(revision) <= 24 else f"{revision[:19]}…"
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def _record(objects: "Objects", key: str) -> dict[str, Any] | None:
+    return json.loads(objects.get(key)) if objects.has(key) else None
 
 
 def _echo(lines: Iterable[str]) -> None:

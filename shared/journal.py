@@ -1,15 +1,11 @@
 """A writer's progress: one record per commit, each written only after the bytes that it speaks of are on disk."""
 
-import errno
-import fcntl
 import json
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 from tcsae.shared.errors import StoreError
-from tcsae.shared.files import write_atomic
+from tcsae.shared.locks import Lock
+from tcsae.shared.objects import Objects
 
 LOCK = "harvest.lock"
 FOLDER = "journal"
@@ -17,52 +13,66 @@ SEQUENCES = "sequences"
 """The record of phase 1."""
 
 
-class Journal:
-    """The records below `root`/journal, and the lock that keeps other writers out.
+OPEN = "open"
+"""The record that shards can be written, by several processes if need be."""
 
-    Raises StoreError if another process holds the lock, or if nothing can be written there.
+
+class LockedError(StoreError):
+    """Another process writes the store."""
+
+
+class Journal:
+    """The records below journal/, and the lock that keeps other writers out (or with `shared`, those who do not share).
+
+    Raises LockedError if another process holds the lock, StoreError if nothing can be written there; `force` breaks a
+    lock whose owner may be dead.
     """
 
-    def __init__(self, root: Path, location: str) -> None:
-        self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = os.open(root / LOCK, os.O_CREAT | os.O_RDWR)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # a full disk, which is said elsewhere
-            raise StoreError(f"{location} cannot be written ({error.strerror}). Give another --store.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.release()
-            raise StoreError(
-                f"Another process harvests into {location}. Wait for it, or give another --store."
-            ) from error
+    def __init__(self, objects: Objects, *, shared: bool = False, force: bool = False) -> None:
+        self._objects = objects
+        lock = objects.lock(LOCK, shared=shared, force=force)
+        if lock is None:
+            raise LockedError(
+                f"Another process harvests into {objects.location}{objects.holder(LOCK)}. Wait for it, or give another "
+                "--store."
+            )
+        self._lock: Lock = lock
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A record, or None if it was not written."""
-        path = self._path(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(self._objects.get(record_key(name)))
+        except FileNotFoundError:
+            return None
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write or replace a record, durably."""
-        write_atomic(self._path(name), json.dumps(record).encode())
+        self._lock.check()
+        self._objects.put(record_key(name), json.dumps(record).encode())
 
     def has(self, name: str) -> bool:
-        return self._path(name).exists()
+        return self._objects.has(record_key(name))
+
+    def names(self) -> set[str]:
+        """Of all records, found at once."""
+        return {key.removeprefix(f"{FOLDER}/").removesuffix(".json") for key in self._objects.listed(FOLDER)}
+
+    def share(self) -> None:
+        """Let in others who share."""
+        self._lock.share()
 
     def release(self) -> None:
         """Let other writers in. Once is enough, twice does no harm."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _path(self, name: str) -> Path:
-        return self.root / FOLDER / f"{name}.json"
+        self._lock.release()
 
 
-def remove_traces(root: Path) -> None:
-    """Delete journal and lock file of a store that needs them no longer."""
-    shutil.rmtree(root / FOLDER, ignore_errors=True)
-    (root / LOCK).unlink(missing_ok=True)
+def remove_traces(objects: Objects) -> None:
+    """Delete journal and locks of a store that needs them no longer."""
+    objects.delete_below(FOLDER)
+    objects.delete([LOCK])
+    objects.delete_below(f"{LOCK}s")
+
+
+def record_key(name: str) -> str:
+    """The object of a record."""
+    return f"{FOLDER}/{name}.json"

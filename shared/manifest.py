@@ -150,7 +150,8 @@ class Manifest:
     """sha256 of checksums/zarr.json."""
     times: dict[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
-    """One entry for each time that the store was sealed before and then extended: its content and size then."""
+    """One entry for each time that the store was sealed before and then extended, or copied into another codec: its
+    content and size, or codec, then."""
     digest: str = ""
     """sha256 of this manifest as canonical JSON, with this field blank."""
 

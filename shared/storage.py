@@ -1,66 +1,70 @@
-"""Where a store's objects live: one root, objects by key. Zarr writes through it, and so do we; all of it is durable.
-
-Every object written gets its sha256 remembered, so that a digest describes the bytes that were handed to the disk, not
-what a later read of it says.
-"""
+"""A store's objects for Zarr: its own store classes, writing through ours."""
 
 import asyncio
-import hashlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 from zarr.abc.codec import ArrayArrayCodec
+from zarr.abc.store import ByteRequest
+from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, ObjectStore
 
-from tcsae.shared.errors import StoreError
-from tcsae.shared.files import write_atomic
+from tcsae.shared.objects import LocalObjects
+
+if TYPE_CHECKING:
+    from tcsae.shared.remote import RemoteObjects
 
 
 class DurableStore(LocalStore):
-    """Zarr's store on a local folder, with fsync before and after the rename, and the digest of each object written."""
+    """Zarr's store on a local folder, with fsync before and after the rename."""
 
-    digests: dict[str, str]
+    def __init__(self, objects: LocalObjects, *, read_only: bool = False) -> None:
+        super().__init__(objects.root, read_only=read_only)
+        self._objects = objects
 
-    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
-        super().__init__(root, read_only=read_only)
-        self.digests = {}
+    def with_read_only(self, read_only: bool = False) -> "DurableStore":
+        return type(self)(self._objects, read_only=read_only)
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
         self._check_writable()
-        if exclusive and (self.root / key).exists():
+        if exclusive and self._objects.has(key):
             raise FileExistsError(key)
-        await asyncio.to_thread(self.put, key, value.as_numpy_array().tobytes())
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write one object, durably."""
-        write_atomic(self.root / key, data)
-        self.digests[key] = hashlib.sha256(data).hexdigest()
-
-    def digest(self, key: str) -> str:
-        """sha256 of an object as it is stored now, from memory if this process wrote it."""
-        if key not in self.digests:
-            self.digests[key] = hashlib.sha256((self.root / key).read_bytes()).hexdigest()
-        return self.digests[key]
+        await asyncio.to_thread(self._objects.put, key, value.as_numpy_array().tobytes())
 
 
-def local_root(location: str) -> Path:
-    """The folder that a store's location names.
+class RemoteStore(ObjectStore):
+    """Zarr's store on obstore's; each object is one PUT, and errors are one line."""
 
-    Raises StoreError for a URL: stores lie on local disks so far.
-    """
-    if "://" in location and not location.startswith("file://"):
-        raise StoreError(
-            f"{location!r} is a URL; a store lies in a local folder. Give a path, for example data/a.zarr."
-        )
-    return Path(location.removeprefix("file://"))
+    def __init__(self, objects: "RemoteObjects", *, read_only: bool = False) -> None:
+        super().__init__(objects.store, read_only=read_only)
+        self._objects = objects
+
+    def with_read_only(self, read_only: bool = False) -> "RemoteStore":
+        return type(self)(self._objects, read_only=read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        if byte_range is not None:  # our arrays have none, their chunks being read whole
+            with self._objects.explained(key):
+                return await super().get(key, prototype, byte_range)
+        try:
+            return prototype.buffer.from_bytes(await asyncio.to_thread(self._objects.get, key))
+        except FileNotFoundError:
+            return None
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        await asyncio.to_thread(self._objects.put, key, value.as_numpy_array().tobytes())
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not await asyncio.to_thread(self._objects.has, key):  # a store has one writer of each object
+            await self.set(key, value)
 
 
 def open_or_create(
-    store: DurableStore,
+    store: ZarrStore,
     path: str,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
@@ -72,7 +76,7 @@ def open_or_create(
 
     Its codecs: those of `codecs` that rearrange an array, little-endian, the other `codecs`, crc32c.
     """
-    group = zarr.open_group(store, mode="r+")
+    group = zarr.open_group(store, mode="r+", zarr_format=3)
     if parent := path.rpartition("/")[0]:
         group.require_group(parent)
     if path in group:

@@ -14,15 +14,17 @@ from numpy import ndarray
 from tcsae.shared.chunks import is_plain, read_chunk
 from tcsae.shared.codecs import representation
 from tcsae.shared.errors import StoreError, unknown
-from tcsae.shared.files import PARTIAL
+from tcsae.shared.folders import local_folder
 from tcsae.shared.journal import LOCK
 from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
-from tcsae.shared.storage import DurableStore, local_root
+from tcsae.shared.objects import Objects, is_temporary, objects_at
 
 if TYPE_CHECKING:
     import torch
 
     from tcsae.shared.decoding import Decoder
+
+ROOT, CHECKSUMS, CHECKSUMS_METADATA = "zarr.json", "checksums/c/0/0", "checksums/zarr.json"
 
 
 class Split:
@@ -89,9 +91,13 @@ class Split:
             out[:] = self._read_through_zarr(path, array, start, stop)
             return out
         chunk_bytes = per_chunk * out[:1].nbytes if len(out) else 0
-        for first in range(start, stop, per_chunk):
-            file = self.store.root / path / "c" / str(first // per_chunk) / "0" / "0"
-            read_chunk(file, out[first - start : min(first + per_chunk, stop) - start], chunk_bytes)
+
+        def read(first: int) -> None:
+            rows = out[first - start : min(first + per_chunk, stop) - start]
+            read_chunk(self.store.objects, f"{path}/c/{first // per_chunk}/0/0", rows, chunk_bytes)
+
+        for _ in self.store.objects.each(read, range(start, stop, per_chunk)):
+            pass
         return out
 
     def codec(self, hook: str) -> str:
@@ -124,14 +130,19 @@ class Split:
 class Store:
     """A sealed activation store, read-only."""
 
-    def __init__(self, location: str, root: Path, manifest: Manifest) -> None:
-        self.location = location
-        self.root = root
+    def __init__(self, objects: Objects, manifest: Manifest) -> None:
+        self.location = objects.location
+        self.objects = objects
         self.manifest = manifest
         self.train = Split(self, "train")
         self.eval = Split(self, "eval")
-        self._group = zarr.open_group(DurableStore(root, read_only=True), mode="r")
+        self._group = zarr.open_group(objects.zarr_store(read_only=True), mode="r", zarr_format=3)
         self._arrays: dict[str, zarr.Array] = {}
+
+    @property
+    def root(self) -> Path:
+        """The folder of a store on a local disk. Raises StoreError for another."""
+        return self.objects.root
 
     @property
     def content(self) -> str:
@@ -180,27 +191,30 @@ class Store:
         return self._arrays[path]
 
     def tail_path(self, hook: str) -> Path:
-        """Folder of the tail after `hook`. Raises StoreError, saying why, if the store has none."""
+        """Folder of the tail after `hook`, fetched if the store is no local one.
+
+        Raises StoreError, saying why, if the store has none.
+        """
         tail = self.manifest.tails.get(hook, {"none": "none was saved"})
         if "none" in tail:
             raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
-        return self.root / "tail" / hook
+        return local_folder(self.objects, f"tail/{hook}", self.manifest)
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Folder of the tokenizer, if one was saved."""
-        path = self.root / "tokenizer"
-        return path if path.is_dir() else None
+        """Folder of the tokenizer, if one was saved; fetched if the store is no local one."""
+        if not any(key.startswith("tokenizer/") for key in self.manifest.files):
+            return None
+        return local_folder(self.objects, "tokenizer", self.manifest)
 
     def n_bytes(self) -> dict[str, int]:
         """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest."""
         parts: dict[str, int] = {}
-        for file in self.root.rglob("*"):
-            if file.is_file():
-                pieces = file.relative_to(self.root).parts
-                hook = len(pieces) > 3 and pieces[1] == "activations"
-                part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
-                parts[part] = parts.get(part, 0) + file.stat().st_size
+        for key, n_bytes in object_sizes(self.objects, self.manifest).items():
+            pieces = key.split("/")
+            hook = len(pieces) > 3 and pieces[1] == "activations"
+            part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
+            parts[part] = parts.get(part, 0) + n_bytes
         return parts
 
 
@@ -210,14 +224,14 @@ def open_store(location: str | Path) -> Store:
     Raises StoreError if there is none, an unfinished one, something else, or one that a newer version wrote.
     """
     location = str(location)
-    root = local_root(location)
-    values = read_attributes(root)
+    objects = objects_at(location)
+    values = read_attributes(objects)
     if values is None:
         raise StoreError(f"No activation store at {location}. Make one: tcsae --store {location} harvest")
     manifest = check_manifest(location, values)
     if manifest.state != SEALED:
         raise StoreError(f"{location} is unfinished. Start the same harvest again: it goes on where it stopped.")
-    return Store(location, root, manifest)
+    return Store(objects, manifest)
 
 
 def read_manifest(location: str) -> Manifest | None:
@@ -225,26 +239,37 @@ def read_manifest(location: str) -> Manifest | None:
 
     Raises StoreError if something else is there, or a store that a newer version wrote.
     """
-    values = read_attributes(local_root(location))
+    values = read_attributes(objects_at(location))
     return None if values is None else check_manifest(location, values)
 
 
-def read_attributes(root: Path) -> Mapping[str, Any] | None:
-    """attributes["tcsae"] of the group at `root` ({} if it is another Zarr group), or None if nothing is there.
+def read_attributes(objects: Objects) -> Mapping[str, Any] | None:
+    """attributes["tcsae"] of the group at a location ({} if it is another Zarr group), or None if nothing is there.
 
+    In an object store, nothing is where there is no zarr.json: readers do not list.
     Raises StoreError if something else is there.
     """
-    if not root.exists() or (root.is_dir() and all(is_leftover(path) for path in root.iterdir())):
-        return None
     try:
-        return json.loads((root / "zarr.json").read_text())["attributes"].get("tcsae", {})
+        return json.loads(objects.get(ROOT))["attributes"].get("tcsae", {})
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"{root} is not an activation store. Give another --store, or move it away.") from error
+        if isinstance(error, FileNotFoundError) and objects.is_empty(is_leftover):
+            return None
+        raise StoreError(
+            f"{objects.location} is not an activation store. Give another --store, or move it away."
+        ) from error
 
 
-def is_leftover(path: Path) -> bool:
+def is_leftover(key: str) -> bool:
     """Whether a writer that was killed before its first object left this."""
-    return path.name == LOCK or path.name.endswith(PARTIAL)
+    return key.startswith(LOCK) or is_temporary(key)
+
+
+def object_sizes(objects: Objects, manifest: Manifest) -> dict[str, int]:
+    """Keys and sizes of all that lies at a sealed store's location; where it cannot be listed, of what should be."""
+    if objects.listable:
+        return objects.listed()
+    keys = [ROOT, CHECKSUMS, CHECKSUMS_METADATA, *manifest.objects()]
+    return {key: size for key, size in zip(keys, objects.each(objects.size, keys), strict=True) if size is not None}
 
 
 def check_manifest(location: str, values: Mapping[str, Any]) -> Manifest:

@@ -1,9 +1,7 @@
 """Whether a store is what it was when it was sealed: every byte, and what the bytes say."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -12,17 +10,29 @@ import numpy as np
 from tcsae.shared.codecs import SCALE_BYTES, parameter_shapes
 from tcsae.shared.errors import StoreError, TcsaeError
 from tcsae.shared.manifest import SEALED, SPLITS, Manifest, content_digest, is_intact
-from tcsae.shared.storage import local_root
-from tcsae.shared.store import Split, Store, check_manifest, open_store, read_attributes
+from tcsae.shared.objects import Objects, objects_at
+from tcsae.shared.store import (
+    CHECKSUMS,
+    CHECKSUMS_METADATA,
+    ROOT,
+    Split,
+    Store,
+    check_manifest,
+    object_sizes,
+    open_store,
+    read_attributes,
+)
 
-CHECKSUMS, ROOT = "checksums/c/0/0", "zarr.json"
-READ_BYTES = 1 << 22
 DIGEST_BYTES = 32
 
 
 def stored_bytes(location: str) -> int:
-    """Bytes of all files of a store: what `find_faults` reads."""
-    return sum(path.stat().st_size for path in local_root(location).rglob("*") if path.is_file())
+    """Bytes of all objects of a store: what `find_faults` reads."""
+    objects = objects_at(location)
+    if objects.listable:
+        return sum(objects.listed().values())
+    values = read_attributes(objects)
+    return sum(object_sizes(objects, check_manifest(location, values)).values()) if values else 0
 
 
 def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
@@ -32,11 +42,11 @@ def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
     shapes, lengths, ids, finite values, the splits' documents, the tails.
     Raises StoreError if there is no sealed store.
     """
-    root = local_root(location)
+    objects = objects_at(location)
     try:
-        values = read_attributes(root)
+        values = read_attributes(objects)
     except StoreError:
-        if not (root / ROOT).is_file() or not (root / "train").is_dir():
+        if not objects.has(ROOT) or not objects.has("train/zarr.json"):
             raise
         yield f"{ROOT}: it is no JSON of a Zarr group with attributes"
         return
@@ -49,9 +59,9 @@ def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
     manifest = check_manifest(location, values)
     if manifest.state != SEALED:
         open_store(location)  # says how to finish it
-    advance((root / ROOT).stat().st_size)
+    advance(objects.size(ROOT) or 0)
     whole = True
-    for fault in _damaged(root, manifest, values, advance):
+    for fault in _damaged(objects, manifest, values, advance):
         whole = False
         yield fault
     if whole:
@@ -62,41 +72,39 @@ def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
             yield str(error)
 
 
-def _damaged(root: Path, manifest: Manifest, values: Any, advance: Callable[[int], None]) -> Iterator[str]:
+def _damaged(objects: Objects, manifest: Manifest, values: Any, advance: Callable[[int], None]) -> Iterator[str]:
     """Objects whose bytes are not those that were written; objects that nobody wrote."""
     written = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": values}}
-    if (root / ROOT).read_bytes() != (json.dumps(written, indent=2) + "\n").encode():
+    if objects.get(ROOT) != (json.dumps(written, indent=2) + "\n").encode():
         yield f"{ROOT}: its bytes are not those that were written"
     keys = manifest.objects()
-    own = {*keys, ROOT, CHECKSUMS, "checksums/zarr.json"}
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        key = path.relative_to(root).as_posix()
-        if key not in own:
-            yield f"{key}: it does not belong to the store"
-    digests, fault = _digests(root, manifest, len(keys))
+    own = {*keys, ROOT, CHECKSUMS, CHECKSUMS_METADATA}
+    for key in sorted(set(object_sizes(objects, manifest)) - own):
+        yield f"{key}: it does not belong to the store"
+    digests, fault = _digests(objects, len(keys), manifest)
     if fault:
         yield fault
         return
-    advance((root / CHECKSUMS).stat().st_size)
+    advance(objects.size(CHECKSUMS) or 0)
     expected = dict(zip(keys, digests, strict=True))
     if manifest.checksums_metadata:  # not in version 1
-        expected["checksums/zarr.json"] = bytes.fromhex(manifest.checksums_metadata)
-    for key, digest in expected.items():
-        path = root / key
-        if not path.is_file():
+        expected[CHECKSUMS_METADATA] = bytes.fromhex(manifest.checksums_metadata)
+    for key, (digest, n_bytes) in zip(expected, objects.each(lambda key: _digest(objects, key), expected), strict=True):
+        advance(n_bytes or 0)
+        if n_bytes is None:
             yield f"{key}: it is missing"
-        elif not (n_bytes := path.stat().st_size):
+        elif not n_bytes:
             yield f"{key}: it is empty"
-        elif _digest(path, advance) != digest:
+        elif digest != expected[key]:
             yield f"{key}: its {n_bytes:,} bytes are not those that were written"
 
 
-def _digests(root: Path, manifest: Manifest, n: int) -> tuple[list[bytes], str]:
-    """The digest of each object from the checksum array's chunk; else the fault with that."""
+def _digests(objects: Objects, n: int, manifest: Manifest) -> tuple[list[bytes], str]:
+    """The digest of each of `n` objects from the checksum array's chunk; else the fault with that."""
     try:
-        data = (root / CHECKSUMS).read_bytes()
+        data = objects.get(CHECKSUMS)
     except OSError as error:
-        return [], f"{CHECKSUMS}: it cannot be read ({error.strerror})"
+        return [], f"{CHECKSUMS}: it cannot be read ({error.strerror or 'it is not there'})"
     rows, crc = data[: n * DIGEST_BYTES], data[n * DIGEST_BYTES :]
     if len(rows) < n * DIGEST_BYTES or crc != google_crc32c.value(rows).to_bytes(4, "little"):
         return [], f"{CHECKSUMS}: its {len(data):,} bytes are not {n:,} digests and their crc32c"
@@ -105,13 +113,13 @@ def _digests(root: Path, manifest: Manifest, n: int) -> tuple[list[bytes], str]:
     return [rows[i : i + DIGEST_BYTES] for i in range(0, len(rows), DIGEST_BYTES)], ""
 
 
-def _digest(path: Path, advance: Callable[[int], None]) -> bytes:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            found.update(block)
-            advance(len(block))
-    return found.digest()
+def _digest(objects: Objects, key: str) -> tuple[bytes, int | None]:
+    """sha256 and size of an object; no size if it is not there."""
+    try:
+        digest, n_bytes = objects.read_digest(key)
+    except FileNotFoundError:
+        return b"", None
+    return bytes.fromhex(digest), n_bytes
 
 
 def _nonsense(store: Store) -> Iterator[str]:
@@ -198,9 +206,9 @@ def _tail(store: Store, hook: str) -> Iterator[str]:
             continue
         try:
             if key.endswith(".json"):
-                json.loads((store.root / key).read_bytes())["model_type"]
+                json.loads(store.objects.get(key))["model_type"]
             else:
-                with safe_open(store.root / key, "np") as weights:
+                with safe_open(store.tail_path(hook) / "model.safetensors", "np") as weights:
                     assert all(weights.get_slice(name).get_dtype() == "F32" for name in weights.keys())  # noqa: SIM118
         except (ValueError, KeyError, SafetensorError, AssertionError) as error:
             yield f"{key}: it cannot be loaded ({error or 'not float32'})"

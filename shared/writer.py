@@ -7,8 +7,7 @@ written only after the bytes that it speaks of are on disk.
 """
 
 import base64
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from tcsae.shared.codec_record import CodecRecord, check_finite
 from tcsae.shared.codecs import FIT_TOKENS
 from tcsae.shared.config import differences
 from tcsae.shared.errors import StoreError
-from tcsae.shared.extension import Kept
-from tcsae.shared.files import sweep_partials, write_atomic
-from tcsae.shared.journal import SEQUENCES, Journal, remove_traces
+from tcsae.shared.extension import Kept, clear_for_extension
+from tcsae.shared.journal import OPEN, SEQUENCES, Journal, remove_traces
 from tcsae.shared.layout import Shard, chunk_key, chunks_of, layout_for, shards_of
 from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, HookRecipe, Layout, Manifest, Recipe, content_digest
+from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.statistics import finished, n_sums, partial_sums
-from tcsae.shared.storage import DurableStore, local_root
-from tcsae.shared.store import check_manifest, read_attributes
+from tcsae.shared.store import ROOT, check_manifest, is_leftover, read_attributes
 
 
 @dataclass
@@ -46,19 +44,20 @@ class Rows:
 class StoreWriter:
     """The one writer of a store: use `open_writer`, and `with`, which releases its lock at the end."""
 
-    def __init__(self, location: str, root: Path, manifest: Manifest) -> None:
-        self.location = location
-        self.root = root
+    def __init__(self, objects: Objects, manifest: Manifest, *, shared: bool = False, force: bool = False) -> None:
+        self.location = objects.location
+        self.objects = objects
         self.manifest = manifest
-        self._store = DurableStore(root)
-        self._journal = Journal(root, location)
-        self._arrays = StoreArrays(self._store, manifest.layout, manifest.recipe.sequences.length)
+        self._journal = Journal(objects, shared=shared, force=force)
+        self._arrays = StoreArrays(objects.zarr_store(), manifest.layout, manifest.recipe.sequences.length)
         self._lengths: dict[str, ndarray] = {}
-        self.codec = CodecRecord(manifest.recipe, self._store, self._arrays, self._journal)
-        sweep_partials(root)
-        if not (root / "zarr.json").exists():
-            write_atomic(root / "zarr.json", manifest.root_metadata())
-        self._kept = Kept(self._journal, root)
+        self.codec = CodecRecord(manifest.recipe, objects, self._arrays, self._journal)
+        if not shared:
+            objects.sweep()
+            if not objects.has(ROOT):
+                objects.put(ROOT, manifest.root_metadata())
+            clear_for_extension(self._journal, objects)
+        self._kept = Kept(self._journal)
         self._load_plan()
 
     def __enter__(self) -> "StoreWriter":
@@ -123,8 +122,8 @@ class StoreWriter:
 
     def missing_shards(self) -> list[Shard]:
         """The shards that are not yet recorded."""
-        kept = self._kept.shards
-        return [shard for shard in self.shards() if shard.name not in kept and not self._journal.has(shard.name)]
+        done = self._kept.shards.keys() | self._journal.names()
+        return [shard for shard in self.shards() if shard.name not in done]
 
     def fit_codec(self, run: Callable[[Shard], Mapping[str, Float[ndarray, "n sequence_length d_model"]]]) -> None:
         """Record the codec's parameters, unless that is done; no shard is written before. `run` gives a shard's
@@ -162,17 +161,23 @@ class StoreWriter:
                 block[here] = self.codec.encode(shard.split, hook.requested, x)
                 array[first : first + len(here)] = block
                 key = chunk_key(shard.split, hook.requested, chunk.number)
-                objects[key] = self._store.digest(key)
+                objects[key] = self.objects.digest(key)
                 sums += partial_sums(x)
             if shard.split == "train":
                 partials[hook.requested] = base64.b64encode(sums.tobytes()).decode()
         self._journal.write(shard.name, {"objects": objects, "partials": partials})
 
+    def share(self) -> None:
+        """Go on together with other processes (who share its lock): all is there that shards are written into."""
+        self._make_activations()
+        self._journal.write(OPEN, {})
+        self._journal.share()
+
     # The seal
 
     def add_file(self, key: str, data: bytes) -> None:
         """Write an object that belongs to no array (tail, tokenizer); name it in `seal`."""
-        self._store.put(key, data)
+        self.objects.put(key, data)
 
     def add_folder(self, key: str, folder: Path) -> list[str]:
         """Write every file of a folder below `key`; returns the keys, sorted."""
@@ -190,28 +195,26 @@ class StoreWriter:
         if missing := self.missing_shards():
             raise StoreError(f"{self.location} lacks {len(missing)} shards, first {missing[0].name}. Harvest again.")
         self.fit_codec(lambda shard: {})  # noqa: ARG005  a store without a single shard
-        for split in SPLITS:
-            for hook in self.manifest.recipe.hooks:
-                self._activations(split, hook)  # also of an empty split
+        self._make_activations()
         self._write_statistics()
         manifest = replace(self.manifest, tails=tails, files=tuple(sorted(files)), times=times, state=SEALED)
         recorded = self.codec.objects()
-        for shard in self.shards():
-            recorded |= self._objects_of(shard)
-        digests = [recorded.get(key) or self._store.digest(key) for key in manifest.objects()]
+        for shard, record in self._records():
+            recorded |= record["objects"] if record else self._kept.shards[shard.name]
+        digests = [recorded.get(key) or self.objects.digest(key) for key in manifest.objects()]
         checksums = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-        shutil.rmtree(self.root / "checksums", ignore_errors=True)  # of the time before an extension
+        self.objects.delete_below("checksums")  # of the time before an extension
         self._arrays.whole("checksums", checksums)
-        metadata = self._store.digest("checksums/zarr.json")
+        metadata = self.objects.digest("checksums/zarr.json")
         self.manifest = replace(manifest, content=content_digest(checksums.tobytes()), checksums_metadata=metadata)
-        write_atomic(self.root / "zarr.json", self.manifest.root_metadata())
+        self.objects.put(ROOT, self.manifest.root_metadata())
         self.close()
         return self.manifest
 
     def close(self) -> None:
         """Release the lock; after the seal, also remove journal and lock file."""
         if self.manifest.state == SEALED:
-            remove_traces(self.root)
+            remove_traces(self.objects)
         self._journal.release()
 
     # Within
@@ -221,17 +224,20 @@ class StoreWriter:
         for hook in self.manifest.recipe.hooks:
             total = self._kept.sums(hook.requested, n_sums(hook.d_model))
             sums = total.copy()  # over full shards only: what an extension goes on from
-            for shard in self.shards():
-                if shard.split == "train" and (record := self._journal.read(shard.name)):
+            for shard, record in self._records():
+                if shard.split == "train" and record:
                     total += np.frombuffer(base64.b64decode(record["partials"][hook.requested]))
                     if shard.stop - shard.start == self.manifest.layout.sequences_per_shard:
                         sums = total.copy()
             for name, values in (finished(total, hook.d_model) | {"sums": sums}).items():
                 self._arrays.whole(f"statistics/{hook.requested}/{name}", values)
 
-    def _objects_of(self, shard: Shard) -> dict[str, str]:
-        record = self._journal.read(shard.name)
-        return record["objects"] if record else self._kept.shards[shard.name]
+    def _records(self) -> Iterator[tuple[Shard, dict[str, Any] | None]]:
+        """Every shard in order with its record; none of a kept one."""
+        shards, n = self.shards(), self.objects.n_readers
+        for i in range(0, len(shards), n):
+            part = shards[i : i + n]
+            yield from zip(part, self.objects.each(lambda shard: self._journal.read(shard.name), part), strict=True)
 
     def _load_plan(self) -> None:
         if plan := self._journal.read("plan"):
@@ -241,23 +247,35 @@ class StoreWriter:
     def _valid(self, shard: Shard) -> Bool[ndarray, "n sequence_length"]:
         return np.arange(self.manifest.recipe.sequences.length) < self.lengths(shard)[:, None]
 
+    def _make_activations(self) -> None:
+        for split in SPLITS:
+            for hook in self.manifest.recipe.hooks:
+                self._activations(split, hook)  # also of an empty split
+
     def _activations(self, split: str, hook: HookRecipe) -> zarr.Array:
         n = self.manifest.counts[split]["sequences"]
         return self._arrays.activations(split, hook, self.codec.name(split, hook.requested), n)
 
 
-def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> StoreWriter | None:
+def open_writer(
+    location: str, recipe: Recipe, layout: Layout | None = None, *, force: bool = False
+) -> StoreWriter | None:
     """A writer for a new store, or for an unfinished one of the same recipe; None if it is sealed already.
 
     `layout` is for a new store (default: `layout_for`); an unfinished one keeps its own.
+    `force` breaks a lock in an object store whose owner may be dead.
 
     Raises StoreError, naming each difference, if a store of another recipe is there; or if another process writes it.
     """
-    root = local_root(location)
-    values = read_attributes(root)
+    objects = objects_at(location)
+    if not objects.writable:
+        raise StoreError(f"{location} can be read only. Give another --store, then tcsae copy.")
+    values = read_attributes(objects)
     if values is None:
+        if stray := [key for key in objects.listed() if not is_leftover(key)]:
+            raise StoreError(f"{location} is not an activation store: {stray[0]} lies there. Give another --store.")
         manifest = Manifest(state=HARVESTING, recipe=recipe, layout=layout or layout_for(recipe))
-        return StoreWriter(location, root, manifest)
+        return StoreWriter(objects, manifest, force=force)
     manifest = check_manifest(location, values)
     differing = differences(manifest.recipe, recipe)
     read_only = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
@@ -267,6 +285,6 @@ def open_writer(location: str, recipe: Recipe, layout: Layout | None = None) -> 
             f"{location} was harvested otherwise ({found}). Use --fresh to start anew, or another --store."
         )
     if manifest.state == SEALED:
-        remove_traces(root)  # of a writer that was killed right after the seal
+        remove_traces(objects)  # of a writer that was killed right after the seal
         return None
-    return StoreWriter(location, root, manifest)
+    return StoreWriter(objects, manifest, force=force)

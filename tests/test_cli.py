@@ -60,7 +60,7 @@ def test_version(run):
         (["train"], 1, "No activation store at data/activations.zarr. Make one: tcsae --store"),
         (["eval"], 1, "No activation store at data/activations.zarr"),
         (["inspect"], 1, "No activation store at data/activations.zarr"),
-        (["--store", "s3://b/a", "eval"], 1, "'s3://b/a' is a URL; a store lies in a local folder"),
+        (["--store", "ftp://b/a", "eval"], 1, "'ftp://b/a': unknown kind of URL. There is s3://, gs://, az://"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, code, message):

@@ -196,7 +196,7 @@ def test_a_text_at_its_end_adds_nothing(short, tmp_path):
 def test_without_room_the_sealed_store_stays_sealed(short, tmp_path, monkeypatch):
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     before = toy.files(location)
-    monkeypatch.setattr("tcsae.harvest.run.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("tcsae.harvest.plan.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StoreError, match="more and its disk has 1KB. Make room, ask for fewer --tokens.*--force"):
         made(location, short)
     assert toy.files(location) == before

@@ -78,12 +78,13 @@ def test_packages_are_listed():
 def test_declared_dependencies_are_the_imported_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["trackers"]]
+    lines += project["optional-dependencies"]["remote"]
     declared = {line.split(">")[0].split("[")[0].replace("-", "_") for line in lines}
     ours = {name.split(".")[0] for path in SOURCES for name in imports(ast.parse(path.read_text()))}
     foreign = {name for name in ours if name not in sys.stdlib_module_names | {"tcsae", "pydoc_data"}}
     assert foreign <= declared
-    # Zarr uses numcodecs, torch TensorBoard, datasets zstandard: nothing of ours calls them by name.
-    assert declared - foreign <= {"numcodecs", "tensorboard", "zstandard"}
+    # Zarr uses numcodecs, torch TensorBoard, datasets zstandard, obstore boto3: nothing of ours calls them by name.
+    assert declared - foreign <= {"boto3", "numcodecs", "tensorboard", "zstandard"}
 
 
 def loaded_by(code: str) -> set[str]:

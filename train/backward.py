@@ -5,6 +5,7 @@ a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from tcsae.train.config import TrainConfig
 from tcsae.train.dense import Activity, activate, activation_backward_
 from tcsae.train.kernels import LatentOrder, entry_gradients
 
+BatchCode = Callable[[Tensor, int], SparseCode]
+"""BatchTopK's choice from the pre-activations [n, d_sae] and k."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
 
@@ -43,7 +46,13 @@ class Pass:
     """G_h for the latents of each group."""
 
 
-def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Workspace, margin: float) -> Pass:
+def encode(
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "n d_model"],
+    workspace: Workspace,
+    margin: float,
+    batch_code: BatchCode = batchtopk_code,
+) -> Pass:
     """Pre-activations and code of a batch; `margin` is half the bandwidth below a jumprelu's thresholds."""
     n, config = len(x), sae.config
     inputs, scaling = x, None
@@ -65,7 +74,7 @@ def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], workspace: Wor
             case "topk":
                 code = topk_code(pre, config.k)
             case "batchtopk":
-                code = batchtopk_code(pre, config.k)
+                code = batch_code(pre, config.k)
             case "jumprelu":
                 code = threshold_code(pre, sae.threshold, margin)
     return Pass(x, centred, scaling, pre, code, activity, workspace.get("error", n, config.d_model))

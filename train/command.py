@@ -43,13 +43,18 @@ def train(
 
     Interrupted, the same command goes on where the last checkpoint is, to the same weights: bit for bit on a CPU with
     the same number of threads, up to rounding on a GPU.
+
+    In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
+    same as trained alone; a single run is trained by all, each on its part of every batch.
     """
     from pathlib import Path
 
     from tcsae.shared.device import choose_device
+    from tcsae.shared.ranks import device_of, ranks
     from tcsae.shared.store import open_store
     from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_runs
+    from tcsae.train.several import train_together
 
     store = open_store(place.store)
     settings = [*asked["settings"], f"data.seed={seed}"]
@@ -57,8 +62,12 @@ def train(
         settings.append(f"steps={steps}")
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(asked["presets"], settings, asked["sweeps"], config_file, asked["init_from"])
-    runs = plan_runs(store, request)
-    show(train_runs(store, Path(place.runs), runs, fresh, tracker, choose_device(device)), place.runs)
+    runs, runs_path, ours = plan_runs(store, request), Path(place.runs), ranks()
+    chosen = device_of(ours, choose_device(device))
+    if not ours.several:
+        show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
+    elif records := train_together(store, runs_path, runs, ours, fresh, tracker, chosen):
+        show(records, place.runs)
 
 
 def show(records: list[dict[str, Any]], runs: str) -> None:

@@ -18,10 +18,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.shared.errors import StoreError
+from tcsae.shared.ranks import ALONE, Ranks
 from tcsae.shared.statistics import NORM_EDGES
 from tcsae.shared.store import Store
 from tcsae.shared.windows import positions, segments
 from tcsae.train.config import DataConfig
+
+FIRST_READS = 8
 
 
 class Batch(NamedTuple):
@@ -35,6 +38,13 @@ class Batch(NamedTuple):
     documents: Int[ndarray, " n_segments"]
     n_left_out: int = 0
     """Tokens of this batch that are not in it, as data.max_norm asks."""
+    whole: Int[ndarray, " n_whole_segments"] | None = None
+    """Lengths of all segments of the batch, where several processes have a part of it each; None: these are all."""
+
+    @property
+    def n_whole(self) -> int:
+        """Tokens of the whole batch."""
+        return len(self.x) if self.whole is None else int(self.whole.sum())
 
 
 class Block(NamedTuple):
@@ -46,6 +56,21 @@ class Block(NamedTuple):
     """Each segment's first row in `values`, length, position in its sequence, and document."""
 
 
+class Reads:
+    """How many chunks of a block are read at the same time: one from a disk; from afar, twice as many each time that
+    training had to wait for a block, up to what the store is good for.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.n = min(most, FIRST_READS)
+
+    def wanted(self, waited: bool) -> None:
+        """A block is wanted now; `waited` if it was not there yet."""
+        if waited:
+            self.n = min(self.most, 2 * self.n)
+
+
 class SegmentLoader:
     """Endless batches of the train split's segments, on `device` (see the module's docstring).
 
@@ -53,13 +78,21 @@ class SegmentLoader:
     """
 
     def __init__(
-        self, store: Store, config: DataConfig, n_batches_done: int = 0, device: torch.device | str = "cpu"
+        self,
+        store: Store,
+        config: DataConfig,
+        n_batches_done: int = 0,
+        device: torch.device | str = "cpu",
+        ours: Ranks = ALONE,
     ) -> None:
         self.store = store
         self.config = config
         self.hook = store.hook(config.hook)
         self.n_batches_done = n_batches_done
         """The loader's state."""
+        n = config.n_segments
+        self._part = slice(ours.rank * n // ours.world, (ours.rank + 1) * n // ours.world)
+        """Segments of a batch that are handed out here; the rest are those of other processes."""
         split = store.train
         lengths = np.where(split.lengths >= config.min_sequence_length, split.lengths, 0)
         self._sequence, self._start, self._length = segments(lengths, config.segment_length, config.skip_first)
@@ -82,6 +115,7 @@ class SegmentLoader:
         self._buffer = torch.empty(rows, store.d_model(self.hook), device=self._device)
         self._stored_dtype = store.array(f"train/activations/{self.hook}").dtype
         self._decode = split.decoder(self.hook, self._device)
+        self._reads = Reads(store.objects.n_readers)
 
     @property
     def n_segments(self) -> int:
@@ -119,11 +153,14 @@ class SegmentLoader:
                 if at == len(block.segments):
                     block, at = next(stream)
                 taken.append(block.segments[at : at + want - n_taken])
-                n_rows += self._gather(block, taken[-1], n_rows)
+                first, stop = (max(0, edge - n_taken) for edge in (self._part.start, self._part.stop))
+                n_rows += self._gather(block, taken[-1][first:stop], n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
-            _, lengths, starts, documents = np.concatenate(taken).T
-            yield self._without_outliers(Batch(self._buffer[:n_rows], lengths, starts, documents))
+            _, whole, starts, documents = np.concatenate(taken).T
+            part = self._part
+            batch = Batch(self._buffer[:n_rows], whole[part], starts[part], documents[part])
+            yield self._without_outliers(batch if part == slice(0, want) else batch._replace(whole=whole))
 
     def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
@@ -169,6 +206,7 @@ class SegmentLoader:
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
             pending: Future[Block] = reader.submit(self._read_block, epoch, number, next(memory))
             while True:
+                self._reads.wanted(not pending.done())
                 block = pending.result()
                 epoch, number = (epoch, number + 1) if number + 1 < self._n_blocks else (epoch + 1, 0)
                 # Into the memory of the block before, which is used up.
@@ -193,10 +231,12 @@ class SegmentLoader:
     def _read_block(self, epoch: int, number: int, memory: ndarray) -> Block:
         per_chunk, length = self.store.sequences_per_chunk, self.store.sequence_length
         found, n = [], 0
-        for chunk in self._chunks(epoch, number):
-            first = int(chunk) * per_chunk
-            stop = min(first + per_chunk, self.store.train.n_sequences)
-            memory = self._read_chunk(first, stop, memory, n)
+        chunks = self._chunks(epoch, number)
+        ranges = [
+            (int(c) * per_chunk, min(int(c) * per_chunk + per_chunk, self.store.train.n_sequences)) for c in chunks
+        ]
+        memory = self._read_chunks(ranges, memory)
+        for chunk, (first, stop) in zip(chunks, ranges, strict=True):
             here = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
             sequence, start = self._sequence[here], self._start[here]
             rows = (sequence - first + n) * length + start
@@ -206,16 +246,20 @@ class SegmentLoader:
         order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
         return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order])
 
-    def _read_chunk(self, first: int, stop: int, memory: ndarray, at: int) -> ndarray:
-        """Read a chunk's rows into `memory` from row `at` on; returns the memory, a wider one if they do not fit."""
-        split, n = self.store.train, stop - first
-        if memory.dtype == self._stored_dtype:
-            split.read_stored(self.hook, first, stop, memory[at : at + n])
-            return memory
-        rows = split.read_stored(self.hook, first, stop)
-        if rows.max(initial=0) > np.iinfo(memory.dtype).max:
-            memory = memory.astype(rows.dtype)
-        memory[at : at + n] = rows
+    def _read_chunks(self, ranges: list[tuple[int, int]], memory: ndarray) -> ndarray:
+        """Read chunks' rows into `memory`, one after the other; returns the memory, a wider one if they do not fit."""
+        split, in_place = self.store.train, memory.dtype == self._stored_dtype
+        starts = np.cumsum([0, *(stop - first for first, stop in ranges)])
+
+        def read(i: int) -> ndarray:
+            out = memory[starts[i] : starts[i + 1]] if in_place else None
+            return split.read_stored(self.hook, *ranges[i], out)
+
+        for i, rows in enumerate(self.store.objects.each(read, range(len(ranges)), self._reads.n)):
+            if not in_place:
+                if rows.max(initial=0) > np.iinfo(memory.dtype).max:
+                    memory = memory.astype(rows.dtype)
+                memory[starts[i] : starts[i + 1]] = rows
         return memory
 
 

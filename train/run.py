@@ -19,8 +19,9 @@ from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, s
 from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.finish import save_run
 from tcsae.train.loader import Batch, SegmentLoader
+from tcsae.train.peers import NO_PEERS, Peers
 from tcsae.train.plan import Run
-from tcsae.train.tracking import RunLog, metrics_line, open_tracker
+from tcsae.train.tracking import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -36,24 +37,37 @@ def train_runs(
     fresh: bool = False,
     tracker: str | None = None,
     device: torch.device | str = "cpu",
+    peers: Peers = NO_PEERS,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
     Raises RunError if two runs have one name, or what lies under a run's name had other settings or another store.
     """
-    names = [run.name for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RunError(f"Two runs would be named {twice[0]!r}. Give each other settings, or ask for it once.")
-    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh)]
+    names = check_names(runs)
+    if not peers.writes:
+        peers.wait()  # rank 0 clears away what is to be made anew
+    fresh = fresh and peers.writes
+    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh, peers.ranks.world)]
+    if peers.writes:
+        peers.wait()
     passes = {data: [run for run in todo if run.config.data == data] for data in {run.config.data: 0 for run in todo}}
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
             say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker, torch.device(device)).train()
+        _Pass(store, runs_path, data, together, tracker, torch.device(device), peers).train()
+    peers.wait()
     return [load_record(runs_path / name) for name in names]
 
 
-def _is_finished(store: Store, path: Path, run: Run, fresh: bool) -> bool:
+def check_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names. Raises RunError if two have the same."""
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RunError(f"Two runs would be named {twice[0]!r}. Give each other settings, or ask for it once.")
+    return names
+
+
+def _is_finished(store: Store, path: Path, run: Run, fresh: bool, world: int) -> bool:
     """Whether the run is there already; clears its folder if it is to be trained anew.
 
     Raises RunError, naming the differences, if what is there is another run.
@@ -70,6 +84,11 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool) -> bool:
     settings = _with_defaults(found.get("train", {}))
     told = {"train": settings, "store": found.get("store", {}).get("content"), "from": found.get("from")}
     asked = {"train": to_dict(run.config), "store": store.content, "from": run.init_from}
+    if not (path / RECORD).exists() and (was := found.get("ranks", 1)) != world:
+        raise RunError(
+            f"{path} was begun by {was} process(es), this start has {world}, whose sums round otherwise. Go on with "
+            f"{was}, or use --fresh to train it again."
+        )
     if differing := differences(told, asked):
         raise RunError(
             f"{path} was trained otherwise ({'; '.join(differing)}). Use --fresh to train it again, or another --runs."
@@ -91,7 +110,10 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 class _Member:
     """A run of a pass: its trainer, its log, and what to do when it is interrupted or unstable."""
 
-    def __init__(self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None) -> None:
+    def __init__(
+        self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None, writes: bool
+    ) -> None:
+        self.writes = writes
         self.run, self.path, self.trainer, self.about = run, path, trainer, about
         self.started, self.seconds = time.monotonic(), 0.0
         self.saved = self.started
@@ -105,7 +127,9 @@ class _Member:
                 if told[what] != about[what]:
                     say(f"{run.name}: {what} {told[what]} before, {about[what]} now: rounding will differ.")
         config = run.config
-        self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+        self.log: RunLog | NoLog = NoLog()
+        if writes:
+            self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -158,6 +182,8 @@ class _Member:
 
     def checkpoint(self) -> None:
         self.saved = time.monotonic()
+        if not self.writes:
+            return
         told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
         save_checkpoint(self.path, self.trainer, told)
 
@@ -176,10 +202,12 @@ class _Pass:
         runs: Sequence[Run],
         tracker: str | None,
         device: torch.device,
+        peers: Peers,
     ) -> None:
+        self.peers = peers
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device)
+        self.loader = SegmentLoader(store, data, device=device, ours=peers.ranks)
         self.workspace = Workspace(device)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
@@ -192,15 +220,16 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = Trainer(run.config, sample, self.workspace, self.store.sequence_length, initial)
+        trainer = self.peers.trainer(run.config, sample, self.workspace, self.store.sequence_length, initial)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "ranks": self.peers.ranks.world,
         }
-        return _Member(run, path, trainer, about, self.tracker)
+        return _Member(run, path, trainer, about, self.tracker, self.peers.writes)
 
     def train(self) -> None:
         """All steps of all runs; on an interruption each run leaves a checkpoint."""
@@ -223,7 +252,7 @@ class _Pass:
                 for member in self.members:
                     member.checkpoint_between()
                 raise
-        for member in self.members:
+        for member in self.members if self.peers.writes else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
             for file in checkpoints(member.path):
                 file.unlink()

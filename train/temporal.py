@@ -29,7 +29,10 @@ def pairs_of(config: TemporalConfig, batch: Batch) -> list[Pairs]:
     window = config.window
     lags = range(1, window) if config.pairs == "all" else (1,)
     per_window = sum(window - lag for lag in lags)
-    total = max(1, int(n_windows(batch.lengths, window).sum()) * per_window)
+    total: float = max(1, int(n_windows(batch.lengths, window).sum()) * per_window)
+    if batch.whole is not None:  # a part of a batch, whose every loss is weighted by its share of the tokens
+        n_all = max(1, int(n_windows(batch.whole, window).sum()) * per_window)
+        total = n_all * len(batch.x) / batch.n_whole
     pairs = []
     for lag in lags:
         weights = torch.from_numpy(pair_weights(batch.lengths, window, lag) / total).to(batch.x)

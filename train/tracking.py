@@ -92,6 +92,19 @@ class RunLog:
             self._tracker.close()
 
 
+class NoLog:
+    """What a process keeps that writes nothing."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        pass
+
+    def n_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Tracker | None:
     """What passes lines of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
 

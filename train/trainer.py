@@ -11,7 +11,7 @@ from tcsae.shared.codes import SparseCode, batchtopk_code
 from tcsae.shared.errors import RunError
 from tcsae.shared.sae import SparseAutoencoder
 from tcsae.train.auxk import auxk
-from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
+from tcsae.train.backward import BatchCode, Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
@@ -80,6 +80,7 @@ class Trainer:
         else:
             self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
+        self.batch_code: BatchCode = batchtopk_code
         self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
@@ -135,7 +136,7 @@ class Trainer:
         sae, config, n = self.sae, self.config, len(batch.x)
         x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
         jump = config.sae.activation == "jumprelu"
-        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0)
+        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0, self.batch_code)
         losses = {"reconstruction": reconstruct(sae, state, config.group_weights, self.workspace)}
         grad = code_gradient(sae, state, self.workspace)
         weight = self._add_terms(losses, state, batch, grad)

@@ -1,0 +1,27 @@
+"""`eval` in several processes: the SAEs are dealt out, each is scored whole by one of them, to the same figures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tcsae.evaluate.candidates import Request, evaluable
+from tcsae.evaluate.run import Evaluated, evaluate_runs
+from tcsae.shared.console import say
+from tcsae.shared.ranks import Ranks, has_rendezvous, wait_for_all
+from tcsae.shared.store import Store
+
+
+def evaluate_dealt(store: Store, runs_path: Path, request: Request, ours: Ranks) -> Evaluated:
+    """As `evaluate_runs`, by one of several processes. Returns what this one is to show: rank 0 all, once the others
+    are done; without a rendezvous each its own.
+    """
+    folders = evaluable(runs_path, request.names)
+    mine = [path.name for path in folders][ours.rank :: ours.world]
+    names = ", ".join(mine) or "none, as there are fewer runs than processes"
+    say(f"Rank {ours.rank} of {ours.world} evaluates {names}.")
+    found = evaluate_runs(store, runs_path, replace(request, names=tuple(mine))) if mine else Evaluated([], [])
+    if not has_rendezvous():
+        return found
+    wait_for_all(ours)
+    if ours.rank:
+        return Evaluated([], [])
+    return evaluate_runs(store, runs_path, replace(request, names=tuple(path.name for path in folders), force=False))

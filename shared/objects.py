@@ -1,0 +1,247 @@
+"""Where a store's objects live: named bytes at one location, on a disk or in an object store (see `remote`).
+All that the house reads and writes of a store goes through here.
+
+An object is whole or absent: a disk's file is written under a temporary name, fsynced and renamed; an object store's is
+one PUT. Every object written gets its sha256 remembered, so that a digest describes the bytes that were handed over,
+not what a later read of them says.
+"""
+
+import errno
+import hashlib
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tcsae.shared.errors import StoreError
+from tcsae.shared.files import PARTIAL, sweep_partials, write_atomic
+from tcsae.shared.locks import FileLock, Lock
+
+BLOCK_BYTES = 1 << 22
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Objects(ABC):
+    """The objects at one location, by key ("train/tokens/c/0/0")."""
+
+    writable = True
+    listable = True
+    n_readers = 1
+    """Reads that are worth having under way at the same time; 1 where a read does not wait."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.digests: dict[str, str] = {}
+
+    @property
+    def root(self) -> Path:
+        """The folder of a local store. Raises StoreError for any other."""
+        raise StoreError(f"{self.location} is no local folder; this works on one only. Make one: tcsae copy.")
+
+    @abstractmethod
+    def name(self, key: str) -> str:
+        """What people call an object."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes:
+        """A whole object. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def read_into(self, key: str, *views: memoryview) -> int:
+        """Fill `views`, one after the other, from an object's first bytes; returns how many there were.
+
+        Raises OSError if it cannot be read.
+        """
+
+    @abstractmethod
+    def blocks(self, key: str) -> Iterator[bytes | memoryview]:
+        """An object's bytes a few MiB at a time. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, None if it is not there."""
+
+    @abstractmethod
+    def listed(self, prefix: str = "") -> dict[str, int]:
+        """Keys below a prefix (a folder: no part of a name) and their sizes. What only reads a store never lists."""
+
+    @abstractmethod
+    def zarr_store(self, *, read_only: bool = False) -> Any:
+        """The same place as a Zarr store; what is written through it is written by `put`."""
+
+    @abstractmethod
+    def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:
+        """Take a lock, or None if somebody holds it. Several may share one. `force` breaks what looks dead."""
+
+    def holder(self, name: str) -> str:  # noqa: ARG002
+        """Who holds a lock, for an error message; empty where that is not known."""
+        return ""
+
+    @abstractmethod
+    def _put(self, key: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def _delete(self, keys: Sequence[str]) -> None: ...
+
+    def sweep(self) -> int:
+        """Remove what a killed writer left under temporary names; returns how many. Only the one writer may."""
+        return 0
+
+    def is_empty(self, is_leftover: Callable[[str], bool]) -> bool:  # noqa: ARG002
+        """Whether nothing is here but leftovers. An object store without a root object counts as empty, unlisted."""
+        return True
+
+    def is_new(self) -> bool:
+        """Whether nothing at all is here. Only who will write asks: this lists."""
+        return not self.listed()
+
+    def has(self, key: str) -> bool:
+        return self.size(key) is not None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write one object, durably."""
+        self._put(key, data)
+        self.digests[key] = hashlib.sha256(data).hexdigest()
+
+    def digest(self, key: str) -> str:
+        """sha256 of an object as it is stored now, from memory if this process wrote it."""
+        if key not in self.digests:
+            self.digests[key] = self.read_digest(key)[0]
+        return self.digests[key]
+
+    def read_digest(self, key: str) -> tuple[str, int]:
+        """sha256 of an object's bytes as they are read now, and how many there are. Raises FileNotFoundError."""
+        found, n = hashlib.sha256(), 0
+        for block in self.blocks(key):
+            found.update(block)
+            n += len(block)
+        return found.hexdigest(), n
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; one that is not there is no fault."""
+        for key in keys:
+            self.digests.pop(key, None)
+        self._delete(keys)
+
+    def delete_below(self, prefix: str) -> None:
+        """Delete all objects below a prefix."""
+        self.delete(list(self.listed(prefix)))
+
+    def each(self, do: Callable[[T], R], items: Iterable[T], n: int | None = None) -> Iterator[R]:
+        """`do` of every item, in order; as many at a time as reads are worth (or `n`)."""
+        items, n = list(items), self.n_readers if n is None else n
+        if min(n, len(items)) < 2:
+            yield from map(do, items)
+            return
+        with ThreadPoolExecutor(min(n, len(items)), thread_name_prefix="objects") as pool:
+            yield from pool.map(do, items)
+
+
+class LocalObjects(Objects):
+    """Files of a folder."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self._root = Path(location.removeprefix("file://"))
+
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def name(self, key: str) -> str:
+        return str(self._root / key)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return (self._root / key).read_bytes()
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise FileNotFoundError(key) from error
+
+    def read_into(self, key: str, *views: memoryview) -> int:
+        n_read = 0
+        with (self._root / key).open("rb", buffering=0) as file:
+            for view in views:
+                at = 0
+                while at < len(view) and (n := file.readinto(view[at:])):
+                    at += n
+                n_read += at
+        return n_read
+
+    def blocks(self, key: str) -> Iterator[bytes | memoryview]:
+        with (self._root / key).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+    def size(self, key: str) -> int | None:
+        path = self._root / key
+        return path.stat().st_size if path.is_file() else None
+
+    def listed(self, prefix: str = "") -> dict[str, int]:
+        found = sorted(path for path in (self._root / prefix).rglob("*") if path.is_file())
+        return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in found}
+
+    def zarr_store(self, *, read_only: bool = False) -> Any:
+        from tcsae.shared.storage import DurableStore
+
+        return DurableStore(self, read_only=read_only)
+
+    def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:  # noqa: ARG002
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            return FileLock.take(self._root / name, shared)  # the kernel frees a dead process's
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk, which is said elsewhere
+            raise StoreError(f"{self.location} cannot be written ({error.strerror}). Give another --store.") from error
+
+    def is_empty(self, is_leftover: Callable[[str], bool]) -> bool:
+        if not self._root.exists():
+            return True
+        return self._root.is_dir() and all(is_leftover(path.name) for path in self._root.iterdir())
+
+    def is_new(self) -> bool:
+        return not self._root.exists() or (self._root.is_dir() and not any(self._root.iterdir()))
+
+    def sweep(self) -> int:
+        return sweep_partials(self._root)
+
+    def delete_below(self, prefix: str) -> None:
+        super().delete_below(prefix)
+        shutil.rmtree(self._root / prefix, ignore_errors=True)  # also the folders
+
+    def _put(self, key: str, data: bytes) -> None:
+        write_atomic(self._root / key, data)
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            (self._root / key).unlink(missing_ok=True)
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL of an object store."""
+    return "://" in location and not location.startswith("file://")
+
+
+def objects_at(location: str) -> Objects:
+    """What is at a location: a folder, an object store's URL, or a zip file.
+
+    Raises StoreError for a URL of an unknown kind, or one that takes a library which is not installed.
+    """
+    if is_remote(location):
+        from tcsae.shared.remote import remote_objects
+
+        return remote_objects(location)
+    if location.endswith(".zip"):
+        from tcsae.shared.zipped import ZipObjects
+
+        return ZipObjects(location)
+    return LocalObjects(location)
+
+
+def is_temporary(key: str) -> bool:
+    """Whether a key is one of a write that was killed."""
+    return any(part.endswith(PARTIAL) for part in key.split("/"))

@@ -1,0 +1,154 @@
+"""Two processes against one: the shards of a harvest, and the steps of a sweep of two SAEs. For two idle cores.
+
+    python tests/bench/ranks.py [--rounds 3] [--shards 6] [--steps 150]
+
+One thread a process; each is started, loads what it needs, and waits for the others: only the work is timed. The
+bars: 1.7 times as fast.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+from alternate import report
+
+from tcsae.shared.ranks import Ranks
+
+TOKENS = 400_000
+WAIT_S = 600.0
+"""For the others: a process that died breaks the barrier for all."""
+
+
+def harvesting(location: str, rank: int, world: int, n: int) -> Callable[[], None]:
+    """This rank's share of `n` shards, from a store that has its sequences."""
+    from tcsae.harvest.config import HarvestConfig
+    from tcsae.harvest.phases import write_beside
+    from tcsae.harvest.run import _prepare
+    from tcsae.harvest.several import _join_writer
+
+    found = _prepare(location, HarvestConfig(n_tokens=TOKENS), fresh=False)
+    capture, writer = found.load(), _join_writer(location, found.recipe)
+    assert writer is not None
+    mine = writer.shards()[:n][rank::world]
+    capture.run(writer.tokens(mine[0]), writer.lengths(mine[0]))
+
+    def work() -> None:
+        for shard in mine:
+            write_beside(writer, shard, capture.run(writer.tokens(shard), writer.lengths(shard)))
+
+    return work
+
+
+def sweeping(location: str, rank: int, world: int, n: int) -> Callable[[], None]:
+    """This rank's share of two SAEs, `n` steps each; one process trains both from one pass."""
+    from tcsae.shared.config import with_settings
+    from tcsae.shared.store import open_store
+    from tcsae.train.buffers import Workspace
+    from tcsae.train.loader import SegmentLoader
+    from tcsae.train.peers import deal
+    from tcsae.train.presets import preset
+    from tcsae.train.trainer import Trainer
+
+    store = open_store(location)
+    configs = [
+        with_settings(preset("topk", store.d_model(store.hook())), ["sae.d_sae=4096", f"init_seed={i}"]) for i in (0, 1)
+    ]
+    loader, workspace = SegmentLoader(store, configs[0].data), Workspace()
+    sample = loader.sample(8192)
+    trainers = [
+        Trainer(one, sample, workspace, store.sequence_length) for one in deal(configs, Ranks(rank, world, rank))
+    ]
+    stream = iter(loader)
+    for trainer in trainers:
+        trainer.step(next(stream))
+
+    def work() -> None:
+        for _ in range(n):
+            batch = next(stream)
+            for trainer in trainers:
+                trainer.step(batch)
+
+    return work
+
+
+def run(kind: str, location: str, rank: int, world: int, n: int, ready: Barrier) -> None:
+    """A child, on a core of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    work = (harvesting if kind == "harvest" else sweeping)(location, rank, world, n)
+    ready.wait(WAIT_S)
+    work()
+    ready.wait(WAIT_S)
+
+
+def timed(kind: str, location: str, world: int, n: int) -> float:
+    """Seconds that `world` processes take for the work together."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(world + 1)
+    children = [context.Process(target=run, args=(kind, location, rank, world, n, ready)) for rank in range(world)]
+    for child in children:
+        child.start()
+    ready.wait(WAIT_S)
+    start = time.perf_counter()
+    ready.wait(WAIT_S)
+    seconds = time.perf_counter() - start
+    for child in children:
+        child.join()
+    return seconds
+
+
+def prepare(folder: Path) -> tuple[str, str]:
+    """A store whose sequences are made, and a sealed one."""
+    from tcsae.harvest.config import HarvestConfig
+    from tcsae.harvest.phases import write_sequences
+    from tcsae.harvest.run import _prepare, harvest
+    from tcsae.shared.writer import open_writer
+
+    begun, sealed = str(folder / "begun.zarr"), str(folder / "sealed.zarr")
+    config = HarvestConfig(n_tokens=TOKENS)
+    found = _prepare(begun, config, fresh=False)
+    writer = open_writer(begun, found.recipe)
+    assert writer is not None
+    with writer:
+        write_sequences(writer, found.corpus, found.model)
+        writer.share()
+    harvest(sealed, config)
+    return begun, sealed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=150)
+    arguments = parser.parse_args()
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        begun, sealed = prepare(Path(folder))
+        for kind, location, n in (("harvest", begun, arguments.shards), ("sweep", sealed, arguments.steps)):
+            ratios = []
+            for i in range(arguments.rounds):
+                worlds = (1, 2) if i % 2 == 0 else (2, 1)
+                seconds = {world: timed(kind, location, world, n) for world in worlds}
+                ratios.append(seconds[1] / seconds[2])
+            low, high = min(ratios), max(ratios)
+            verdict = "above" if low > 1.7 else "below" if high < 1.7 else "inconclusive"
+            print(
+                f"{kind}: 2 processes {statistics.median(ratios):.2f} times as fast ({low:.2f} to {high:.2f}); "
+                f"bar 1.7: {verdict}"
+            )
+            figures[kind] = {"median": statistics.median(ratios), "low": low, "high": high}
+    report("ranks", figures=figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Promise: a store in an object store is the same store: the same bytes, whatever the network does meanwhile."""
+
+import functools
+import http.server
+import importlib.util
+import itertools
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tcsae
+from tcsae.harvest.run import harvest
+from tcsae.shared import leases, remote
+from tcsae.shared.cli import cli
+from tcsae.shared.errors import StoreError
+from tcsae.shared.objects import objects_at
+from tcsae.shared.store import open_store
+from tcsae.shared.verification import find_faults
+from tcsae.train.config import DataConfig
+from tcsae.train.loader import SegmentLoader
+
+_numbers = itertools.count()
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+s3, RESIDUAL = load("toy_s3"), "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("TCSAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with s3.s3_server() as (address, direct, faults):
+            patch.setenv("AWS_ENDPOINT_URL", address)
+            yield address, direct, faults
+
+
+@pytest.fixture
+def faults(server):
+    faults = server[2]
+    faults.__init__()
+    yield faults
+    faults.__init__()
+
+
+@pytest.fixture
+def place(faults) -> str:  # noqa: ARG001
+    return f"s3://bucket/{next(_numbers)}/a.zarr"
+
+
+@pytest.fixture(scope="module")
+def remote_store(tiny_config, server):  # noqa: ARG001
+    """The store of `tiny_store`, harvested into the bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+        harvest("s3://bucket/tiny.zarr", tiny_config)
+    return "s3://bucket/tiny.zarr"
+
+
+def contents(location: str) -> dict[str, bytes]:
+    objects = objects_at(location)
+    return {key: objects.get(key) for key in objects.listed() if key != "zarr.json"}
+
+
+def test_the_same_bytes_as_on_a_disk(tiny_store, remote_store):
+    assert contents(remote_store) == contents(tiny_store)
+    assert open_store(remote_store).content == open_store(tiny_store).content
+    assert list(find_faults(remote_store, lambda n: None)) == []  # noqa: ARG005
+
+
+def test_train_and_eval_from_it_as_from_a_disk_and_without_a_list(tiny_store, remote_store, tmp_path, faults):
+    options = ["train", "--set=sae.d_sae=32", "--set=sae.k=4", "--steps=20", "eval"]
+    for location, runs in ((tiny_store, "local"), (remote_store, "remote")):
+        done = CliRunner().invoke(cli, ["--store", location, "--runs", str(tmp_path / runs), *options])
+        assert done.exit_code == 0, done.output
+    (name,) = (path.parent.name for path in (tmp_path / "local").glob("*/sae_weights.safetensors"))
+    weights = [(tmp_path / runs / name / "sae_weights.safetensors").read_bytes() for runs in ("local", "remote")]
+    assert weights[0] == weights[1]
+    assert faults.lists() == 0
+    assert len(faults.requests) > 20
+
+
+def test_report_inspect_and_verify(remote_store, tmp_path):
+    for command in ("inspect", "verify"):
+        done = CliRunner().invoke(cli, ["--store", remote_store, "--runs", str(tmp_path), command])
+        assert done.exit_code == 0, done.output
+    assert "is whole" in done.output
+
+
+def test_http_is_read_only_and_needs_no_list(tiny_store):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(Path(tiny_store).parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        location = f"http://127.0.0.1:{web.server_port}/{Path(tiny_store).name}"
+        store, local = open_store(location), open_store(tiny_store)
+        np.testing.assert_array_equal(store.train.read(RESIDUAL, 0, 16), local.train.read(RESIDUAL, 0, 16))
+        assert store.n_bytes() == local.n_bytes()
+        assert list(find_faults(location, lambda n: None)) == []  # noqa: ARG005
+        with pytest.raises(StoreError, match="can be read only"):
+            tcsae.create_store(location + "2", hooks={"h": 4}, sequence_length=2)
+        web.shutdown()
+
+
+def throttled(seed: int):
+    """Every third request or so goes wrong, in every way."""
+    rng = random.Random(seed)
+    return lambda n, method, path: rng.choice(["503", "drop", "lost", "torn"]) if rng.random() < 0.2 else None  # noqa: ARG005
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_throttled_and_dropped_nothing_is_lost_and_nothing_double(
+    place, tiny_config, tiny_store, faults, monkeypatch, seed
+):
+    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.002)
+    faults.kind = throttled(seed)
+    harvest(place, tiny_config)
+    assert {"503", "drop", "lost", "torn"} <= set(faults.done)
+    loader = SegmentLoader(open_store(place), DataConfig(n_segments=8, segment_length=4))
+    ours = [batch.x.clone() for batch in itertools.islice(loader, 30)]
+    faults.kind = lambda n, method, path: None  # noqa: ARG005
+    assert contents(place) == contents(tiny_store)
+    theirs = SegmentLoader(open_store(tiny_store), DataConfig(n_segments=8, segment_length=4))
+    for x, batch in zip(ours, theirs, strict=False):
+        assert torch.equal(x, batch.x)
+
+
+def test_a_store_that_throttles_for_ever_is_one_line(remote_store, faults, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_S", 1.0)
+    faults.kind = lambda n, method, path: "503"  # noqa: ARG005
+    with pytest.raises(StoreError, match=r"refused for 1 s to be asked that often \(503\)"):
+        open_store(remote_store)
+
+
+class DiedError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow), 31])
+def test_killed_at_any_put_it_goes_on(place, tiny_config, tiny_store, monkeypatch, number):
+    """The harvest dies at its n-th PUT without letting go of its lock; --force takes over."""
+    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+    real, n_puts = remote.RemoteObjects._put, itertools.count(1)
+
+    def put(self, key, data):
+        if next(n_puts) >= number:
+            raise DiedError
+        real(self, key, data)
+
+    monkeypatch.setattr(remote.RemoteObjects, "_put", put)
+    release = leases.Lease.release
+    monkeypatch.setattr(leases.Lease, "release", lambda self: self._end.set())
+    with pytest.raises(DiedError):
+        harvest(place, tiny_config)
+    monkeypatch.setattr(remote.RemoteObjects, "_put", real)
+    monkeypatch.setattr(leases.Lease, "release", release)
+    with pytest.raises(StoreError, match=r"Another process harvests into .* if it is dead: --force"):
+        harvest(place, tiny_config)
+    harvest(place, tiny_config, force=True)
+    assert contents(place) == contents(tiny_store)
+
+
+def test_a_dead_lease_ends_by_itself(place, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_S", 2.0)
+    objects = objects_at(place)
+    held = objects.lock("harvest.lock")
+    assert objects.lock("harvest.lock") is None
+    time.sleep(3.0)
+    assert objects.lock("harvest.lock") is None, "it is renewed"
+    held._end.set()  # as a death does
+    held._thread.join()
+    time.sleep(3.5)
+    taken = objects.lock("harvest.lock")
+    assert taken is not None
+    taken.check()
+    taken.release()
+    assert objects.listed() == {}
+
+
+def test_a_broken_lock_stops_its_owner(place, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_S", 2.0)
+    objects = objects_at(place)
+    held = objects.lock("harvest.lock")
+    other = objects.lock("harvest.lock", force=True)
+    time.sleep(1.5)
+    with pytest.raises(StoreError, match="the lock was lost"):
+        held.check()
+    held.release()
+    other.check()
+    other.release()
+    assert objects.listed() == {}
+
+
+def test_those_who_share_a_lock_keep_others_out(place):
+    objects = objects_at(place)
+    first, second = objects.lock("a.lock", shared=True), objects.lock("a.lock", shared=True)
+    assert objects.lock("a.lock") is None
+    first.release()
+    second.release()
+    alone = objects.lock("a.lock")
+    assert objects.lock("a.lock", shared=True) is None
+    alone.share()
+    third = objects.lock("a.lock", shared=True)
+    alone.release()
+    third.release()
+    assert objects.listed() == {}
+
+
+def test_clear_lines(place, monkeypatch):
+    with pytest.raises(StoreError, match="No activation store at s3://bucket/.*Make one"):
+        open_store(place)
+    with pytest.raises(StoreError, match="there is no bucket 'nowhere'"):
+        open_store("s3://nowhere/a.zarr")
+    monkeypatch.setattr(remote, "RETRY_S", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="the store does not answer as it should"):
+        open_store(place)
+    for name in s3.ENVIRONMENT:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(StoreError, match="here are no credentials.* Set AWS_ACCESS_KEY_ID"):
+        open_store(place)
+
+
+def test_without_obstore_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(StoreError, match=r"object stores take obstore. Install it: pip install 'tcsae\[remote\]'"):
+        open_store("s3://bucket/a.zarr")
+
+
+def test_access_denied_and_missing_chunk(place, tiny_store, faults):
+    objects = objects_at(place)
+    for key, data in contents(tiny_store).items():
+        objects.put(key, data)
+    objects.put("zarr.json", objects_at(tiny_store).get("zarr.json"))
+    store = open_store(place)
+    hook = store.hooks[0]
+    key = f"train/activations/{hook}/c/1/0/0"
+    objects.delete([key])
+    with pytest.raises(StoreError, match=r"c/1/0/0 cannot be read \(it is not there\)"):
+        store.train.read(hook, 8, 16)
+    assert f"{key}: it is missing" in list(find_faults(place, lambda n: None))  # noqa: ARG005
+    objects.put("stray", b"1")
+    assert "stray: it does not belong to the store" in list(find_faults(place, lambda n: None))  # noqa: ARG005
+    faults.kind = lambda n, method, path: "403"  # noqa: ARG005
+    with pytest.raises(StoreError, match="access denied"):
+        open_store(place)

@@ -1,0 +1,160 @@
+"""Promise: several processes make the store that one makes, whoever of them dies or comes late; no document is lost."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tcsae.harvest import several
+from tcsae.harvest.run import harvest
+from tcsae.shared.cli import cli
+from tcsae.shared.errors import ConfigError, StoreError
+from tcsae.shared.ranks import Ranks, ranks
+
+spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).parent / "toy_harvest.py")
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_config):
+    """Shards of 2 sequences, some 60 of them, one hook."""
+    with pytest.MonkeyPatch.context() as patch:
+        toy.small_steps(patch, 2)
+        patch.setattr(several, "POLL_S", 0.05)
+        yield toy.one_hook(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    location = tmp_path_factory.mktemp("alone") / "a.zarr"
+    harvest(str(location), small)
+    return toy.files(location)
+
+
+def start(location, config, rank: int, world: int, die_at: int = 0, key: str = "activations") -> int:
+    """A forked rank, which dies as by kill -9 at its n-th write of an object whose path holds `key`."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+            if die_at:
+                toy.at_write(die_at, key, True, lambda: os._exit(9))
+            harvest(str(location), config)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ends(*pids: int) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_same_store_as_of_one_process(small, alone, tmp_path, world):
+    location = tmp_path / "a.zarr"
+    assert ends(*(start(location, small, rank, world) for rank in reversed(range(world)))) == [0] * world
+    assert toy.files(location) == alone
+    assert toy.traces(location) == []
+
+
+@pytest.mark.parametrize(
+    "key, number", [("activations/", 9), ("sequences.json", 2), ("statistics", 1), ("zarr.json", 3)]
+)
+def test_a_rank_is_killed_and_started_again(small, alone, tmp_path, key, number):
+    location = tmp_path / "a.zarr"
+    first, second = start(location, small, 0, 2, number, key), start(location, small, 1, 2)
+    (code,) = ends(first)
+    assert code in (0, 9)
+    if code == 9:
+        first = start(location, small, 0, 2)
+        assert ends(first, second) == [0, 0]
+    assert toy.files(location) == alone
+    assert toy.traces(location) == []
+
+
+def test_those_alive_take_over_what_a_dead_one_left(small, alone, tmp_path):
+    location = tmp_path / "a.zarr"
+    pids = [start(location, small, 0, 3), start(location, small, 1, 3, 7), start(location, small, 2, 3)]
+    assert ends(*pids) == [0, 9, 0]
+    assert toy.files(location) == alone
+
+
+def test_all_die_and_one_process_finishes(small, alone, tmp_path):
+    location = tmp_path / "a.zarr"
+    assert ends(start(location, small, 0, 2, 12), start(location, small, 1, 2, 9)) == [9, 9]
+    assert ends(start(location, small, 0, 1)) == [0]
+    assert toy.files(location) == alone
+
+
+def test_an_extension_by_several(small, alone, tmp_path):
+    location = tmp_path / "a.zarr"
+    assert ends(start(location, dataclasses.replace(small, n_tokens=1500), 0, 1)) == [0]
+    assert ends(start(location, small, 1, 2), start(location, small, 0, 2)) == [0, 0]
+    assert toy.files(location) == alone
+
+
+def test_another_process_is_kept_out_while_several_write(small, tmp_path):
+    location = tmp_path / "a.zarr"
+    pid = start(location, small, 0, 2)
+    deadline = time.monotonic() + 60
+    while not list((location / "journal").glob("train-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(StoreError, match="Another process harvests into"):
+            harvest(str(location), small)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert ends(pid) == [0]
+
+
+def test_ranks_from_the_environment(monkeypatch):
+    assert ranks() == Ranks(0, 1, 0)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ConfigError, match="RANK=3 with WORLD_SIZE=None: set both to whole numbers"):
+        ranks()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="RANK=3: of WORLD_SIZE=3, it must be 0 to 2"):
+        ranks()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ranks() == Ranks(3, 4, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["harvest", "train"], "harvest train: in several processes .* takes a start of its own"),
+        (["harvest", "--fresh"], "--fresh in 2 processes: each would delete what the others write"),
+        (["harvest", "--dry-run"], "--dry-run in 2 processes: one is enough"),
+    ],
+)
+def test_what_several_cannot_do(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(cli, ["--store", str(tmp_path / "a.zarr"), *arguments])
+    assert done.exit_code == 1
+    assert re.search(message, done.output), done.output
+
+
+@pytest.mark.slow
+def test_the_real_torchrun(tiny_lm, tiny_corpus, tmp_path):
+    options = ["harvest", "--model", str(tiny_lm), "--dataset", str(tiny_corpus), "--tokens", "3000"]
+    options += ["--sequence-length", "32", "--eval-every", "4", "--hook", "blocks.2.hook_resid_post"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tcsae"]
+    for launcher, name in (([sys.executable, "-m", "tcsae"], "one"), (run, "two")):
+        command = [*launcher, "--store", str(tmp_path / name), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert toy.files(tmp_path / "one") == toy.files(tmp_path / "two")
