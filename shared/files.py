@@ -1,11 +1,12 @@
 """Files that are whole or absent: written under a temporary name, fsynced, renamed, and the folder fsynced."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,40 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def sweep_partials(folder: Path) -> int:
     """Remove what a killed writer left under its temporary name; returns how many. Only its one writer may call it."""
-    found = list(folder.rglob(f"*{PARTIAL}"))
-    for path in found:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    return len(found)
+    n = 0
+    for place, folders, files in os.walk(folder):
+        for name in [name for name in folders if name.endswith(PARTIAL)]:
+            remove_folder(Path(place, name))
+            folders.remove(name)
+            n += 1
+        for name in files:
+            if name.endswith(PARTIAL):
+                Path(place, name).unlink(missing_ok=True)
+                n += 1
+    return n
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there. Others may do so, too; what they write there meanwhile stays."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            Path(place, name).unlink(missing_ok=True)
+        try:
+            Path(place).rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, if it is there, at whatever depth; while others write there, too."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for place, _, names in os.walk(folder, onerror=failed):
+        yield from (Path(place, name) for name in names)
 
 
 def cache_path() -> Path:

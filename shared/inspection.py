@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,21 +109,22 @@ def _recipe(manifest: "Manifest") -> Iterator[str]:
 
 def _harvested(objects: "Objects", manifest: "Manifest") -> Iterator[str]:
     """How far an unfinished harvest is, from its journal, which is only read."""
-    from tcsae.shared.journal import FOLDER
+    from tcsae.shared.extension import KEPT
+    from tcsae.shared.journal import SEQUENCES, record_key, recorded
+    from tcsae.shared.layout import shards_of
     from tcsae.shared.manifest import SPLITS
 
-    plan, sequences = _record(objects, f"{FOLDER}/plan.json"), _record(objects, f"{FOLDER}/sequences.json")
+    plan, sequences = _record(objects, record_key("plan")), _record(objects, record_key(SEQUENCES))
     if plan is None:
         n = (sequences or {}).get("n_sequences", dict.fromkeys(SPLITS, 0))
         yield f"  phase 1 of 2, sequences: {n['train']:,} train and {n['eval']:,} eval written, activations not begun"
         return
     counts = plan["counts"]
-    rows = manifest.layout.sequences_per_chunk
-    n_shards = sum(-(-counts[split]["sequences"] // rows) for split in SPLITS)
-    shards = tuple(f"{FOLDER}/{split}-" for split in SPLITS)
-    done = sum(key.startswith(shards) for key in objects.listed(FOLDER))
+    shards = {shard.name for shard in shards_of(replace(manifest, counts=counts))}
+    kept = (_record(objects, record_key(KEPT)) or {"shards": {}})["shards"]
+    left = shards - kept.keys() - recorded(objects)
     yield from _splits(counts)
-    yield f"  phase 2 of 2, activations: {done:,} of {n_shards:,} shards written"
+    yield f"  phase 2 of 2, activations: {len(shards) - len(left):,} of {len(shards):,} shards written"
 
 
 def _contents(store: "Store") -> Iterator[str]:

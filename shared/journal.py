@@ -11,8 +11,6 @@ LOCK = "harvest.lock"
 FOLDER = "journal"
 SEQUENCES = "sequences"
 """The record of phase 1."""
-
-
 OPEN = "open"
 """The record that shards can be written, by several processes if need be."""
 
@@ -55,7 +53,7 @@ class Journal:
 
     def names(self) -> set[str]:
         """Of all records, found at once."""
-        return {key.removeprefix(f"{FOLDER}/").removesuffix(".json") for key in self._objects.listed(FOLDER)}
+        return recorded(self._objects)
 
     def share(self) -> None:
         """Let in others who share."""
@@ -71,6 +69,11 @@ def remove_traces(objects: Objects) -> None:
     objects.delete_below(FOLDER)
     objects.delete([LOCK])
     objects.delete_below(f"{LOCK}s")
+
+
+def recorded(objects: Objects) -> set[str]:
+    """Names of all records of a journal."""
+    return {key.removeprefix(f"{FOLDER}/").removesuffix(".json") for key in objects.listed(FOLDER)}
 
 
 def record_key(name: str) -> str:

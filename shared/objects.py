@@ -6,9 +6,9 @@ one PUT. Every object written gets its sha256 remembered, so that a digest descr
 not what a later read of them says.
 """
 
+import contextlib
 import errno
 import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tcsae.shared.errors import StoreError
-from tcsae.shared.files import PARTIAL, sweep_partials, write_atomic
+from tcsae.shared.files import PARTIAL, files_below, remove_folder, sweep_partials, write_atomic
 from tcsae.shared.locks import FileLock, Lock
 
 BLOCK_BYTES = 1 << 22
@@ -181,8 +181,11 @@ class LocalObjects(Objects):
         return path.stat().st_size if path.is_file() else None
 
     def listed(self, prefix: str = "") -> dict[str, int]:
-        found = sorted(path for path in (self._root / prefix).rglob("*") if path.is_file())
-        return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in found}
+        found = {}
+        for path in files_below(self._root / prefix):
+            with contextlib.suppress(FileNotFoundError):  # another process took it away in between
+                found[path.relative_to(self._root).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
 
     def zarr_store(self, *, read_only: bool = False) -> Any:
         from tcsae.shared.storage import DurableStore
@@ -211,7 +214,7 @@ class LocalObjects(Objects):
 
     def delete_below(self, prefix: str) -> None:
         super().delete_below(prefix)
-        shutil.rmtree(self._root / prefix, ignore_errors=True)  # also the folders
+        remove_folder(self._root / prefix)
 
     def _put(self, key: str, data: bytes) -> None:
         write_atomic(self._root / key, data)

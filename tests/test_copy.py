@@ -13,6 +13,7 @@ from tcsae.shared import copying, objects
 from tcsae.shared.cli import cli
 from tcsae.shared.copying import copy_store
 from tcsae.shared.errors import StoreError
+from tcsae.shared.manifest import Layout
 from tcsae.shared.store import open_store
 from tcsae.shared.verification import find_faults
 
@@ -117,7 +118,7 @@ def test_a_zip_is_read_as_it_is_by_us_and_by_zarr(tiny_store, tmp_path):
 @pytest.mark.parametrize("codec, allowed", [("float32", 0), ("bfloat16", 5e-3), ("int8", 5e-2), ("compact", 0.5)])
 def test_another_codec(tiny_store, tmp_path, monkeypatch, codec, allowed):
     target, whole = str(tmp_path / "b.zarr"), str(tmp_path / "whole.zarr")
-    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 4)
+    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
     with monkeypatch.context() as patch:
         dies(patch, 40)
         with pytest.raises(DiedError):

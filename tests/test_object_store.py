@@ -20,6 +20,7 @@ from tcsae.harvest.run import harvest
 from tcsae.shared import leases, remote
 from tcsae.shared.cli import cli
 from tcsae.shared.errors import StoreError
+from tcsae.shared.manifest import Layout
 from tcsae.shared.objects import objects_at
 from tcsae.shared.store import open_store
 from tcsae.shared.verification import find_faults
@@ -64,11 +65,16 @@ def place(faults) -> str:  # noqa: ARG001
     return f"s3://bucket/{next(_numbers)}/a.zarr"
 
 
+def small_chunks(patch: pytest.MonkeyPatch) -> None:
+    """The chunks of `tiny_store`."""
+    patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
+
+
 @pytest.fixture(scope="module")
 def remote_store(tiny_config, server):  # noqa: ARG001
     """The store of `tiny_store`, harvested into the bucket."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+        small_chunks(patch)
         harvest("s3://bucket/tiny.zarr", tiny_config)
     return "s3://bucket/tiny.zarr"
 
@@ -127,7 +133,7 @@ def throttled(seed: int):
 def test_throttled_and_dropped_nothing_is_lost_and_nothing_double(
     place, tiny_config, tiny_store, faults, monkeypatch, seed
 ):
-    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+    small_chunks(monkeypatch)
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.002)
     faults.kind = throttled(seed)
     harvest(place, tiny_config)
@@ -155,7 +161,7 @@ class DiedError(BaseException):
 @pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow), 31])
 def test_killed_at_any_put_it_goes_on(place, tiny_config, tiny_store, monkeypatch, number):
     """The harvest dies at its n-th PUT without letting go of its lock; --force takes over."""
-    monkeypatch.setattr("tcsae.shared.writer.CHUNK_BYTES", 8 * 32 * 16 * 2)
+    small_chunks(monkeypatch)
     real, n_puts = remote.RemoteObjects._put, itertools.count(1)
 
     def put(self, key, data):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def start(location, config, rank: int, world: int, die_at: int = 0, key: str = "
                 toy.at_write(die_at, key, True, lambda: os._exit(9))
             harvest(str(location), config)
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     return pid
