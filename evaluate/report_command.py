@@ -30,8 +30,11 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
 
     from tcsae.evaluate.report import ReportRequest, folder_bytes, write_report
     from tcsae.shared.console import say, size
+    from tcsae.shared.ranks import ranks
     from tcsae.shared.store import open_store
 
+    if ranks().rank:
+        return  # of several processes the first writes it
     runs_path = Path(place.runs)
     folder = Path(out) if out else runs_path.parent / "report"
     written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.cli import Count, Place, StageCommand, check_alone
+from tcsae.shared.cli import Count, Place, StageCommand
 
 if TYPE_CHECKING:
     from tcsae.harvest.config import HarvestConfig
@@ -136,14 +136,11 @@ def harvest(ctx: click.Context, **options: Any) -> None:
     """
     from tcsae.harvest.run import harvest as run
     from tcsae.harvest.run import plan_harvest
-    from tcsae.shared.ranks import ranks
 
     if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
         raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
     place: Place = ctx.obj
     config, fresh, exact = _config(options), options["fresh"], options["exact"]
-    if ranks().several:
-        check_alone(ctx)
     if options["dry_run"]:
         print_plan(plan_harvest(place.store, config, fresh=fresh, exact=exact))
     else:

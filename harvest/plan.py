@@ -23,6 +23,7 @@ from tcsae.shared.codecs import CODECS, COMPACT_ERROR, EXACT, representation, st
 from tcsae.shared.console import duration, size
 from tcsae.shared.errors import StoreError
 from tcsae.shared.files import PARTIAL
+from tcsae.shared.journal import FOLDER
 from tcsae.shared.manifest import SPLITS, Recipe
 from tcsae.shared.objects import LocalObjects, Objects
 from tcsae.shared.writer import StoreWriter
@@ -146,7 +147,7 @@ def measure(writer: StoreWriter, capture: Capture) -> Probe:
     start = time.perf_counter()
     found = capture.run(tokens, lengths)
     model = time.perf_counter() - start
-    key = f"probe{PARTIAL}"
+    key = f"{FOLDER}/probe{PARTIAL}"  # killed, it goes with the journal
     write = read = 0.0
     try:
         for x in found.values():

@@ -88,13 +88,20 @@ def dealt(writer: StoreWriter, ours: Ranks) -> Iterator[Shard]:
     if not ours.several:
         yield from writer.missing_shards()
         return
-    number = {shard.name: i for i, shard in enumerate(writer.shards())}
+    mine = {shard.name for shard in writer.shards()[ours.rank :: ours.world]}
     given: set[str] = set()
-    while left := [shard for shard in _missing(writer) if shard.name not in given]:
-        mine = [shard for shard in left if number[shard.name] % ours.world == ours.rank]
-        shard = mine[0] if mine else left[-1]
-        given.add(shard.name)
-        yield shard
+
+    def still_missing(shards: list[Shard]) -> Iterator[Shard]:
+        for shard in shards:
+            if not _is_written(writer, shard):
+                given.add(shard.name)
+                yield shard
+
+    yield from still_missing([shard for shard in _missing(writer) if shard.name in mine])
+    while left := [shard for shard in reversed(_missing(writer)) if shard.name not in given]:
+        # Down from another place each, as whose they are comes up from the first: they meet at one shard only.
+        at = ours.rank * len(left) // ours.world
+        yield from still_missing(left[at:] + left[:at])
 
 
 def write_beside(writer: StoreWriter, shard: Shard, activations: Mapping[str, ndarray]) -> None:
@@ -102,7 +109,7 @@ def write_beside(writer: StoreWriter, shard: Shard, activations: Mapping[str, nd
     try:
         writer.write_shard(shard, activations)
     except (OSError, StoreError):
-        if shard in _missing(writer):
+        if not _is_written(writer, shard):
             raise
 
 
@@ -110,6 +117,11 @@ def _missing(writer: StoreWriter) -> list[Shard]:
     """The shards nobody has written; none once the store is sealed, when there is no journal to tell."""
     missing = writer.missing_shards()
     return [] if _sealed(writer.location) else missing
+
+
+def _is_written(writer: StoreWriter, shard: Shard) -> bool:
+    """Whether a shard is not missing any more; cheaper than all of them."""
+    return writer.is_written(shard) or _sealed(writer.location)
 
 
 def seal_once(location: str, seal: Callable[[], Any], stop: StopRequest) -> None:

@@ -8,6 +8,7 @@ import click
 from tcsae import __version__
 from tcsae.shared.config import parse_count
 from tcsae.shared.errors import ConfigError, Stopped, TcsaeError, unknown
+from tcsae.shared.ranks import has_rendezvous, ranks
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
@@ -30,11 +31,11 @@ CHAIN = "tcsae.chain"
 
 
 def check_alone(ctx: click.Context) -> None:
-    """Raises ConfigError if a command that several processes run is one of a chain."""
-    if len(chain := ctx.meta.get(CHAIN, [])) > 1:
+    """Raises ConfigError for a chain of commands in several processes that cannot wait for each other."""
+    if len(chain := ctx.meta.get(CHAIN, [])) > 1 and ranks().several and not has_rendezvous():
         raise ConfigError(
             f"{' '.join(chain)}: in several processes (WORLD_SIZE) each of these takes a start of its own, as the last "
-            "process may still be at the first when another begins the second."
+            "process may still be at the first when another begins the second. Or start them with torchrun."
         )
 
 
@@ -47,7 +48,7 @@ class Place:
 
 
 class StageCommand(click.Command):
-    """A command that says where --store and --runs belong when they are given to it."""
+    """A command that says where --store and --runs belong when they are given to it, and what it cannot be part of."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -57,6 +58,10 @@ class StageCommand(click.Command):
                 where = f"tcsae {error.option_name} PATH {ctx.info_name} ..."
                 raise click.UsageError(f"{error.option_name} belongs before the command: {where}", ctx) from error
             raise
+
+    def invoke(self, ctx: click.Context) -> object:
+        check_alone(ctx)
+        return super().invoke(ctx)
 
 
 class StageGroup(click.Group):

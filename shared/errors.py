@@ -31,6 +31,10 @@ class RemoteError(StoreError):
     """An object store that cannot be reached, or refuses."""
 
 
+class DeniedError(RemoteError):
+    """An object store that does not allow a request."""
+
+
 class RunError(TcsaeError):
     """A run folder (a trained SAE) that is missing, unfinished, or does not fit the store."""
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcsae.shared.errors import RemoteError
+from tcsae.shared.errors import DeniedError, RemoteError
 from tcsae.shared.leases import Lease, alive, describe
 from tcsae.shared.locks import Lock
 from tcsae.shared.objects import BLOCK_BYTES, Objects, T
@@ -207,14 +207,15 @@ class RemoteObjects(Objects):
                     f"{self.location}: there is no bucket {bucket!r}. Make it, or give another --store."
                 ) from error
             raise FileNotFoundError(self.name(key)) from error
-        except (kinds.PermissionDeniedError, kinds.UnauthenticatedError) as error:
-            raise RemoteError(
-                f"{self.name(key)}: access denied. Look at the credentials in the environment and at what the bucket "
-                "allows them."
-            ) from error
         except (kinds.AlreadyExistsError, kinds.PreconditionError):
             raise
         except kinds.BaseError as error:
+            refused = isinstance(error, kinds.PermissionDeniedError | kinds.UnauthenticatedError)
+            if refused or ("list request" in str(error) and "403 Forbidden" in str(error)):  # of no kind of its own
+                raise DeniedError(
+                    f"{self.name(key)}: access denied. Look at the credentials in the environment and at what the "
+                    "bucket allows them; where it may not be listed, it says so of what is missing, too."
+                ) from error
             raise RemoteError(f"{self.name(key)}: {_explanation(self.location, str(error))}") from error
 
     def _asked(self, key: str, ask: Callable[[], T]) -> T:

@@ -1,6 +1,9 @@
 """A store's objects for Zarr: its own store classes, writing through ours."""
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, ObjectStore
 
-from tcsae.shared.objects import LocalObjects
+from tcsae.shared.objects import LocalObjects, T
 
 if TYPE_CHECKING:
     from tcsae.shared.remote import RemoteObjects
@@ -42,6 +45,10 @@ class RemoteStore(ObjectStore):
         super().__init__(objects.store, read_only=read_only)
         self._objects = objects
 
+    async def _waited(self, ask: Callable[..., T], *given: Any) -> T:
+        """`ask` in a thread: as many as requests are worth, where asyncio itself has as many as there are cores."""
+        return await asyncio.get_running_loop().run_in_executor(_threads(self._objects.n_readers), ask, *given)
+
     def with_read_only(self, read_only: bool = False) -> "RemoteStore":
         return type(self)(self._objects, read_only=read_only)
 
@@ -50,17 +57,23 @@ class RemoteStore(ObjectStore):
             with self._objects.explained(key):
                 return await super().get(key, prototype, byte_range)
         try:
-            return prototype.buffer.from_bytes(await asyncio.to_thread(self._objects.get, key))
+            return prototype.buffer.from_bytes(await self._waited(self._objects.get, key))
         except FileNotFoundError:
             return None
 
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
-        await asyncio.to_thread(self._objects.put, key, value.as_numpy_array().tobytes())
+        await self._waited(self._objects.put, key, value.as_numpy_array().tobytes())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        if not await asyncio.to_thread(self._objects.has, key):  # a store has one writer of each object
+        if not await self._waited(self._objects.has, key):  # a store has one writer of each object
             await self.set(key, value)
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    """Those that wait for answers to what Zarr asks."""
+    return ThreadPoolExecutor(n, thread_name_prefix="zarr")
 
 
 def open_or_create(

@@ -1,5 +1,6 @@
 """Reading an activation store: the manifest, the sequences, their activations. See data/README.md for the format."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,7 +14,7 @@ from numpy import ndarray
 
 from tcsae.shared.chunks import is_plain, read_chunk
 from tcsae.shared.codecs import representation
-from tcsae.shared.errors import StoreError, unknown
+from tcsae.shared.errors import DeniedError, RemoteError, StoreError, unknown
 from tcsae.shared.folders import local_folder
 from tcsae.shared.journal import LOCK
 from tcsae.shared.manifest import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
@@ -118,6 +119,8 @@ class Split:
         where = f"{self.store.location}: {path}, sequences {start}..{stop - 1}"
         try:
             block = np.asarray(array[start:stop])
+        except RemoteError:
+            raise
         except Exception as error:
             raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
         # A missing chunk reads as the fill value, which is never stored.
@@ -267,7 +270,8 @@ def is_leftover(key: str) -> bool:
 def object_sizes(objects: Objects, manifest: Manifest) -> dict[str, int]:
     """Keys and sizes of all that lies at a sealed store's location; where it cannot be listed, of what should be."""
     if objects.listable:
-        return objects.listed()
+        with contextlib.suppress(DeniedError):  # a bucket may let everybody read and nobody list
+            return objects.listed()
     keys = [ROOT, CHECKSUMS, CHECKSUMS_METADATA, *manifest.objects()]
     return {key: size for key, size in zip(keys, objects.each(objects.size, keys), strict=True) if size is not None}
 

@@ -1,5 +1,6 @@
 """Whether a store is what it was when it was sealed: every byte, and what the bytes say."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import google_crc32c
 import numpy as np
 
 from tcsae.shared.codecs import SCALE_BYTES, parameter_shapes
-from tcsae.shared.errors import StoreError, TcsaeError
+from tcsae.shared.errors import DeniedError, StoreError, TcsaeError
 from tcsae.shared.manifest import SEALED, SPLITS, Manifest, content_digest, is_intact
 from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.store import (
@@ -30,7 +31,8 @@ def stored_bytes(location: str) -> int:
     """Bytes of all objects of a store: what `find_faults` reads."""
     objects = objects_at(location)
     if objects.listable:
-        return sum(objects.listed().values())
+        with contextlib.suppress(DeniedError):
+            return sum(objects.listed().values())
     values = read_attributes(objects)
     return sum(object_sizes(objects, check_manifest(location, values)).values()) if values else 0
 

@@ -9,6 +9,7 @@ written only after the bytes that it speaks of are on disk.
 import base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tcsae.shared.config import differences
 from tcsae.shared.errors import StoreError
 from tcsae.shared.extension import Kept, clear_for_extension
 from tcsae.shared.journal import OPEN, SEQUENCES, Journal, remove_traces
-from tcsae.shared.layout import Shard, chunk_key, chunks_of, layout_for, shards_of
+from tcsae.shared.layout import Chunk, Shard, chunk_key, chunks_of, layout_for, shards_of
 from tcsae.shared.manifest import HARVESTING, SEALED, SPLITS, HookRecipe, Layout, Manifest, Recipe, content_digest
 from tcsae.shared.objects import Objects, objects_at
 from tcsae.shared.statistics import finished, n_sums, partial_sums
@@ -125,6 +126,10 @@ class StoreWriter:
         done = self._kept.shards.keys() | self._journal.names()
         return [shard for shard in self.shards() if shard.name not in done]
 
+    def is_written(self, shard: Shard) -> bool:
+        """Whether a shard is recorded by now."""
+        return shard.name in self._kept.shards or self._journal.has(shard.name)
+
     def fit_codec(self, run: Callable[[Shard], Mapping[str, Float[ndarray, "n sequence_length d_model"]]]) -> None:
         """Record the codec's parameters, unless that is done; no shard is written before. `run` gives a shard's
         activations of every hook, float32; it is asked for the first train shards, up to FIT_TOKENS positions.
@@ -151,18 +156,11 @@ class StoreWriter:
         valid = self._valid(shard)
         objects, partials = {}, {}
         for hook in self.manifest.recipe.hooks:
-            values = activations[hook.requested]
             array, sums = self._activations(shard.split, hook), np.zeros(n_sums(hook.d_model))
-            for chunk in chunks_of(shard, self.manifest.layout):
-                here, first = valid[chunk.rows], shard.start + chunk.rows.start
-                check_finite(values[chunk.rows], here, shard.split, first, hook.requested)
-                x = values[chunk.rows][here]
-                block = np.zeros((len(here), *array.shape[1:]), array.dtype)
-                block[here] = self.codec.encode(shard.split, hook.requested, x)
-                array[first : first + len(here)] = block
-                key = chunk_key(shard.split, hook.requested, chunk.number)
+            write = partial(self._write_chunk, shard, hook.requested, array, activations[hook.requested], valid)
+            for key, its_sums in self.objects.each(write, chunks_of(shard, self.manifest.layout)):
                 objects[key] = self.objects.digest(key)
-                sums += partial_sums(x)
+                sums += its_sums
             if shard.split == "train":
                 partials[hook.requested] = base64.b64encode(sums.tobytes()).decode()
         self._journal.write(shard.name, {"objects": objects, "partials": partials})
@@ -218,6 +216,24 @@ class StoreWriter:
         self._journal.release()
 
     # Within
+
+    def _write_chunk(
+        self,
+        shard: Shard,
+        hook: str,
+        array: zarr.Array,
+        values: Float[ndarray, "n sequence_length d_model"],
+        valid: Bool[ndarray, "n sequence_length"],
+        chunk: Chunk,
+    ) -> tuple[str, Float[ndarray, " n_sums"]]:
+        """Write one chunk of a shard; returns its key, and the sums over its tokens."""
+        here, first = valid[chunk.rows], shard.start + chunk.rows.start
+        check_finite(values[chunk.rows], here, shard.split, first, hook)
+        x = values[chunk.rows][here]
+        block = np.zeros((len(here), *array.shape[1:]), array.dtype)
+        block[here] = self.codec.encode(shard.split, hook, x)
+        array[first : first + len(here)] = block
+        return chunk_key(shard.split, hook, chunk.number), partial_sums(x)
 
     def _write_statistics(self) -> None:
         """mean, variance (of the valid train tokens) and norm histogram from the shards' sums, added in shard order."""

@@ -132,6 +132,20 @@ def test_killed_while_it_grows(short, whole, tmp_path):
     assert len(open_store(location).manifest.history) == 1
 
 
+def test_killed_after_new_shards_an_extension_that_kept_none_goes_on(short, tmp_path, monkeypatch):
+    """What is cleared away is the time before; a start after the first new shard clears nothing."""
+    toy.small_steps(monkeypatch, 32, 8)
+    whole = made(tmp_path / "whole.zarr", short)
+    location = made(tmp_path / "store.zarr", short, n_tokens=400)
+    assert not any(n_kept(open_store(location).manifest).values())
+    assert toy.harvest_in_child(location, short, 2, "journal/train-") == 9
+    first = location / "train/activations" / toy.RESIDUAL / "c/0/0/0"
+    inode = first.stat().st_ino
+    made(location, short)
+    assert first.stat().st_ino == inode
+    assert toy.files(location) == toy.files(whole)
+
+
 def test_an_extension_that_was_killed_early_is_forgotten_by_the_old_recipe(short, tmp_path):
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     before = toy.files(location)

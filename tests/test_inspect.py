@@ -22,7 +22,7 @@ LENGTH, WIDTH, N_SEQUENCES = 48, 8, 6
 TEXT = "one\ttab,\na [red]mark[/red] and \x1b[31ma code\x07"
 
 
-def begin(path: Path) -> StoreWriter:
+def begin(path: Path, n_chunks: int = 1) -> StoreWriter:
     recipe = Recipe(
         model=ModelRecipe(name="toy/model", revision="0123456789abcdef0123456789abcdef01234567"),
         corpus=CorpusRecipe(name="toy/corpus", revision="r1"),
@@ -30,7 +30,7 @@ def begin(path: Path) -> StoreWriter:
         hooks=tuple(HookRecipe(requested=hook, canonical=hook, d_model=WIDTH) for hook in HOOKS),
         n_tokens=1,
     )
-    writer = open_writer(str(path), recipe, Layout(sequences_per_chunk=2))
+    writer = open_writer(str(path), recipe, Layout(sequences_per_chunk=2, chunks_per_shard=n_chunks))
     assert writer is not None
     return writer
 
@@ -177,14 +177,15 @@ def test_runs_with_and_without_figures(path, tmp_path):
     }
 
 
-def test_an_unfinished_store_says_how_far_it_is(tmp_path):
+@pytest.mark.parametrize("n_chunks, n_shards", [(1, 6), (2, 4)])
+def test_an_unfinished_store_says_how_far_it_is(tmp_path, n_chunks, n_shards):
     path = tmp_path / "b.zarr"
-    with begin(path) as writer:
+    with begin(path, n_chunks) as writer:
         for step, expected in (
             (lambda: None, "phase 1 of 2, sequences: 0 train and 0 eval written"),
             (lambda: write_sequences(writer), "phase 1 of 2, sequences: 6 train and 6 eval written"),
-            (lambda: finish_sequences(writer), "phase 2 of 2, activations: 0 of 6 shards written"),
-            (lambda: write_shards(writer, 4), "phase 2 of 2, activations: 4 of 6 shards written"),
+            (lambda: finish_sequences(writer), f"phase 2 of 2, activations: 0 of {n_shards} shards written"),
+            (lambda: write_shards(writer, 3), f"phase 2 of 2, activations: 3 of {n_shards} shards written"),
         ):
             step()
             before = everything_in(path)

@@ -1,13 +1,18 @@
 """Promise: a store in an object store is the same store: the same bytes, whatever the network does meanwhile."""
 
+import contextlib
 import functools
 import http.server
 import importlib.util
 import itertools
+import os
+import pickle
 import random
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ import tcsae
 from tcsae.harvest.run import harvest
 from tcsae.shared import leases, remote
 from tcsae.shared.cli import cli
+from tcsae.shared.copying import copy_store
 from tcsae.shared.errors import StoreError
 from tcsae.shared.manifest import Layout
 from tcsae.shared.objects import objects_at
@@ -102,25 +108,100 @@ def test_train_and_eval_from_it_as_from_a_disk_and_without_a_list(tiny_store, re
     assert len(faults.requests) > 20
 
 
-def test_report_inspect_and_verify(remote_store, tmp_path):
+@pytest.mark.parametrize("may_list", [True, False])
+def test_inspect_and_verify(remote_store, tmp_path, faults, may_list):
+    faults.kind = lambda n, method, path: "403" if s3.is_list(method, path) and not may_list else None  # noqa: ARG005
     for command in ("inspect", "verify"):
         done = CliRunner().invoke(cli, ["--store", remote_store, "--runs", str(tmp_path), command])
         assert done.exit_code == 0, done.output
     assert "is whole" in done.output
 
 
-def test_http_is_read_only_and_needs_no_list(tiny_store):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(Path(tiny_store).parent))
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_report_from_afar_is_the_one_from_a_disk(evaluated, place, tmp_path, faults):
+    copy_store(str(evaluated / "a.zarr"), place, lambda n: None)  # noqa: ARG005
+    faults.kind = lambda n, method, path: "403" if s3.is_list(method, path) else None  # noqa: ARG005
+    with served(evaluated) as address:
+        locations = {"local": str(evaluated / "a.zarr"), "s3": place, "http": f"{address}/a.zarr"}
+        for name, location in locations.items():
+            place_of = ["--store", location, "--runs", str(evaluated / "runs")]
+            report = ["report", "--run=logged-run2", "--max-tokens=1K", "--out", str(tmp_path / name)]
+            for command in (report, ["feature", "--run=logged-run2", "--id=1", "--max-tokens=1K"]):
+                done = CliRunner().invoke(cli, [*place_of, *command])
+                assert done.exit_code == 0, done.output
+    pages = {name: files_of(tmp_path / name) for name in locations}
+    assert len(pages["local"]) > 5
+    assert pages["s3"] == pages["http"] == pages["local"]
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Address of a plain web server over a folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
-        location = f"http://127.0.0.1:{web.server_port}/{Path(tiny_store).name}"
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+def test_http_is_read_only_and_needs_no_list(tiny_store):
+    with served(Path(tiny_store).parent) as address:
+        location = f"{address}/{Path(tiny_store).name}"
         store, local = open_store(location), open_store(tiny_store)
         np.testing.assert_array_equal(store.train.read(RESIDUAL, 0, 16), local.train.read(RESIDUAL, 0, 16))
         assert store.n_bytes() == local.n_bytes()
         assert list(find_faults(location, lambda n: None)) == []  # noqa: ARG005
         with pytest.raises(StoreError, match="can be read only"):
             tcsae.create_store(location + "2", hooks={"h": 4}, sequence_length=2)
-        web.shutdown()
+
+
+def test_the_loader_reads_more_at_once_the_longer_it_waits(remote_store, faults, monkeypatch):
+    monkeypatch.setattr("tcsae.train.loader.FIRST_READS", 1)
+    faults.latency_s = 0.02
+    loader = SegmentLoader(open_store(remote_store), DataConfig(n_segments=8, segment_length=4, buffer_sequences=64))
+    faults.most, batches = 0, iter(loader)
+    next(batches)
+    assert faults.most == 1
+    for _ in range(100):
+        next(batches)
+    assert faults.most >= 4
+
+
+def test_the_chunks_of_a_shard_are_written_at_once(place, tiny_config, faults, monkeypatch):
+    layout = Layout(sequences_per_chunk=4, chunks_per_shard=8)
+    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
+    faults.latency_s = 0.02
+    puts: list[int] = []
+    faults.kind = lambda n, method, path: puts.append(faults.under_way) if method == "PUT" and "/c/" in path else None  # noqa: ARG005
+    harvest(place, tiny_config)
+    assert max(puts) >= 4
+    assert list(find_faults(place, lambda n: None)) == []  # noqa: ARG005
+
+
+@pytest.mark.parametrize("deaths", [(0, 5), pytest.param((4, 6), marks=pytest.mark.slow)])
+def test_ranks_that_die_at_an_object_store(place, tiny_config, tmp_path, monkeypatch, deaths):
+    """Two processes, which die at a PUT and leave their leases; the rest is done by who is alive, or by a new start."""
+    layout = Layout(sequences_per_chunk=2, chunks_per_shard=2)
+    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
+    harvest(str(tmp_path / "a.zarr"), tiny_config)
+
+    def start(*die_at: int) -> list[int]:
+        children = []
+        for rank, number in enumerate(die_at):
+            told = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+            program = [sys.executable, str(Path(__file__).with_name("toy_rank.py"))]
+            children.append(subprocess.Popen(program, stdin=subprocess.PIPE, env=told))
+            children[-1].stdin.write(pickle.dumps((place, tiny_config, number)))
+            children[-1].stdin.close()
+        return [child.wait(120) for child in children]
+
+    assert start(*deaths) == [9 * bool(number) for number in deaths]
+    if all(deaths):
+        assert start(0, 0) == [0, 0]
+    assert contents(place) == contents(str(tmp_path / "a.zarr"))
 
 
 def throttled(seed: int):
@@ -267,3 +348,23 @@ def test_access_denied_and_missing_chunk(place, tiny_store, faults):
     faults.kind = lambda n, method, path: "403"  # noqa: ARG005
     with pytest.raises(StoreError, match="access denied"):
         open_store(place)
+    with pytest.raises(StoreError, match="^[^ ]*: access denied"):
+        store.train.read(hook, 3, 11)  # not damaged
+
+
+@pytest.mark.parametrize("command", ["harvest", "train", "eval", "verify", "report", "inspect", "copy"])
+def test_a_command_that_is_denied_says_one_line(place, tmp_path, faults, command):
+    faults.kind = lambda n, method, path: "403"  # noqa: ARG005
+    options = ["--from", place, "--to", str(tmp_path / "b.zarr")] if command == "copy" else []
+    done = CliRunner().invoke(cli, ["--store", place, "--runs", str(tmp_path / "runs"), command, *options])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {place}/zarr.json: access denied. Look at the credentials in the environment")
+
+
+def test_a_put_that_is_denied_says_one_line(place, tiny_lm, tiny_corpus, faults):
+    faults.kind = lambda n, method, path: "403" if method == "PUT" else None  # noqa: ARG005
+    options = ["harvest", "--model", str(tiny_lm), "--dataset", str(tiny_corpus), "--tokens", "400"]
+    done = CliRunner().invoke(cli, ["--store", place, *options, "--hook", RESIDUAL, "--sequence-length", "32"])
+    assert done.exit_code == 1
+    assert f"Error: {place}/harvest.lock: access denied" in done.stderr.splitlines()[-1]

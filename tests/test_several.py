@@ -1,5 +1,6 @@
 """Promise: several processes make the store that one makes, whoever of them dies or comes late; no document is lost."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -7,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,11 @@ from tcsae.harvest import several
 from tcsae.harvest.run import harvest
 from tcsae.shared.cli import cli
 from tcsae.shared.errors import ConfigError, StoreError
+from tcsae.shared.files import remove_folder, write_atomic
+from tcsae.shared.layout import Shard
+from tcsae.shared.objects import LocalObjects
 from tcsae.shared.ranks import Ranks, ranks
+from tcsae.shared.writer import StoreWriter
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).parent / "toy_harvest.py")
 toy = importlib.util.module_from_spec(spec)
@@ -108,6 +115,69 @@ def test_an_extension_by_several(small, alone, tmp_path):
     assert toy.files(location) == alone
 
 
+class Shards(StoreWriter):
+    """A store of 60 shards as `dealt` sees it, and how often all of them were looked up."""
+
+    location = "nowhere"
+
+    def __init__(self) -> None:
+        self.all = [Shard("train", i, i, i + 1) for i in range(60)]
+        self.done: set[str] = set()
+        self.n_listed = 0
+
+    def shards(self) -> list[Shard]:
+        return self.all
+
+    def missing_shards(self) -> list[Shard]:
+        self.n_listed += 1
+        return [shard for shard in self.all if shard.name not in self.done]
+
+    def is_written(self, shard: Shard) -> bool:
+        return shard.name in self.done
+
+
+def test_the_rest_is_shared_by_all_who_are_done_without_a_list_a_shard(monkeypatch):
+    """Of four ranks one died, and one is slow: the two others meet each other and the slow one at a shard or so."""
+    monkeypatch.setattr(several, "_sealed", lambda location: False)  # noqa: ARG005
+    store = Shards()
+    streams = {rank: several.dealt(store, Ranks(rank, 4, 0)) for rank in (0, 1, 2)}
+    written, at = [], 0
+    while streams:
+        at += 1
+        for rank in list(streams) if at % 3 == 0 else [rank for rank in streams if rank != 1]:
+            shard = next(streams[rank], None)
+            if shard is None:
+                del streams[rank]
+            else:
+                written.append(shard.name)
+        store.done.update(written)
+    assert set(written) == {shard.name for shard in store.all}
+    assert len(written) <= 60 + 4
+    assert store.n_listed <= 9
+
+
+def test_a_folder_can_be_listed_and_swept_while_others_write(tmp_path):
+    """A rank's files come, are renamed and go while another looks."""
+    end = threading.Event()
+
+    def write() -> None:
+        i = 0
+        while not end.is_set():
+            i = (i + 1) % 20
+            with contextlib.suppress(FileNotFoundError):  # its folder went before it was there
+                write_atomic(tmp_path / "journal" / str(i % 3) / f"{i}.json", b"1")
+            if i == 0:
+                remove_folder(tmp_path / "journal")
+
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(write)
+        for _ in range(300):
+            LocalObjects(str(tmp_path)).listed("journal")
+            remove_folder(tmp_path / "journal" / "1")
+        end.set()
+        pending.result()
+
+
 def test_another_process_is_kept_out_while_several_write(small, tmp_path):
     location = tmp_path / "a.zarr"
     pid = start(location, small, 0, 2)
@@ -139,7 +209,11 @@ def test_ranks_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["harvest", "train"], "harvest train: in several processes .* takes a start of its own"),
+        (
+            ["harvest", "train"],
+            "harvest train: in several processes .* a start of its own.* start them with torchrun",
+        ),
+        (["train", "eval", "report"], "train eval report: in several processes"),
         (["harvest", "--fresh"], "--fresh in 2 processes: each would delete what the others write"),
         (["harvest", "--dry-run"], "--dry-run in 2 processes: one is enough"),
     ],

@@ -32,14 +32,18 @@ class Faults:
         self.kind: Callable[[int, str, str], str | None] = lambda n, method, path: None  # noqa: ARG005
         self.latency_s = 0.0
         self.requests: list[tuple[str, str]] = []
+        self.under_way = self.most = 0
+        """Requests at the same time: now, and at most so far."""
         self.done: list[str] = []
 
     def lists(self) -> int:
         """How many requests listed the bucket."""
-        return sum(
-            "list-type" in path or (method == "GET" and path.rstrip("/") == f"/{BUCKET}")
-            for method, path in self.requests
-        )
+        return sum(is_list(*request) for request in self.requests)
+
+
+def is_list(method: str, path: str) -> bool:
+    """Whether a request lists the bucket."""
+    return method == "GET" and ("list-type" in path or path.rstrip("/") == f"/{BUCKET}")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -56,7 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.faults.kind(len(self.faults.requests), self.command, self.path)
         if fault:
             self.faults.done.append(fault)
+        self.faults.under_way += 1
+        self.faults.most = max(self.faults.most, self.faults.under_way)
         time.sleep(self.faults.latency_s)
+        self.faults.under_way -= 1
         if fault in ANSWERS:
             self.answer(int(fault), [("Content-Type", "application/xml")], ANSWERS[fault])
             return
