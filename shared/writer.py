@@ -218,13 +218,7 @@ class StoreWriter:
     # Within
 
     def _write_chunk(
-        self,
-        shard: Shard,
-        hook: str,
-        array: zarr.Array,
-        values: Float[ndarray, "n sequence_length d_model"],
-        valid: Bool[ndarray, "n sequence_length"],
-        chunk: Chunk,
+        self, shard: Shard, hook: str, array: zarr.Array, values: Float[ndarray, "n t d"], valid: ndarray, chunk: Chunk
     ) -> tuple[str, Float[ndarray, " n_sums"]]:
         """Write one chunk of a shard; returns its key, and the sums over its tokens."""
         here, first = valid[chunk.rows], shard.start + chunk.rows.start
