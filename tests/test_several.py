@@ -230,9 +230,13 @@ def test_what_several_cannot_do(monkeypatch, tmp_path, arguments, message):
 def test_the_real_torchrun(tiny_lm, tiny_corpus, tmp_path):
     options = ["harvest", "--model", str(tiny_lm), "--dataset", str(tiny_corpus), "--tokens", "3000"]
     options += ["--sequence-length", "32", "--eval-every", "4", "--hook", "blocks.2.hook_resid_post"]
+    options += ["train", "--preset=topk", "--preset=relu-l1", "--set=sae.d_sae=32", "--set=sae.k=4", "--steps=5"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tcsae"]
     for launcher, name in (([sys.executable, "-m", "tcsae"], "one"), (run, "two")):
-        command = [*launcher, "--store", str(tmp_path / name), *options]
+        command = [*launcher, "--store", str(tmp_path / name), "--runs", str(tmp_path / f"{name}-runs"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert toy.files(tmp_path / "one") == toy.files(tmp_path / "two")
+    made = [sorted(path.parent.name for path in tmp_path.glob(f"{n}-runs/*/tcsae.json")) for n in ("one", "two")]
+    assert made[0] == made[1]
+    assert len(made[0]) == 2

@@ -27,9 +27,6 @@ from tcsae.train.loader import SegmentLoader
 from tcsae.train.presets import preset
 from tcsae.train.trainer import Trainer
 
-WARM_UP_S = 20.0
-"""Start-up is no part of the figure: in it the loader finds how many reads it takes."""
-
 
 def serve(connection: Connection, core: int, latency_s: float) -> None:
     """A child: moto with two proxies' worth of faults, one near and one far."""
@@ -67,6 +64,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latency", type=float, default=0.02, metavar="SECONDS")
+    parser.add_argument("--warm-up", type=float, default=20.0, metavar="SECONDS")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
@@ -91,7 +89,7 @@ def main() -> None:
         }
         for run in contestants.values():
             start = time.perf_counter()
-            while time.perf_counter() - start < WARM_UP_S:
+            while time.perf_counter() - start < arguments.warm_up:  # it finds how many reads it takes
                 run()
         times = alternate(contestants, arguments.rounds, least_s=5.0)
         times.show("token", base="load, near")
