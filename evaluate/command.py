@@ -79,8 +79,9 @@ def evaluate(
     else:
         evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
     by_name = {one["name"]: one for one in evaluations}
-    if pair and evaluations and not refused:
-        show_differences(runs_path, *(by_name["+".join(filter(None, one))] for one in found))
+    wanted = ["+".join(filter(None, one)) for one in found]
+    if pair and not refused and all(name in by_name for name in wanted):  # without a rendezvous each has its own
+        show_differences(runs_path, *(by_name[name] for name in wanted))
     elif evaluations or not ours.several:
         show(evaluations, place.runs, details)
     if refused:
