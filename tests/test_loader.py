@@ -122,8 +122,12 @@ def test_segments_with_outliers_are_left_out_whole_and_counted(store, n_segments
 
 
 def test_a_norm_that_leaves_nothing_is_said(store):
-    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves no segment of a batch. Raise it"):
-        next(iter(SegmentLoader(store, DataConfig(max_norm=0.001, n_segments=2))))
+    loader = SegmentLoader(store, DataConfig(max_norm=0.001, n_segments=2, segment_length=3))
+    batch = next(iter(loader))
+    assert (len(batch.x), len(batch.lengths), batch.n_whole) == (0, 0, 0)
+    assert batch.n_left_out > 0
+    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves none of the first \d+ segments. Raise it"):
+        loader.sample(10)
 
 
 def test_sample_does_not_depend_on_progress(store):

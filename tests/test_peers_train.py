@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,13 +18,15 @@ from tcsae.shared.cli import cli
 from tcsae.shared.config import with_settings
 from tcsae.shared.errors import ConfigError, RunError
 from tcsae.shared.ranks import Ranks, start_group
+from tcsae.train import auxk
 from tcsae.train.buffers import Workspace
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.peers import Peers, check_parallel
 from tcsae.train.plan import Run
-from tcsae.train.presets import preset
+from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
 from tcsae.train.several import train_together
+from tcsae.train.tracking import metrics_line
 from tcsae.train.trainer import Trainer
 
 D, LENGTH = 16, 12
@@ -39,8 +43,21 @@ SETTINGS = (
 KINDS = {
     "topk": (),
     "batchtopk": (),
+    "relu-l1": (),
+    "jumprelu": ("sparsity.bandwidth=0.5",),
     "written-run3": ("temporal.window=3",),
-    "topk-difference": ("temporal.weight=0.5", "temporal.kind=difference"),
+    "temporal-topk": (),
+    "temporal-matryoshka": (),
+    "topk-difference": ("temporal.weight=0.5", "temporal.kind=difference", "temporal.pairs=all"),
+    "topk-gated": ("temporal.weight=0.5", "temporal.kind=gated"),
+    "topk-relative": ("temporal.weight=0.5", "temporal.kind=relative"),
+    "relu-l1-relative": ("temporal.weight=0.5", "temporal.kind=relative"),
+    "written-run3-contrastive": ("temporal.kind=contrastive",),
+    "topk-budget": ("temporal.budget=0.3", "temporal.kind=relative"),
+    "written-run3-budget": ("temporal.budget=0.3",),
+    "topk-position": ("temporal.position_penalty=0.3",),
+    "written-run3-position": ("temporal.position_penalty=0.3",),
+    "temporal-matryoshka-outliers": ("data.max_norm=1.8", "data.n_segments=4"),
 }
 
 
@@ -56,7 +73,7 @@ def location(tmp_path_factory) -> str:
 
 
 def make_run(kind: str, *more: str) -> Run:
-    base = kind.removesuffix("-difference")
+    base = max((name for name in PRESETS if kind.startswith(name)), key=len)
     return Run(kind, base, with_settings(preset(base, D), [*SETTINGS, *KINDS[kind], *more]))
 
 
@@ -89,41 +106,65 @@ def together(world: int, do) -> None:
     assert codes == [0] * world
 
 
-def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights, counters and losses of 20 steps in float64."""
+def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Weights, counters, losses and logged figures of 20 steps in float64."""
     store = tcsae.open_store(location)
     peers = Peers(ours) if ours else Peers()
     loader = SegmentLoader(store, run.config.data, ours=peers.ranks)
     torch.set_default_dtype(torch.float64)
-    trainer = peers.trainer(run.config, loader.sample(1000).double(), Workspace(), LENGTH)
-    losses = []
+    trainer = Trainer(run.config, loader.sample(1000).double(), Workspace(), LENGTH, adder=peers.adder)
+    told, smallest = [], np.inf
     for batch, _ in zip(loader, range(20), strict=False):
+        smallest = min(smallest, len(batch.lengths))
         result = trainer.step(batch._replace(x=batch.x.double()))
-        losses += [result.loss, result.l0, result.grad_norm]
+        told.append(metrics_line(trainer, batch, result))
     found = {name: one.detach().clone() for name, one in trainer.sae.named_parameters()}
-    found |= {"since": trainer.tokens_since_fired, "n": torch.tensor([trainer.progress.n_tokens])}
-    return found, losses
+    found |= {
+        "since": trainer.tokens_since_fired,
+        "progress": torch.tensor(list(asdict(trainer.progress).values())[:3]),
+    }
+    return found | {"smallest": torch.tensor(smallest)}, told
+
+
+@pytest.fixture(scope="module")
+def done(location, tmp_path_factory):
+    """What each of `world` processes finds with every kind: {kind: a result for each rank}."""
+    known = {}
+
+    def find(world: int):
+        folder = tmp_path_factory.mktemp("done")
+
+        def do(ours: Ranks) -> None:
+            torch.set_num_threads(1)
+            auxk.AUX_TOKENS = 16  # of some 50: which tokens it looks at has to go by the whole batch
+            if ours.several:
+                start_group(ours)
+            found = {kind: steps(location, make_run(kind), ours if ours.several else None) for kind in KINDS}
+            torch.save(found, folder / f"{ours.rank}.pt")
+
+        if world not in known:
+            together(world, do)
+            found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+            known[world] = {kind: [one[kind] for one in found] for kind in KINDS}
+        return known[world]
+
+    return find
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_in_float64_are_those_of_one_process(location, tmp_path, kind, world):
-    # dead.aux_weight: AuxK looks at a sample of tokens, each rank at its own
-    run = make_run(kind, "dead.aux_weight=0")
-
-    def do(ours: Ranks) -> None:
-        torch.set_num_threads(1)
-        start_group(ours)
-        torch.save(steps(location, run, ours), tmp_path / f"{ours.rank}.pt")
-
-    together(world, do)
-    together(1, lambda _: torch.save(steps(location, run, None), tmp_path / "alone.pt"))
-    alone, losses = torch.load(tmp_path / "alone.pt")
-    for rank in range(world):
-        found, ours = torch.load(tmp_path / f"{rank}.pt")
-        np.testing.assert_allclose(ours, losses, rtol=1e-9)
-        for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+def test_twenty_steps_in_float64_are_those_of_one_process(done, kind, world):
+    ((weights, lines),) = done(1)[kind]
+    smallest = []
+    for found, ours in done(world)[kind]:
+        for one, other in zip(ours, lines, strict=True):
+            assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
+        smallest.append(int(found["smallest"]))
+        for name in weights.keys() - {"smallest"}:
+            torch.testing.assert_close(found[name], weights[name], rtol=1e-9, atol=1e-11)
+    assert (min(smallest) == 0) == kind.endswith("outliers")  # some process had nothing of some batch
+    assert ("aux" in lines[-1]) == (not kind.startswith("written"))
+    assert any(line.get("aux") for line in lines) or not kind.startswith("topk")
 
 
 def test_one_run_is_written_once_resumed_and_refused_by_another_number(location, tmp_path):
@@ -187,11 +228,17 @@ def test_a_sweep_without_a_rendezvous(location, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*/tcsae.json"))) == 2
 
 
-def test_what_cannot_be_taken_apart_is_refused():
-    with pytest.raises(ConfigError, match="temporal.kind='contrastive' cannot be taken apart by parts of a batch"):
-        check_parallel(make_run("topk", "temporal.weight=1", "temporal.kind=contrastive").config, 2)
-    with pytest.raises(ConfigError, match="data.n_segments=12 cannot"):
-        check_parallel(make_run("topk").config, 13)
+@pytest.mark.parametrize(
+    ("settings", "world", "device", "line"),
+    [
+        (("data.n_segments=12",), 13, "cpu", "data.n_segments=12 is less than one for each of 13 processes. Raise it"),
+        (("optimizer.gradients=autograd",), 2, "cpu", "optimizer.gradients='autograd' is for one process, this start"),
+        ((), 2, "mps", "One run in several processes is not for mps. Give --device cpu, or train in one process."),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused(settings, world, device, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        check_parallel(make_run("topk", *settings).config, world, device)
 
 
 def test_one_run_needs_a_rendezvous(monkeypatch):

@@ -19,9 +19,11 @@ from tcsae.shared.errors import RunError
 from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store import Store, open_store
 from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.checkpoint import checkpoints, read_about
 from tcsae.train.plan import Run
 from tcsae.train.presets import preset
 from tcsae.train.run import train_runs
+from tcsae.train.trainer import Trainer
 
 HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 10, 8
 SETTINGS = (
@@ -293,3 +295,25 @@ def test_the_real_command_killed_with_9_goes_on_to_the_same_weights(store, tmp_p
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert len(names) == 2
     assert all(same(tmp_path / "whole" / name, tmp_path / "killed" / name) for name in names)
+
+
+def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeypatch, capsys):
+    run = next(run for run in mixed_runs() if run.name == "topk")
+    real = Trainer.step
+
+    def step(self, batch):
+        if self.progress.n_steps == 30:
+            raise KilledError
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(KilledError):
+            train_runs(store, tmp_path, [run])
+    (file,) = checkpoints(tmp_path / "topk")
+    about = read_about(file)
+    del about["device"], about["ranks"]  # what older versions did not tell
+    file.write_bytes(safetensors.torch.save(safetensors.torch.load_file(file), {"tcsae": json.dumps(about)}))
+    train_runs(store, tmp_path, [run])
+    assert "goes on at step 26" in capsys.readouterr().err
+    assert same(tmp_path / "topk", alone / "topk")

@@ -238,3 +238,15 @@ def test_geometric_median_resists_outliers():
     x[:20] += 1000
     assert geometric_median(x).norm() < 1
     assert x.mean(0).norm() > 50
+
+
+def test_a_batch_of_nothing_but_outliers_is_counted_and_skipped(store, tmp_path):
+    settings = (*SMALL, "steps=30", "data.n_segments=1", "data.max_norm=1.1", "log_every=1")
+    (record,) = train_runs(store, tmp_path, plan_runs(store, Request(["topk"], settings)))
+    lines = [json.loads(line) for line in (tmp_path / record["name"] / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line.get("event") == "skipped"]
+    assert 0 < len(skipped) < 30
+    assert skipped[0]["why"] == f"Batch {skipped[0]['step'] - 1}: data.max_norm=1.1 leaves no segment of it."
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert record["steps"] == 30
+    assert record["left_out"]["max_norm"] > 0

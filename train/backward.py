@@ -5,30 +5,31 @@ a latent of group h then sees G_h = sum_{g >= h} w_g 2 e_g / n. One group is the
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, batchtopk_code, decode, positive_code, threshold_code, topk_code
+from tcsae.shared.codes import SparseCode, decode, positive_code, threshold_code, topk_code
 from tcsae.shared.sae import SparseAutoencoder, layer_normed
+from tcsae.train.adder import Adder
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.dense import Activity, activate, activation_backward_
 from tcsae.train.kernels import LatentOrder, entry_gradients
 
-BatchCode = Callable[[Tensor, int], SparseCode]
-"""BatchTopK's choice from the pre-activations [n, d_sae] and k."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
 
 
 @dataclass
 class Pass:
-    """One batch on its way through an SAE."""
+    """One batch, or this process's part of it, on its way through an SAE."""
 
+    n: int
+    """Tokens of the whole batch, over which the losses are means."""
+    adder: Adder
     target: Float[Tensor, "n d_model"]
     """What is to be reconstructed, in the units of training."""
     inputs: Float[Tensor, "n d_model"]
@@ -51,9 +52,12 @@ def encode(
     x: Float[Tensor, "n d_model"],
     workspace: Workspace,
     margin: float,
-    batch_code: BatchCode = batchtopk_code,
+    n_whole: int,
+    adder: Adder,
 ) -> Pass:
-    """Pre-activations and code of a batch; `margin` is half the bandwidth below a jumprelu's thresholds."""
+    """Pre-activations and code of a batch; `margin` is half the bandwidth below a jumprelu's thresholds,
+    `n_whole` the tokens of the whole batch.
+    """
     n, config = len(x), sae.config
     inputs, scaling = x, None
     if config.layer_norm != "none":
@@ -74,10 +78,10 @@ def encode(
             case "topk":
                 code = topk_code(pre, config.k)
             case "batchtopk":
-                code = batch_code(pre, config.k)
+                code = adder.batch_code(pre, config.k, n_whole)
             case "jumprelu":
                 code = threshold_code(pre, sae.threshold, margin)
-    return Pass(x, centred, scaling, pre, code, activity, workspace.get("error", n, config.d_model))
+    return Pass(n_whole, adder, x, centred, scaling, pre, code, activity, workspace.get("error", n, config.d_model))
 
 
 def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...], workspace: Workspace) -> float:
@@ -96,8 +100,8 @@ def reconstruct(sae: SparseAutoencoder, state: Pass, weights: tuple[float, ...],
             partial.addmm_(state.code[:, first:stop], W_dec)
         x_hat = partial if state.scaling is None else partial * state.scaling[0] + state.scaling[1]
         error = torch.sub(x_hat, state.target, out=state.error)
-        loss += weight * float(torch.mul(error, error, out=scratch).sum()) / shape[0]
-        grad = torch.mul(error, 2 * weight / shape[0], out=workspace.get(f"upstream {i}", *shape))
+        loss += weight * state.adder.number(float(torch.mul(error, error, out=scratch).sum())) / state.n
+        grad = torch.mul(error, 2 * weight / state.n, out=workspace.get(f"upstream {i}", *shape))
         state.grads.append(grad if state.scaling is None else grad.mul_(state.scaling[0]))
     for earlier, later in reversed(list(itertools.pairwise(state.grads))):
         earlier.add_(later)
@@ -186,8 +190,8 @@ def threshold_gradient(
     theta = sae.threshold[code.latents]
     at: Int[Tensor, " n_entries"] = code.rows * code.d_sae + code.latents
     near = (state.pre.view(-1)[at] - theta).abs() < epsilon / 2
-    l0 = float((code.values > 0).sum()) / code.n_tokens
+    l0 = state.adder.number(float((code.values > 0).sum())) / state.n
     off = l0 / config.sae.k - 1
-    slope = 2 * config.sparsity.l0 * off / config.sae.k / code.n_tokens
+    slope = 2 * config.sparsity.l0 * off / config.sae.k / state.n
     per_entry = torch.where(near, -(theta * grad + slope) / epsilon, 0.0)
     return config.sparsity.l0 * off * off, torch.zeros_like(sae.threshold).index_add_(0, code.latents, per_entry)

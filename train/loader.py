@@ -22,9 +22,19 @@ from tcsae.shared.ranks import ALONE, Ranks
 from tcsae.shared.statistics import NORM_EDGES
 from tcsae.shared.store import Store
 from tcsae.shared.windows import positions, segments
+from tcsae.train.adder import adder_of
 from tcsae.train.config import DataConfig
 
 FIRST_READS = 8
+
+
+class Whole(NamedTuple):
+    """All segments of a batch, where several processes have a part of it each."""
+
+    lengths: Int[ndarray, " n_segments"]
+    documents: Int[ndarray, " n_segments"]
+    n_before: int
+    """Tokens before this process's own."""
 
 
 class Batch(NamedTuple):
@@ -37,14 +47,23 @@ class Batch(NamedTuple):
     """Position of each segment's first token in its sequence."""
     documents: Int[ndarray, " n_segments"]
     n_left_out: int = 0
-    """Tokens of this batch that are not in it, as data.max_norm asks."""
-    whole: Int[ndarray, " n_whole_segments"] | None = None
-    """Lengths of all segments of the batch, where several processes have a part of it each; None: these are all."""
+    """Tokens of the whole batch that are not in it, as data.max_norm asks."""
+    whole: Whole | None = None
+    """None: these are all."""
+
+    @property
+    def all(self) -> Whole:
+        return self.whole or Whole(self.lengths, self.documents, 0)
 
     @property
     def n_whole(self) -> int:
         """Tokens of the whole batch."""
-        return len(self.x) if self.whole is None else int(self.whole.sum())
+        return len(self.x) if self.whole is None else int(self.whole.lengths.sum())
+
+    @property
+    def offset(self) -> int:
+        """Where these tokens begin in the whole batch."""
+        return self.all.n_before
 
 
 class Block(NamedTuple):
@@ -91,6 +110,7 @@ class SegmentLoader:
         self.n_batches_done = n_batches_done
         """The loader's state."""
         n = config.n_segments
+        self._adder = adder_of(ours)
         self._part = slice(ours.rank * n // ours.world, (ours.rank + 1) * n // ours.world)
         """Segments of a batch that are handed out here; the rest are those of other processes."""
         split = store.train
@@ -157,18 +177,19 @@ class SegmentLoader:
                 n_rows += self._gather(block, taken[-1][first:stop], n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
-            _, whole, starts, documents = np.concatenate(taken).T
-            part = self._part
-            batch = Batch(self._buffer[:n_rows], whole[part], starts[part], documents[part])
-            yield self._without_outliers(batch if part == slice(0, want) else batch._replace(whole=whole))
+            yield self._batch(np.concatenate(taken), self._buffer[:n_rows])
 
     def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
-        lengths, starts, documents = keep[:, 1], keep[:, 2], keep[:, 3]
         x = self._decode(self._moved(block.values[_token_rows(keep)]))
-        return self._without_outliers(Batch(x, lengths, starts, documents)).x
+        calm = self._calm(x, keep[:, 1])
+        if not calm.any():
+            raise StoreError(
+                f"data.max_norm={self.config.max_norm} leaves none of the first {len(keep)} segments. Raise it."
+            )
+        return x if calm.all() else x[torch.from_numpy(np.repeat(calm, keep[:, 1])).to(self._device)]
 
     def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""
@@ -183,18 +204,31 @@ class SegmentLoader:
             return rows.pin_memory().to(self._device, non_blocking=True)
         return rows.to(self._device)
 
-    def _without_outliers(self, batch: Batch) -> Batch:
-        """The batch without the segments that hold a norm above the limit."""
-        if self._norm_limit is None:
+    def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"]) -> Batch:
+        """The batch of these segments, without those that hold a norm above the limit; `x` is of our part of them."""
+        part, keep = self._part, np.ones(len(table), bool)
+        if self._norm_limit is not None:
+            calm = self._calm(x, table[part, 1])
+            keep[:] = False
+            keep[part] = calm
+            keep = self._adder.any(torch.from_numpy(keep)).numpy()  # each process has seen the norms of its own
+            x = x[torch.from_numpy(np.repeat(calm, table[part, 1])).to(self._device)]
+        _, lengths, starts, documents = table[keep].T
+        ours = slice(int(keep[: part.start].sum()), int(keep[: part.stop].sum()))
+        batch = Batch(x, lengths[ours], starts[ours], documents[ours], int(table[~keep, 1].sum()))
+        if part == slice(0, len(table)):
             return batch
-        outliers = (batch.x.norm(dim=1) > self._norm_limit).cpu().numpy()
-        segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
-        keep = np.bincount(segment, outliers, len(batch.lengths)) == 0
-        if not keep.any():
-            raise StoreError(f"data.max_norm={self.config.max_norm} leaves no segment of a batch. Raise it.")
-        x = batch.x[torch.from_numpy(keep[segment]).to(self._device)]
-        n_left_out = len(batch.x) - len(x)
-        return Batch(x, batch.lengths[keep], batch.starts[keep], batch.documents[keep], n_left_out)
+        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())))
+
+    def _calm(
+        self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_segments"]
+    ) -> Bool[ndarray, " n_segments"]:
+        """Which segments hold no norm above the limit."""
+        if self._norm_limit is None:
+            return np.ones(len(lengths), bool)
+        outliers = (x.norm(dim=1) > self._norm_limit).cpu().numpy()
+        segment = np.repeat(np.arange(len(lengths)), lengths)
+        return np.bincount(segment, outliers, len(lengths)) == 0
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""

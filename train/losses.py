@@ -24,12 +24,13 @@ class Pairs(NamedTuple):
     """Share of pair (i, i + lag) in the mean over windows and their pairs: over all lags they sum to 1, or to 0."""
 
 
-def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"]) -> Tensor:
+def l1_sparse(code: SparseCode, weight: float, grad: Float[Tensor, " n_entries"], n: int | None = None) -> Tensor:
     """weight * mean over tokens of sum |f| (eq. 4, second term), for non-negative entries; the caller masks zeros.
 
-    That of a dense code is part of its backward pass (tcsae.train.dense).
+    `n`: tokens that the mean is over, where the code is of a part of them. That of a dense code is part of its
+    backward pass (tcsae.train.dense).
     """
-    scale = weight / max(1, code.n_tokens)
+    scale = weight / max(1, code.n_tokens if n is None else n)
     grad.add_(scale)
     return code.values.sum() * scale
 

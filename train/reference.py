@@ -43,7 +43,7 @@ def autograd_gradients(trainer: Trainer, batch: Batch) -> StepResult:
     trainer.tokens_since_fired.add_(n).masked_fill_(fired, 0)
     values = {name: value.item() for name, value in losses.items()}
     inputs = layer_normed(x)[0] if config.sae.layer_norm != "none" else x
-    state = Pass(x, (inputs - sae.b_dec).detach(), None, pre.detach(), code.detach(), None, error)
+    state = Pass(n, trainer.adder, x, (inputs - sae.b_dec).detach(), None, pre.detach(), code.detach(), None, error)
     return StepResult(values, state, float((code > 0).sum()) / n, temporal_weight=weight)
 
 

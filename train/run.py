@@ -124,8 +124,8 @@ class _Member:
             n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
             for what in ("threads", "device"):
-                if told[what] != about[what]:
-                    say(f"{run.name}: {what} {told[what]} before, {about[what]} now: rounding will differ.")
+                if (before := told.get(what, about[what])) != about[what]:  # older versions did not tell the device
+                    say(f"{run.name}: {what} {before} before, {about[what]} now: rounding will differ.")
         config = run.config
         self.log: RunLog | NoLog = NoLog()
         if writes:
@@ -141,6 +141,11 @@ class _Member:
         """Train on batch `number` of the pass, unless a checkpoint says that it has been trained on."""
         trainer, config = self.trainer, self.run.config
         if number < trainer.progress.n_steps or not self.live:
+            return
+        if not batch.n_whole:
+            trainer.count(batch)
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
             result = trainer.step(batch)
@@ -220,7 +225,8 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = self.peers.trainer(run.config, sample, self.workspace, self.store.sequence_length, initial)
+        length, adder = self.store.sequence_length, self.peers.adder
+        trainer = Trainer(run.config, sample, self.workspace, length, initial, adder=adder)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
@@ -247,7 +253,7 @@ class _Pass:
                 for number, batch in self._batches(done, last):
                     for member in self.members:
                         member.step(batch, number)
-                    advance(len(batch.x))
+                    advance(batch.n_whole)
             except KeyboardInterrupt:
                 for member in self.members:
                     member.checkpoint_between()

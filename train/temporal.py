@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tcsae.shared.codes import SparseCode
 from tcsae.shared.device import sum_dtype
 from tcsae.shared.windows import n_windows, pair_weights, positions
+from tcsae.train.adder import ALONE, Adder
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TemporalConfig
 from tcsae.train.loader import Batch
@@ -25,14 +26,11 @@ MEANS_DECAY = 0.99
 
 
 def pairs_of(config: TemporalConfig, batch: Batch) -> list[Pairs]:
-    """The batch's pairs with their weights: a mean over its windows, and over the pairs within one."""
+    """The batch's pairs with their weights: a mean over the whole batch's windows, and over the pairs within one."""
     window = config.window
     lags = range(1, window) if config.pairs == "all" else (1,)
     per_window = sum(window - lag for lag in lags)
-    total: float = max(1, int(n_windows(batch.lengths, window).sum()) * per_window)
-    if batch.whole is not None:  # a part of a batch, whose every loss is weighted by its share of the tokens
-        n_all = max(1, int(n_windows(batch.whole, window).sum()) * per_window)
-        total = n_all * len(batch.x) / batch.n_whole
+    total = max(1, int(n_windows(batch.all.lengths, window).sum()) * per_window)
     pairs = []
     for lag in lags:
         weights = torch.from_numpy(pair_weights(batch.lengths, window, lag) / total).to(batch.x)
@@ -43,54 +41,59 @@ def pairs_of(config: TemporalConfig, batch: Batch) -> list[Pairs]:
 
 
 def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
-    """The batch's tokens in random order, drawn by `seed`: within each segment, or over the whole batch."""
+    """The batch's tokens in random order, drawn by `seed`: within each segment, or over the batch."""
     rng = np.random.default_rng(seed)
-    draws = rng.random(len(batch.x))
+    draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":
         draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
     return torch.from_numpy(np.argsort(draws)).to(batch.x.device)
 
 
 def sparse_term(
-    config: TemporalConfig, code: SparseCode, batch: Batch, workspace: Workspace, seed: int
+    config: TemporalConfig, code: SparseCode, batch: Batch, workspace: Workspace, seed: int, adder: Adder = ALONE
 ) -> tuple[float, Float[Tensor, " n_entries"]]:
-    """Value and gradient, at weight 1, for a sparse code of non-negative entries."""
+    """Value of the whole batch and gradient, at weight 1, for a sparse code of non-negative entries."""
     if config.order != "text":
         moved = shuffled(config.order, batch, seed)
         part, at = code.take(moved)
         batch = batch._replace(x=batch.x[moved])
-        found, unit = sparse_term(replace(config, order="text"), part, batch, workspace, seed)
+        found, unit = sparse_term(replace(config, order="text"), part, batch, workspace, seed, adder)
         return found, torch.empty_like(unit).index_copy_(0, at, unit)
     if config.kind == "contrastive":
-        return contrastive(config, code, batch, seed)
+        return contrastive(config, code, batch, seed, adder)
     pairs = pairs_of(config, batch)
     grad = torch.zeros_like(code.values)
-    value = difference_sparse(code, pairs, grad, workspace.zeros(code.n_tokens, code.d_sae))
+    value = adder.tensor(difference_sparse(code, pairs, grad, workspace.zeros(code.n_tokens, code.d_sae)))
     if config.kind == "relative":
         share = energy_share(pairs)[code.rows]
         energy = (share * code.values.to(sum_dtype(share.device)).square()).sum()
-        return relative(value, energy, grad, share * code.values)
+        return relative(value, adder.tensor(energy), grad, share * code.values)
     return float(value), grad
 
 
 def dense_term(
-    config: TemporalConfig, activations: Float[Tensor, "n d"], batch: Batch, workspace: Workspace, seed: int
+    config: TemporalConfig,
+    activations: Float[Tensor, "n d"],
+    batch: Batch,
+    workspace: Workspace,
+    seed: int,
+    adder: Adder = ALONE,
 ) -> tuple[float, Float[Tensor, "n d"]]:
-    """Value and gradient, at weight 1, for a dense code; the gradient may lie in the workspace."""
+    """As `sparse_term`, for a dense code; the gradient may lie in the workspace."""
     if config.order != "text":
         moved = shuffled(config.order, batch, seed)
         batch = batch._replace(x=batch.x[moved])
-        found, unit = dense_term(replace(config, order="text"), activations[moved], batch, workspace, seed)
+        found, unit = dense_term(replace(config, order="text"), activations[moved], batch, workspace, seed, adder)
         return found, torch.empty_like(unit).index_copy_(0, moved, unit)
     if config.kind == "contrastive":
-        return contrastive_dense(config, activations, batch, seed)
+        return contrastive_dense(config, activations, batch, seed, adder)
     pairs = pairs_of(config, batch)
     grad = workspace.get("temporal", *activations.shape).zero_()
-    value = difference_dense(activations, pairs, grad)
+    value = adder.tensor(difference_dense(activations, pairs, grad))
     if config.kind == "relative":
         share = energy_share(pairs)
         energy = (share.to(sum_dtype(share.device)) * activations.square().sum(1)).sum()
-        return relative(value, energy, grad, share[:, None] * activations)
+        return relative(value, adder.tensor(energy), grad, share[:, None] * activations)
     return float(value), grad
 
 
@@ -103,16 +106,29 @@ def relative(difference: Tensor, energy: Tensor, grad: Tensor, half_energy_grad:
 
 
 def partners(batch: Batch, seed: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Bool[Tensor, "p p"]]:
-    """One adjacent pair from each segment that has one, drawn by `seed`, and which pairs are of other documents."""
+    """One adjacent pair from each of the whole batch's segments that has one, drawn by `seed`, and which pairs are of
+    other documents.
+    """
     rng = np.random.default_rng(seed)
-    starts = np.cumsum(batch.lengths) - batch.lengths
-    has = np.flatnonzero(batch.lengths >= 2)
-    first = starts[has] + rng.integers(0, np.maximum(batch.lengths[has] - 1, 1))
-    documents = batch.documents[has]
+    lengths = batch.all.lengths
+    starts = np.cumsum(lengths) - lengths
+    has = np.flatnonzero(lengths >= 2)
+    first = starts[has] + rng.integers(0, np.maximum(lengths[has] - 1, 1))
+    documents = batch.all.documents[has]
     others = documents[:, None] != documents[None, :]
     device = batch.x.device
     at, apart = torch.from_numpy(first).to(device), torch.from_numpy(others).to(device)
     return at, at + 1, apart
+
+
+def _paired(batch: Batch, seed: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Bool[Tensor, "p p"]]:
+    """Of the 2 p tokens of the whole batch's pairs (each pair's first, then each one's second): which are here, and
+    where; and which pairs are of other documents.
+    """
+    first, second, others = partners(batch, seed)
+    rows = torch.cat([first, second]) - batch.offset
+    at = ((rows >= 0) & (rows < len(batch.x))).nonzero().squeeze(1)
+    return at, rows[at], others
 
 
 def info_nce(
@@ -144,30 +160,28 @@ def _along_sphere(
 
 
 def contrastive_dense(
-    config: TemporalConfig, activations: Float[Tensor, "n d"], batch: Batch, seed: int
+    config: TemporalConfig, activations: Float[Tensor, "n d"], batch: Batch, seed: int, adder: Adder = ALONE
 ) -> tuple[float, Float[Tensor, "n d"]]:
     """InfoNCE between adjacent tokens (van den Oord et al. 2018, arXiv:1807.03748), of a dense code."""
-    first, second, others = partners(batch, seed)
-    rows = torch.cat([first, second])
-    value, grad = _contrast(activations[rows], others, config.temperature)
-    return value, torch.zeros_like(activations).index_copy_(0, rows, grad)
+    at, rows, others = _paired(batch, seed)
+    value, grad = _contrast(adder.rows(activations[rows], at, 2 * len(others)), others, config.temperature)
+    return value, torch.zeros_like(activations).index_copy_(0, rows, adder.own(grad, at))
 
 
 def contrastive(
-    config: TemporalConfig, code: SparseCode, batch: Batch, seed: int
+    config: TemporalConfig, code: SparseCode, batch: Batch, seed: int, adder: Adder = ALONE
 ) -> tuple[float, Float[Tensor, " n_entries"]]:
     """As `contrastive_dense`, at a sparse code's entries."""
-    first, second, others = partners(batch, seed)
-    rows = torch.cat([first, second])
+    chosen, rows, others = _paired(batch, seed)
     place_of = torch.full_like(code.offsets[1:], -1)
     place_of[rows] = torch.arange(len(rows), device=rows.device)
     place = place_of[code.rows]
     at = (place >= 0).nonzero().squeeze(1)
     where = (place[at], code.latents[at])
     dense = code.values.new_zeros(len(rows), code.d_sae).index_put_(where, code.values[at])
-    value, dense_grad = _contrast(dense, others, config.temperature)
+    value, dense_grad = _contrast(adder.rows(dense, chosen, 2 * len(others)), others, config.temperature)
     grad = torch.zeros_like(code.values)
-    grad[at] = dense_grad[where]
+    grad[at] = adder.own(dense_grad, chosen)[where]
     return value, grad
 
 
@@ -191,7 +205,8 @@ class PositionPenalty:
     The means follow the batches and are held constant in the gradient, 2 (m_jp - m_j) / n for every token at p.
     """
 
-    def __init__(self, n_positions: int, d: int, device: torch.device) -> None:
+    def __init__(self, n_positions: int, d: int, device: torch.device, adder: Adder = ALONE) -> None:
+        self.adder = adder
         self.sums = torch.zeros(n_positions, d, device=device)
         self.counts = torch.zeros(n_positions, device=device)
 
@@ -203,7 +218,7 @@ class PositionPenalty:
         flat = entry * self.sums.shape[1] + code.latents
         self.sums.view(-1).index_add_(0, flat, code.values.to(self.sums.dtype))
         off, value = self._deviations()
-        return value, (2 / code.n_tokens) * off.view(-1)[flat].to(code.values.dtype)
+        return value, (2 / batch.n_whole) * off.view(-1)[flat].to(code.values.dtype)
 
     def dense(self, activations: Float[Tensor, "n d"], batch: Batch) -> tuple[float, Float[Tensor, "n d"]]:
         """As `sparse`, for a dense code."""
@@ -211,13 +226,16 @@ class PositionPenalty:
         self._decay(position)
         self.sums.index_add_(0, position, activations.to(self.sums.dtype))
         off, value = self._deviations()
-        return value, (2 / len(activations)) * off[position].to(activations.dtype)
+        return value, (2 / batch.n_whole) * off[position].to(activations.dtype)
 
     def _decay(self, position: Int[Tensor, " n"]) -> None:
-        self.sums.mul_(MEANS_DECAY)
-        self.counts.mul_(MEANS_DECAY).add_(torch.bincount(position, minlength=len(self.counts)))
+        decay = MEANS_DECAY * self.adder.keeps
+        self.sums.mul_(decay)
+        self.counts.mul_(decay).add_(torch.bincount(position, minlength=len(self.counts)))
 
     def _deviations(self) -> tuple[Float[Tensor, "n_positions d"], float]:
+        self.adder.tensor(self.sums)
+        self.adder.tensor(self.counts)
         means = self.sums / self.counts.clamp(min=1)[:, None]
         overall = self.sums.sum(0) / self.counts.sum().clamp(min=1)
         off = torch.where(self.counts[:, None] > 0, means - overall, 0.0)

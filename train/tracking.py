@@ -10,7 +10,7 @@ import torch
 from tcsae.shared.codes import SparseCode
 from tcsae.shared.device import sum_dtype
 from tcsae.shared.errors import ConfigError, unknown
-from tcsae.shared.windows import pair_weights
+from tcsae.shared.windows import n_windows, pair_weights
 from tcsae.train.loader import Batch
 from tcsae.train.losses import Pairs, difference_dense, difference_sparse
 from tcsae.train.trainer import StepResult, Trainer
@@ -19,19 +19,21 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str, Any]:
-    """The figures of a step, over its batch. Losses and norms are in the units of training.
+    """The figures of a step, over its whole batch: where several processes have a part each, all have to ask for them.
 
-    adjacent_correlation: pooled over latents, sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
+    Losses and norms are in the units of training. adjacent_correlation: pooled over latents,
+    sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
     """
-    config, progress, state = trainer.config, trainer.progress, result.state
-    total = (state.target - state.target.mean(0)).square().sum()
+    config, progress, state, adder = trainer.config, trainer.progress, result.state, trainer.adder
+    total = adder.tensor((state.target - adder.mean(state.target, state.n)).square().sum())
+    missed = adder.tensor(state.error.square().sum())
     code_square, correlation = _code_figures(trainer, batch, result)
     return {
         "step": progress.n_steps,
         "tokens": progress.n_tokens,
         "loss": result.loss,
         **result.losses,
-        "explained_variance": float(1 - state.error.square().sum() / total),
+        "explained_variance": float(1 - missed / total),
         "l0": result.l0,
         "dead_fraction": float(trainer.dead().float().mean()),
         "adjacent_correlation": correlation,
@@ -45,9 +47,9 @@ def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str
 
 def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[float, float]:
     """(mean ||f||^2, adjacent correlation): E ||f_t+1 - f_t||^2 = 2 sum_j var(f_j) (1 - rho_j)."""
-    code, wide = result.state.code, sum_dtype(batch.x.device)
+    code, wide, adder = result.state.code, sum_dtype(batch.x.device), trainer.adder
     weights = torch.from_numpy(pair_weights(batch.lengths, 2)).to(batch.x)
-    pairs = [Pairs(1, weights / weights.sum().clamp(min=1))]
+    pairs = [Pairs(1, weights / max(1, int(n_windows(batch.all.lengths, 2).sum())))]
     if isinstance(code, SparseCode):
         values = code.values.to(wide)
         square, mean = values.square().sum(), values.new_zeros(code.d_sae).index_add_(0, code.latents, values)
@@ -56,7 +58,8 @@ def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[f
     else:
         square, mean = code.square().sum().to(wide), code.sum(0, dtype=wide)
         difference = difference_dense(code, pairs, trainer.workspace.get("temporal", *code.shape).zero_())
-    n = len(batch.x)
+    n, square, mean = batch.n_whole, adder.tensor(square), adder.tensor(mean)
+    difference = adder.tensor(difference)
     variance = float(square / n - (mean / n).square().sum())
     return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
 

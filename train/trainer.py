@@ -10,8 +10,9 @@ from torch import Tensor
 from tcsae.shared.codes import SparseCode, batchtopk_code
 from tcsae.shared.errors import RunError
 from tcsae.shared.sae import SparseAutoencoder
+from tcsae.train.adder import ALONE, Adder
 from tcsae.train.auxk import auxk
-from tcsae.train.backward import BatchCode, Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
+from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
@@ -70,6 +71,8 @@ class Trainer:
     initial: SparseAutoencoder | None = None
     """Weights to start from, in the units of the data."""
     progress: Progress = field(default_factory=Progress)
+    adder: Adder = ALONE
+    """What makes one sum of the parts of a batch that several processes have."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -80,15 +83,15 @@ class Trainer:
         else:
             self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
-        self.batch_code: BatchCode = batchtopk_code
         self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.sample.device)
         ranges = config.sae.group_ranges()
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
-        penalised = config.temporal.position_penalty > 0
-        self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device) if penalised else None
+        self.positions = None
+        if config.temporal.position_penalty > 0:
+            self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device, self.adder)
 
     def _learns(self, parameter: Tensor) -> bool:
         """All but a batchtopk's threshold, which is found at the end."""
@@ -123,7 +126,7 @@ class Trainer:
     def count(self, batch: Batch) -> None:
         """A batch is done with, used or not: schedules and ends go by batches seen."""
         self.progress.n_steps += 1
-        self.progress.n_tokens += len(batch.x)
+        self.progress.n_tokens += batch.n_whole
         self.progress.n_left_out += batch.n_left_out
 
     @torch.no_grad()
@@ -133,10 +136,10 @@ class Trainer:
             from tcsae.train.reference import autograd_gradients  # which imports this module
 
             return autograd_gradients(self, batch)
-        sae, config, n = self.sae, self.config, len(batch.x)
-        x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", n, config.sae.d_model))
+        sae, config, n = self.sae, self.config, batch.n_whole
+        x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", *batch.x.shape))
         jump = config.sae.activation == "jumprelu"
-        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0, self.batch_code)
+        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0, n, self.adder)
         losses = {"reconstruction": reconstruct(sae, state, config.group_weights, self.workspace)}
         grad = code_gradient(sae, state, self.workspace)
         weight = self._add_terms(losses, state, batch, grad)
@@ -145,11 +148,14 @@ class Trainer:
             losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
         dead = self.dead()
         fired, n_active = set_gradients(sae, state, grad, threshold_grad, config.sparsity.l1 / n)
-        self.tokens_since_fired.add_(n).masked_fill_(fired, 0)
+        self.tokens_since_fired.add_(n).masked_fill_(self.adder.any(fired), 0)
         if config.dead.aux_weight and config.sae.activation != "gelu":
             aux_k = min(config.dead.aux_k, config.sae.d_sae)
-            losses["aux"] = auxk(sae, state.inputs, state.error, state.pre, dead, aux_k, config.dead.aux_weight)
-        return StepResult(losses, state, n_active / n, temporal_weight=weight)
+            losses["aux"] = auxk(sae, state, batch, dead, aux_k, config.dead.aux_weight)
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            self.adder.tensor(parameter.grad)
+        return StepResult(losses, state, self.adder.number(n_active) / n, temporal_weight=weight)
 
     def _add_terms(self, losses: dict[str, float], state: Pass, batch: Batch, grad: Tensor) -> float:
         """L1, temporal term and position penalty: values into `losses`, gradients onto `grad`."""
@@ -158,7 +164,8 @@ class Trainer:
             # Straight onto the gradient: a buffer of its own would cost a dense code more than the term.
             columns, weight = slice(*self.scope), self._risen(config.temporal.weight)
             pairs = pairs_of(config.temporal, batch)
-            losses["temporal"] = weight * float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
+            value = float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
+            losses["temporal"] = weight * self.adder.number(value)
         elif config.temporal.active:
             value, unit, target, entries = self._temporal(code, batch, grad)
             weight = self.temporal_weight(value, target, unit, entries)
@@ -173,10 +180,11 @@ class Trainer:
             self._add(grad, unit, config.temporal.position_penalty, code)
         if config.sparsity.l1:
             if isinstance(code, SparseCode):
-                losses["l1"] = float(l1_sparse(code, config.sparsity.l1, grad))
+                part = float(l1_sparse(code, config.sparsity.l1, grad, state.n))
             else:  # its gradient is added on the way back through the activation
                 assert state.activity is not None
-                losses["l1"] = config.sparsity.l1 * state.activity.total / len(code)
+                part = config.sparsity.l1 * state.activity.total / state.n
+            losses["l1"] = self.adder.number(part)
         return weight
 
     def step_seed(self) -> int:
@@ -188,10 +196,10 @@ class Trainer:
         config, seed = self.config.temporal, self.step_seed()
         if isinstance(code, SparseCode):
             part, at = code.part(*self.scope)
-            value, unit = sparse_term(config, part, batch, self.workspace, seed)
+            value, unit = sparse_term(config, part, batch, self.workspace, seed, self.adder)
             return value, unit, grad[at], part.values
         columns = slice(*self.scope)
-        value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed)
+        value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed, self.adder)
         return value, unit, grad[:, columns], code[:, columns]
 
     def temporal_weight(self, value: float, target: Tensor, unit: Tensor, code: Tensor) -> float:
@@ -205,10 +213,10 @@ class Trainer:
         if not config.budget:
             return self._risen(config.weight)
         active = code != 0
-        norm, size = float((unit * active).norm()), float(code.norm())
+        norm, size = self.adder.norm(unit * active), self.adder.norm(code)
         if norm * size <= NO_GRADIENT * abs(value):
             return 0.0
-        return self._risen(config.budget * float((target * active).norm()) / norm)
+        return self._risen(config.budget * self.adder.norm(target * active) / norm)
 
     def _risen(self, weight: float) -> float:
         return weight * min(
