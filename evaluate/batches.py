@@ -1,6 +1,6 @@
 """The split in order, in batches of whole documents, every chunk read once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,18 +53,33 @@ def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[nd
     return document, number_runs(document * (split.n_sequences + 1) + within // PIECE_SEQUENCES)
 
 
-def batches(split: Split, hook: str, skip_first: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """The split as float32 batches; of a part of it, the first pieces of documents that hold `max_tokens` in all."""
-    document, piece = (torch.from_numpy(one[: n_sequences(split, max_tokens)]) for one in document_numbers(split))
+def batches(
+    split: Split,
+    hook: str,
+    skip_first: int,
+    max_tokens: int | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Batch]:
+    """The split as float32 batches; of a part of it, the first pieces of documents that hold `max_tokens` in all, or
+    consecutive `ranges` of `batch_ranges`.
+    """
+    document, piece = (torch.from_numpy(one) for one in document_numbers(split))
     position = torch.arange(split.store.sequence_length)
-    rows = _Rows(split, hook)
-    for start, stop in _ranges(piece.numpy(), max(1, BATCH_TOKENS // split.store.sequence_length)):
+    ranges = batch_ranges(split, max_tokens) if ranges is None else ranges
+    rows = _Rows(split, hook, ranges[0][0] if ranges else 0)
+    for start, stop in ranges:
         part = slice(start, stop)
         x = torch.from_numpy(rows.read(start, stop)).float()
         lengths = torch.from_numpy(split.lengths[part])
         valid, from_there = position < lengths[:, None], position >= skip_first
         tokens = torch.from_numpy(split.tokens[part])
         yield Batch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
+
+
+def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int, int]]:
+    """First sequence and end of every batch."""
+    piece = document_numbers(split)[1][: n_sequences(split, max_tokens)]
+    return list(_ranges(piece, max(1, BATCH_TOKENS // split.store.sequence_length)))
 
 
 def n_sequences(split: Split, max_tokens: int | None) -> int:
@@ -92,9 +107,9 @@ def _ranges(piece: Int[ndarray, " n_sequences"], per_batch: int) -> Iterator[tup
 class _Rows:
     """Rows of a split's activations in ascending order, read chunk by chunk."""
 
-    def __init__(self, split: Split, hook: str) -> None:
+    def __init__(self, split: Split, hook: str, start: int) -> None:
         self.split, self.hook = split, hook
-        self.start = self.stop = 0
+        self.start = self.stop = start - start % split.store.sequences_per_chunk
         self.held: list[ndarray] = []
 
     def read(self, start: int, stop: int) -> Float[ndarray, "n position d_model"]:

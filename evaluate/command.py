@@ -52,7 +52,8 @@ def evaluate(
     Also scores SAEs of others: folders below --runs in SAELens' layout. Writes eval.json into each folder, and
     saebench_core.json, the same in SAEBench's form; prints tables with 95% intervals over documents. The
     cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. Everything is
-    computed on the CPU; in several processes (torchrun) the SAEs are dealt out to them.
+    computed on the CPU; in several processes (torchrun) the SAEs are dealt out to them,
+    or the split's documents where there are fewer SAEs than processes.
     """
     if (compare is None) != (other is None):
         raise click.UsageError("--compare A needs --with B, and --with needs --compare.")
@@ -62,7 +63,7 @@ def evaluate(
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
     from tcsae.evaluate.run import evaluate_runs
-    from tcsae.evaluate.several import evaluate_dealt
+    from tcsae.evaluate.several import evaluate_in_several
     from tcsae.evaluate.smoothing import split_name
     from tcsae.evaluate.tables import show
     from tcsae.shared.console import say
@@ -75,7 +76,7 @@ def evaluate(
     smooth += tuple(one for _, one in found if one)
     request = Request(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
     if (ours := ranks()).several:
-        evaluations, refused = evaluate_dealt(open_store(place.store), runs_path, request, ours)
+        evaluations, refused = evaluate_in_several(open_store(place.store), runs_path, request, ours)
     else:
         evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
     by_name = {one["name"]: one for one in evaluations}

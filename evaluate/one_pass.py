@@ -14,6 +14,8 @@ from tcsae.evaluate.batches import Batch, batches, document_numbers
 from tcsae.evaluate.metrics import COLUMNS, Inputs, Output, Sums, sum_rows, token_columns, widen
 from tcsae.evaluate.systems import SmoothedOutput, System, output_of
 from tcsae.evaluate.tail_metrics import Losses, Reference, sequence_losses, splice
+from tcsae.evaluate.together import Part, part_of
+from tcsae.shared.ranks import ALONE
 from tcsae.shared.store import Split
 from tcsae.shared.tail import Tail
 
@@ -27,6 +29,12 @@ class Observer(Protocol):
 
     def see(self, system: int, code: Code) -> None:
         """The code that a system made of them."""
+
+    def look_back(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+        """A batch that another process adds up, as what comes next is compared with it."""
+
+    def pass_over(self, system: int, code: Code) -> None:
+        """The code that a system made of it."""
 
 
 class Measured(NamedTuple):
@@ -63,19 +71,24 @@ def measure(
     reference: Reference | None,
     observer: Observer | None,
     advance: Callable[[int], None],
+    part: Part | None = None,
 ) -> Measured:
     """Run every system over the split; `advance` is told how many valid tokens each batch had.
 
-    With a tail and a `reference` of an earlier pass, no ablation is run again. The observer sees codes only.
+    With a tail and a `reference` of an earlier pass, no ablation is run again. The observer sees codes only. Of several
+    processes each runs over its `part`, and rank 0 is returned what all found; an observer brings its own together.
     """
+    part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
     sums = _Accumulator(len(systems), n_documents, len(settings.mean))
     losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64)
     plain = torch.zeros(4, 2, n_documents, dtype=torch.float64)
-    for batch in batches(split, settings.hook, settings.skip_first):
+    if observer is not None:
+        _look_back(split, settings, systems, observer, part)
+    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
         x_counted, x_skipped = batch.x[batch.counted], batch.x[batch.skipped]
-        counted = _Part(batch, batch.counted, widen(x_counted, settings.mean))
-        skipped = _Part(batch, batch.skipped, widen(x_skipped, settings.mean))
+        counted = _Positions(batch, batch.counted, widen(x_counted, settings.mean))
+        skipped = _Positions(batch, batch.skipped, widen(x_skipped, settings.mean))
         sums.add_inputs(counted, skipped)
         if observer is not None:
             observer.begin(batch, x_counted)
@@ -98,6 +111,8 @@ def measure(
                 into[0].index_add_(0, batch.document, found.ce)
                 into[1].index_add_(0, batch.document, found.kl)
         advance(int(batch.lengths.sum()))
+    sums.add_up(part)
+    part.add_up((losses, plain))
     if tail is not None and reference is None:
         reference = Reference(*_counts(split, settings.skip_first, n_documents), *(Losses(*one) for one in plain))
     return Measured(*sums.result(), [Losses(*one) for one in losses] if tail is not None else [], reference)
@@ -107,7 +122,7 @@ CLEAN, ABLATION, ZERO, MEAN = -4, -3, -2, -1
 """Where the losses that no SAE changes stand, counted from the end."""
 
 
-class _Part(NamedTuple):
+class _Positions(NamedTuple):
     """Some positions of a batch."""
 
     batch: Batch
@@ -130,13 +145,13 @@ class _Accumulator:
         self.columns = torch.zeros(2, n_systems, n_documents, len(COLUMNS), dtype=double)
         self.firings: list[Tensor | None] = [None] * n_systems
 
-    def add_inputs(self, *parts: _Part) -> None:
+    def add_inputs(self, *parts: _Positions) -> None:
         for kind, part in enumerate(parts):
             documents = part.batch.document[part.sequence]
             self.n[kind] += torch.bincount(documents, minlength=self.n.shape[1])
             self.x[kind].index_add_(0, documents, part.inputs.x)
 
-    def add(self, i: int, counted: _Part, output: Output, skipped: _Part, rest: Output) -> None:
+    def add(self, i: int, counted: _Positions, output: Output, skipped: _Positions, rest: Output) -> None:
         for kind, (part, made) in enumerate(((counted, output), (skipped, rest))):
             batch_columns = token_columns(part.inputs, made)
             first, last = int(part.batch.document[0]), int(part.batch.document[-1])
@@ -148,11 +163,27 @@ class _Accumulator:
             self.firings[i] = found if before is None else before + found
             assert found.shape[1] == n_latents(output.code)
 
+    def add_up(self, part: Part) -> None:
+        """The sums of all parts, in rank 0."""
+        part.add_up((self.n, self.x, self.columns))
+        for i, one in enumerate(zip(*part.gather(self.firings), strict=True)):
+            seen = [firings for firings in one if firings is not None]
+            self.firings[i] = torch.stack(seen).sum(0) if seen else None
+
     def result(self) -> tuple[list[Sums], list[Sums], list[Tensor | None]]:
         counted, skipped = (
             [Sums(self.n[kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
         )
         return counted, skipped, self.firings
+
+
+def _look_back(split: Split, settings: Settings, systems: Sequence[System], observer: Observer, part: Part) -> None:
+    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
+        x = batch.x[batch.counted]
+        observer.look_back(batch, x)
+        for i, system in enumerate(systems):
+            if (code := output_of(system, x, batch.counted.nonzero()[:, 0]).code) is not None:
+                observer.pass_over(i, code)
 
 
 def _ablations(batch: Batch, settings: Settings) -> dict[int, Tensor]:

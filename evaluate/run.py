@@ -19,10 +19,12 @@ from tcsae.evaluate.smoothing import DEFINITIONS as SMOOTHINGS
 from tcsae.evaluate.smoothing import parse_smoothing
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
 from tcsae.evaluate.temporal_run import TemporalObserver
+from tcsae.evaluate.together import Part, part_of
 from tcsae.shared.config import to_dict
 from tcsae.shared.console import progress, say
 from tcsae.shared.errors import RemoteError, StoreError, TcsaeError
 from tcsae.shared.files import write_atomic, write_json
+from tcsae.shared.ranks import ALONE, Ranks
 from tcsae.shared.runs import EVALUATION
 from tcsae.shared.store import Split, Store
 from tcsae.shared.tail import Tail
@@ -47,14 +49,17 @@ class Group(NamedTuple):
     runs_path: Path
     options: EvalOptions
     runs: Sequence[Loaded]
+    ours: Ranks
+    """The processes that share the pass."""
 
 
-def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None) -> Evaluated:
+def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None, ours: Ranks = ALONE) -> Evaluated:
     """Evaluate the runs asked for and write each one's eval.json, its replicates, and SAEBench's form of it.
 
     Each smoothing asked for gives one more evaluation of every run, named like "run+ema=0.3", in eval+ema=0.3.json;
     SAEBench has no form for it. Kept as it is: an eval.json of the same weights, store content, options and definition
     version, unless forced.
+    With several processes all call this, each with its number; rank 0 writes and returns, the others return nothing.
     Raises RunError if there is no run, or none of a given name; ConfigError for a smoothing that does not exist;
     StoreError if the eval split is empty or damaged.
     """
@@ -65,28 +70,38 @@ def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None)
     if evaluations:
         say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
     for options, runs in work.groups.items():
-        found = _evaluate(Group(store, runs_path, options, runs))
-        evaluations |= {loaded.run.name: one for loaded, one in zip(runs, found, strict=True)}
+        found = _evaluate(Group(store, runs_path, options, runs, ours))
+        evaluations |= {loaded.run.name: one for loaded, one in zip(runs, found, strict=False)}
+    if ours.rank:
+        return Evaluated([], [])
     return Evaluated([evaluations[name] for name in work.order], work.refused)
 
 
 def _evaluate(group: Group) -> list[dict[str, Any]]:
-    """One pass for all runs of a group; their evaluations, written and returned in the same order."""
+    """One pass for all runs of a group; their evaluations, written and returned in the same order (by rank 0)."""
     store, options = group.store, group.options
     split = store.split(options.split)
     _check_not_empty(store, split, options)
+    part = part_of(split, options.skip_first, group.ours)
     tail, no_tail = _tail(store, options.hook)
+    _check_agreed(part, no_tail)
     mean = torch.from_numpy(store.array(f"statistics/{options.hook}/mean")[:]).double()
     settings = Settings(hook=options.hook, skip_first=options.skip_first, splice_all=options.splice == "all", mean=mean)
     reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
+    if not all(part.told(reference is not None)):
+        reference = None
     constant = baselines.constant_baselines(mean.float())
     sized = _sized_baselines(group) if options.baselines else {}
     systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
     observer = TemporalObserver(split, options.skip_first, mean, len(group.runs)) if options.temporal else None
     start = time.monotonic()
     title = f"eval {len(group.runs)} SAE{'s' * (len(group.runs) > 1)}"
-    with progress(title, total=split.n_tokens) as advance:
-        measured = measure(split, settings, systems, tail, reference, observer, advance)
+    with progress(title, total=part.n_tokens(split)) as advance:
+        measured = measure(split, settings, systems, tail, reference, observer, advance, part)
+    if observer:
+        observer.add_up(part, [one.sae.config.d_sae for one in group.runs])
+    if not part.has_all:
+        return []
     if tail and reference is None and measured.reference is not None:
         save_reference(group.runs_path, store, options.split, settings, measured.reference)
     rows = _all_rows(measured, len(group.runs))
@@ -124,6 +139,13 @@ def _check_not_empty(store: Store, split: Split, options: EvalOptions) -> None:
             f"{store.location}: its {options.split} split has no position from {options.skip_first} on in "
             f"{split.n_sequences} sequences. Harvest more tokens, or a larger share for it (--eval-every)."
         )
+
+
+def _check_agreed(part: Part, no_tail: str | None) -> None:
+    """Raises StoreError if some process reads the tail and another does not: their sums would not be of one thing."""
+    told = part.told(no_tail)
+    if None in told and (failed := [i for i, one in enumerate(told) if one is not None]):
+        raise StoreError(f"Process {failed[0]} of {len(told)} cannot read the tail that others read: {told[failed[0]]}")
 
 
 def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:

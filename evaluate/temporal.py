@@ -105,6 +105,9 @@ class TemporalSums:
         whole = replace(self, **left)
         return whole if group is None else whole.less(self, group, N_LAGS)
 
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
     def less(self, by_group: "TemporalSums", group: int, n_lags: int) -> "TemporalSums":
         """These sums over all groups without one of them; of the lags the first `n_lags`."""
         left = {}
@@ -171,6 +174,17 @@ class Collector:
         self.sums.energy.index_add_(0, view.group, of_tokens.energy)
         self.sums.magnitude.index_add_(0, view.group, of_tokens.magnitude)
 
+    def pass_over(self, view: View, code: Code) -> None:
+        """The code of tokens that are added up elsewhere; what comes next is compared with it."""
+        if view.n:
+            self._keep(view, code)
+
+    def _keep(self, view: View, code: Code) -> Code:
+        """The code of the tokens kept so far, then of these."""
+        both = code if self.kept is None else join_codes([self.kept, code])
+        self.kept = take(both, view.kept)
+        return both
+
     def _add_documents(
         self, pieces: "_Pieces", held: Held, of_pieces: Cells
     ) -> tuple[Float64[Tensor, "n_pieces d_sae"], Float64[Tensor, "n_pieces d_sae"]]:
@@ -233,8 +247,7 @@ class Collector:
 
     def _add_across(self, view: View, code: Code) -> None:
         """Pairs of tokens of different documents."""
-        both = code if self.kept is None else join_codes([self.kept, code])
-        self.kept = take(both, view.kept)
+        both = self._keep(view, code)
         self._add_jaccard(2, compare_pairs(both, view.partners.first, view.partners.second), view.partners.group)
         self._add_distances(2, compare_pairs(both, view.joins.first, view.joins.second), view.joins.group)
 

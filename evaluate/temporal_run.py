@@ -1,6 +1,6 @@
 """Temporal measures of many SAEs in one pass, put together: per SAE, per group of latents, beside those of x itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from tcsae.evaluate.temporal_figures import (
     slowness,
     token_measures,
 )
+from tcsae.evaluate.together import Part
 from tcsae.shared.sae import SaeConfig
 from tcsae.shared.store import Split
 
@@ -51,6 +52,9 @@ class XMoments:
             self.total[group] += ours.double().sum(0)
             self.second[group] += (ours.T @ ours).double()
             self.difference[group] += (moved.T @ moved).double()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.n, self.n_pairs, self.total, self.second, self.difference]
 
     def pca_slowness(self, k: int, without: int | None) -> float:
         """Slowness of x projected on its first k principal components, all but one group together."""
@@ -97,11 +101,35 @@ class TemporalObserver:
         if system >= self.n_systems:
             return
         assert self.view is not None
-        if system not in self.systems:
-            self.systems[system] = Collector(n_latents(code), self.layout)
-        self.systems[system].add(self.view, code)
+        self._collector(system, n_latents(code)).add(self.view, code)
         if len(self.rows):
             self.read.setdefault(system, []).append(take(code, self.rows))
+
+    def look_back(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+        """A batch that another process adds up."""
+        self.view = self.layout.view(batch)
+        self.x.pass_over(self.view, x - self.mean)
+
+    def pass_over(self, system: int, code: Code) -> None:
+        """A system's code of the batch last looked back at."""
+        if system < self.n_systems:
+            assert self.view is not None
+            self._collector(system, n_latents(code)).pass_over(self.view, code)
+
+    def _collector(self, system: int, width: int) -> Collector:
+        if system not in self.systems:
+            self.systems[system] = Collector(width, self.layout)
+        return self.systems[system]
+
+    @torch.inference_mode()
+    def add_up(self, part: Part, widths: Sequence[int]) -> None:
+        """Bring together in rank 0 what all processes have seen; `widths` are the systems' numbers of latents."""
+        collectors = [self.x, *(self._collector(i, width) for i, width in enumerate(widths))]
+        part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.sums.tensors())])
+        read = part.gather(self.read)
+        self.read = {
+            system: [code for one in read for code in one.get(system, [])] for system in range(-1, len(widths))
+        }
 
     def measures(self, system: int, config: SaeConfig) -> dict[str, Any]:
         """All measures of a system, as eval.json has them."""

@@ -19,9 +19,10 @@ from tcsae.shared.device import available_devices, choose_device, sum_dtype
 from tcsae.shared.errors import ConfigError
 from tcsae.shared.sae import load_sae
 from tcsae.shared.store import Store
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
-from tcsae.train.loader import Batch, SegmentLoader
+from tcsae.train.loader import SegmentLoader
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs

@@ -20,6 +20,7 @@ from tcsae.shared.codes import (
 )
 from tcsae.shared.config import with_settings
 from tcsae.shared.sae import SaeConfig
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import (
     DataConfig,
@@ -31,7 +32,6 @@ from tcsae.train.config import (
     TrainConfig,
 )
 from tcsae.train.dense import activate, activation_backward_
-from tcsae.train.loader import Batch
 from tcsae.train.losses import l1_sparse
 from tcsae.train.reference import contrastive_loss, windows_loss
 from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, shuffled, sparse_term

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tcsae.shared.config import with_settings
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
-from tcsae.train.loader import Batch
 from tcsae.train.presets import preset
 from tcsae.train.trainer import Trainer
 

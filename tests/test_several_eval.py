@@ -1,21 +1,142 @@
-"""Promise: `eval` in several processes prints what one process prints."""
+"""Promise: `eval` in several processes finds what one process finds, whatever is dealt out: SAEs or documents."""
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 
+import tcsae
+from tcsae.evaluate import batches, candidates, run, together
+from tcsae.evaluate.several import evaluate_in_several
 from tcsae.shared.cli import cli
+from tcsae.shared.errors import StoreError
+from tcsae.shared.ranks import Ranks
+from tcsae.shared.store import open_store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).parent / "toy_eval.py")
 toy = importlib.util.module_from_spec(spec)
 sys.modules["toy_eval"] = toy
 spec.loader.exec_module(toy)
+
+LENGTH = 64
+FLOAT32 = ("position_share", "token_share")
+"""Of sums by position and by token, which are kept in float32: the order of addition shows."""
+
+
+OWN = {"seconds", "datetime_epoch_millis", "eval_id"}
+"""What no two evaluations share."""
+
+
+def fork(world: int, do) -> None:
+    """Fork ranks that each `do(ranks)`, and wait for them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+                torch.set_num_threads(1)
+                do(Ranks(rank, world, rank))
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * world
+
+
+def far(one, other, path="") -> list[tuple[str, float]]:
+    """Where two evaluations differ by more than rounding, and by how much."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return [found for key in one.keys() - OWN for found in far(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in far(*pair, f"{path}/{i}")]
+    if isinstance(one, float) and isinstance(other, float):
+        rounding = 1e-7 if any(f"/{name}" in path for name in FLOAT32) else 1e-12
+        return [] if math.isclose(one, other, rel_tol=1e-9, abs_tol=rounding) else [(path, one - other)]
+    return [] if one == other else [(path, math.inf)]
+
+
+def probed_store(folder: Path) -> str:
+    """Documents of 1 to 5 sequences, long enough for probes; some begin with sequences that hold no counted token."""
+    rng = np.random.default_rng(0)
+    documents = np.repeat(np.arange(24), rng.integers(1, 6, 24))
+    lengths = rng.integers(50, LENGTH + 1, len(documents))
+    lengths[rng.random(len(documents)) < 0.2] = 1
+    means = rng.normal(size=(24, toy.WIDTH))[documents]
+    with tcsae.create_store(folder / "probed.zarr", hooks={"h": toy.WIDTH}, sequence_length=LENGTH) as store:
+        for first, split in ((0, "train"), (24, "eval")):
+            x = means[:, None] + rng.normal(size=(len(documents), LENGTH, toy.WIDTH))
+            tokens = rng.integers(0, 40, (len(documents), LENGTH))
+            store.append(split, {"h": x.astype("f4")}, lengths=lengths, documents=documents + first, tokens=tokens)
+    return str(folder / "probed.zarr")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        "tail": toy.write_store(folder / "a.zarr", toy.make_model(), toy.N_SEQUENCES).location,
+        "probes": probed_store(folder),
+    }
+
+
+SAES = {
+    "topk": {},
+    "gelu": {"activation": "gelu"},
+    "nested": {"activation": "batchtopk", "groups": (0.25, 0.75)},
+}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["tail", "probes"])
+@pytest.mark.parametrize("sae", SAES)
+def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path, monkeypatch, kind, world, sae):
+    store = open_store(stores[kind])
+    changes = {} if kind == "tail" else {"hook": "h"}
+    toy.make_run(tmp_path / "alone", "run", toy.make_sae(**SAES[sae]), store, **changes)
+    shutil.copytree(tmp_path / "alone", tmp_path / "parts")
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 3 * store.sequence_length)
+    monkeypatch.setattr(batches, "PIECE_SEQUENCES", 2)
+    request = candidates.Request(baselines=True, force=True)
+
+    def do(ours: Ranks) -> None:
+        found = evaluate_in_several(open_store(stores[kind]), tmp_path / "parts", request, ours)
+        assert len(found.evaluations) == (ours.rank == 0)
+
+    fork(world, do)
+    run.evaluate_runs(store, tmp_path / "alone", request)
+    for file in ("eval.json", "saebench_core.json"):
+        ours, theirs = (json.loads((tmp_path / name / "run" / file).read_text()) for name in ("parts", "alone"))
+        print(far(ours, theirs))
+        assert far(ours, theirs) == []
+    ours, theirs = (
+        safetensors.torch.load_file(tmp_path / name / "run" / run.REPLICATES) for name in ("parts", "alone")
+    )
+    for name, draws in theirs.items():
+        torch.testing.assert_close(ours[name], draws, rtol=1e-9, atol=1e-12)
+    assert ("probe_document" in theirs) == (kind == "probes")
+    assert ("ce_loss_score" in theirs) == (kind == "tail")
 
 
 def test_two_processes_write_the_figures_of_one(tmp_path):
@@ -25,24 +146,13 @@ def test_two_processes_write_the_figures_of_one(tmp_path):
     shutil.copytree(tmp_path / "alone", tmp_path / "dealt")
     done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path / "alone"), "eval"])
     assert done.exit_code == 0, done.output
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    pids = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-                said = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path / "dealt"), "eval"])
-                (tmp_path / f"out{rank}").write_text(said.stdout)
-                code = said.exit_code
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+
+    def do(ours: Ranks) -> None:
+        said = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path / "dealt"), "eval"])
+        (tmp_path / f"out{ours.rank}").write_text(said.stdout)
+        assert said.exit_code == 0, said.output
+
+    fork(2, do)
     assert (tmp_path / "out1").read_text() == ""
     assert "run0" in (tmp_path / "out0").read_text()
     assert "run2" in (tmp_path / "out0").read_text()
@@ -52,3 +162,50 @@ def test_two_processes_write_the_figures_of_one(tmp_path):
         )
         assert ours["metrics"] == theirs["metrics"]
         assert ours["temporal"] == theirs["temporal"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 60])
+@pytest.mark.parametrize("per_batch", [1, 3, 1000])
+def test_every_document_is_in_one_part(stores, monkeypatch, world, per_batch):
+    split = open_store(stores["probes"]).eval
+    monkeypatch.setattr(batches, "BATCH_TOKENS", per_batch * LENGTH)
+    parts = [together.part_of(split, 1, Ranks(rank, world, rank)) for rank in range(world)]
+    assert [one for part in parts for one in part.own] == batches.batch_ranges(split)
+    documents = [
+        {int(one) for start, stop in part.own for one in split.documents[start:stop]} for part in parts if part.own
+    ]
+    assert sum(len(one) for one in documents) == len(set().union(*documents)) == split.n_documents
+    if world <= 3 and per_batch < 1000:
+        assert all(abs(part.n_tokens(split) * world / split.n_tokens - 1) < 0.5 for part in parts)
+    assert any(part.before for part in parts) == (len(documents) > 1)
+
+
+def test_a_process_without_a_document_adds_nothing(tmp_path):
+    store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), {"train": 30, "eval": 6})
+    toy.make_run(tmp_path / "alone", "run", toy.make_sae(), store)
+    shutil.copytree(tmp_path / "alone", tmp_path / "parts")
+    request = candidates.Request()  # all three documents are one batch
+    fork(2, lambda ours: evaluate_in_several(open_store(store.location), tmp_path / "parts", request, ours))
+    run.evaluate_runs(store, tmp_path / "alone", request)
+    ours, theirs = (json.loads((tmp_path / name / "run" / "eval.json").read_text()) for name in ("parts", "alone"))
+    assert far(ours, theirs) == []
+
+
+def test_a_tail_that_one_process_cannot_read_is_named(stores, tmp_path):
+    toy.make_run(tmp_path, "run", toy.make_sae(), open_store(stores["tail"]))
+
+    def do(ours: Ranks) -> None:
+        if ours.rank == 1:
+            run._tail = lambda *_: (None, "it is damaged")
+        with pytest.raises(StoreError, match="Process 1 of 2 cannot read the tail that others read: it is damaged"):
+            evaluate_in_several(open_store(stores["tail"]), tmp_path, candidates.Request(), ours)
+
+    fork(2, do)
+
+
+def test_without_a_rendezvous_one_sae_is_dealt_to_one_process(stores, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    store = open_store(stores["tail"])
+    toy.make_run(tmp_path, "run", toy.make_sae(), store)
+    found = [evaluate_in_several(store, tmp_path, candidates.Request(), Ranks(rank, 2, rank)) for rank in (1, 0)]
+    assert [[one["name"] for one in each.evaluations] for each in found] == [[], ["run"]]

@@ -14,10 +14,10 @@ from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, Mode
 from tcsae.shared.sae import SaeConfig, load_sae
 from tcsae.shared.store import Store, open_store
 from tcsae.shared.writer import Rows, open_writer
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import geometric_median, initial_sae
-from tcsae.train.loader import Batch
 from tcsae.train.plan import Request, plan_runs, run_name
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tcsae.shared.sae import SparseAutoencoder
 from tcsae.train.backward import Pass
-from tcsae.train.loader import Batch
+from tcsae.train.batch import Batch
 
 AUX_TOKENS = 1024
 """Tokens of a batch that the term looks at, evenly strided: an unbiased estimate at a fraction of its cost."""

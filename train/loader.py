@@ -23,47 +23,10 @@ from tcsae.shared.statistics import NORM_EDGES
 from tcsae.shared.store import Store
 from tcsae.shared.windows import positions, segments
 from tcsae.train.adder import adder_of
+from tcsae.train.batch import Batch, Whole
 from tcsae.train.config import DataConfig
 
 FIRST_READS = 8
-
-
-class Whole(NamedTuple):
-    """All segments of a batch, where several processes have a part of it each."""
-
-    lengths: Int[ndarray, " n_segments"]
-    documents: Int[ndarray, " n_segments"]
-    n_before: int
-    """Tokens before this process's own."""
-
-
-class Batch(NamedTuple):
-    """Segments packed end to end, without padding."""
-
-    x: Float[Tensor, "n d_model"]
-    """float32; the loader's own buffer, overwritten by the next batch."""
-    lengths: Int[ndarray, " n_segments"]
-    starts: Int[ndarray, " n_segments"]
-    """Position of each segment's first token in its sequence."""
-    documents: Int[ndarray, " n_segments"]
-    n_left_out: int = 0
-    """Tokens of the whole batch that are not in it, as data.max_norm asks."""
-    whole: Whole | None = None
-    """None: these are all."""
-
-    @property
-    def all(self) -> Whole:
-        return self.whole or Whole(self.lengths, self.documents, 0)
-
-    @property
-    def n_whole(self) -> int:
-        """Tokens of the whole batch."""
-        return len(self.x) if self.whole is None else int(self.whole.lengths.sum())
-
-    @property
-    def offset(self) -> int:
-        """Where these tokens begin in the whole batch."""
-        return self.all.n_before
 
 
 class Block(NamedTuple):

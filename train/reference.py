@@ -15,8 +15,8 @@ from tcsae.shared.codes import batchtopk_code
 from tcsae.shared.sae import layer_normed
 from tcsae.train.auxk import AUX_TOKENS
 from tcsae.train.backward import Pass
+from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
-from tcsae.train.loader import Batch
 from tcsae.train.temporal import partners, shuffled
 from tcsae.train.trainer import StepResult, Trainer
 

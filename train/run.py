@@ -14,11 +14,12 @@ from tcsae.shared.errors import ConfigError, RunError
 from tcsae.shared.runs import METRICS
 from tcsae.shared.sae import RECORD, load_record, load_sae
 from tcsae.shared.store import Store
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
 from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.finish import save_run
-from tcsae.train.loader import Batch, SegmentLoader
+from tcsae.train.loader import SegmentLoader
 from tcsae.train.peers import NO_PEERS, Peers
 from tcsae.train.plan import Run
 from tcsae.train.tracking import NoLog, RunLog, metrics_line, open_tracker

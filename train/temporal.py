@@ -16,9 +16,9 @@ from tcsae.shared.codes import SparseCode
 from tcsae.shared.device import sum_dtype
 from tcsae.shared.windows import n_windows, pair_weights, positions
 from tcsae.train.adder import ALONE, Adder
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TemporalConfig
-from tcsae.train.loader import Batch
 from tcsae.train.losses import Pairs, difference_dense, difference_sparse, energy_share
 
 MEANS_DECAY = 0.99

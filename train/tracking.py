@@ -11,7 +11,7 @@ from tcsae.shared.codes import SparseCode
 from tcsae.shared.device import sum_dtype
 from tcsae.shared.errors import ConfigError, unknown
 from tcsae.shared.windows import n_windows, pair_weights
-from tcsae.train.loader import Batch
+from tcsae.train.batch import Batch
 from tcsae.train.losses import Pairs, difference_dense, difference_sparse
 from tcsae.train.trainer import StepResult, Trainer
 

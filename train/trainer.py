@@ -13,10 +13,10 @@ from tcsae.shared.sae import SparseAutoencoder
 from tcsae.train.adder import ALONE, Adder
 from tcsae.train.auxk import auxk
 from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
-from tcsae.train.loader import Batch
 from tcsae.train.losses import difference_dense, l1_sparse
 from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
 

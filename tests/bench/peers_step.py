@@ -67,8 +67,8 @@ def ours(activation: str, shape: Shape, batches: list[Tensor]) -> Callable[[], o
     import numpy as np
 
     from tcsae.shared.config import with_settings
+    from tcsae.train.batch import Batch
     from tcsae.train.buffers import Workspace
-    from tcsae.train.loader import Batch
     from tcsae.train.presets import preset
     from tcsae.train.trainer import Trainer
 

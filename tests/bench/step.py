@@ -16,8 +16,8 @@ from alternate import alternate, one_core, report, tune_malloc
 from torch.nn import functional as F
 
 from tcsae.shared.config import with_settings
+from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
-from tcsae.train.loader import Batch
 from tcsae.train.presets import preset
 from tcsae.train.trainer import Trainer
 

@@ -1,0 +1,45 @@
+"""What a step is trained on."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+
+class Whole(NamedTuple):
+    """All segments of a batch, where several processes have a part of it each."""
+
+    lengths: Int[ndarray, " n_segments"]
+    documents: Int[ndarray, " n_segments"]
+    n_before: int
+    """Tokens before this process's own."""
+
+
+class Batch(NamedTuple):
+    """Segments packed end to end, without padding."""
+
+    x: Float[Tensor, "n d_model"]
+    """float32; the loader's own buffer, overwritten by the next batch."""
+    lengths: Int[ndarray, " n_segments"]
+    starts: Int[ndarray, " n_segments"]
+    """Position of each segment's first token in its sequence."""
+    documents: Int[ndarray, " n_segments"]
+    n_left_out: int = 0
+    """Tokens of the whole batch that are not in it, as data.max_norm asks."""
+    whole: Whole | None = None
+    """None: these are all."""
+
+    @property
+    def all(self) -> Whole:
+        return self.whole or Whole(self.lengths, self.documents, 0)
+
+    @property
+    def n_whole(self) -> int:
+        """Tokens of the whole batch."""
+        return len(self.x) if self.whole is None else int(self.whole.lengths.sum())
+
+    @property
+    def offset(self) -> int:
+        """Where these tokens begin in the whole batch."""
+        return self.all.n_before
