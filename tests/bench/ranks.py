@@ -1,6 +1,6 @@
 """Two processes against one: the shards of a harvest, and the steps of a sweep of two SAEs. For two idle cores.
 
-    python tests/bench/ranks.py [--rounds 3] [--shards 6] [--steps 150]
+    python tests/bench/ranks.py [--rounds 3] [--shards 12] [--steps 150] [--tokens 400000] [--only sweep]
 
 One thread a process; each is started, loads what it needs, and waits for the others: only the work is timed. The
 bars: 1.7 times as fast.
@@ -20,7 +20,6 @@ from alternate import report
 
 from tcsae.shared.ranks import Ranks
 
-TOKENS = 400_000
 WAIT_S = 600.0
 """For the others: a process that died breaks the barrier for all."""
 
@@ -32,7 +31,7 @@ def harvesting(location: str, rank: int, world: int, n: int) -> Callable[[], Non
     from tcsae.harvest.run import _prepare
     from tcsae.harvest.several import _join_writer
 
-    found = _prepare(location, HarvestConfig(n_tokens=TOKENS), fresh=False)
+    found = _prepare(location, HarvestConfig(n_tokens=n_tokens), fresh=False)
     capture, writer = found.load(), _join_writer(location, found.recipe)
     assert writer is not None
     mine = writer.shards()[:n][rank::world]
