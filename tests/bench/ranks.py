@@ -15,26 +15,39 @@ import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import NamedTuple
 
 from alternate import report
 
 from tcsae.shared.ranks import Ranks
 
+KINDS = ("harvest", "sweep")
 WAIT_S = 600.0
 """For the others: a process that died breaks the barrier for all."""
 
 
-def harvesting(location: str, rank: int, world: int, n: int) -> Callable[[], None]:
-    """This rank's share of `n` shards, from a store that has its sequences."""
+class Task(NamedTuple):
+    """What is timed."""
+
+    kind: str
+    location: str
+    n: int
+    """Shards to harvest, or steps of each SAE."""
+    tokens: int
+    """Of the store."""
+
+
+def harvesting(task: Task, rank: int, world: int) -> Callable[[], None]:
+    """This rank's share of the shards, from a store that has its sequences."""
     from tcsae.harvest.config import HarvestConfig
     from tcsae.harvest.phases import write_beside
     from tcsae.harvest.run import _prepare
     from tcsae.harvest.several import _join_writer
 
-    found = _prepare(location, HarvestConfig(n_tokens=n_tokens), fresh=False)
-    capture, writer = found.load(), _join_writer(location, found.recipe)
+    found = _prepare(task.location, HarvestConfig(n_tokens=task.tokens), fresh=False)
+    capture, writer = found.load(), _join_writer(task.location, found.recipe)
     assert writer is not None
-    mine = writer.shards()[:n][rank::world]
+    mine = writer.shards()[: task.n][rank::world]
     capture.run(writer.tokens(mine[0]), writer.lengths(mine[0]))
 
     def work() -> None:
@@ -44,8 +57,8 @@ def harvesting(location: str, rank: int, world: int, n: int) -> Callable[[], Non
     return work
 
 
-def sweeping(location: str, rank: int, world: int, n: int) -> Callable[[], None]:
-    """This rank's share of two SAEs, `n` steps each; one process trains both from one pass."""
+def sweeping(task: Task, rank: int, world: int) -> Callable[[], None]:
+    """This rank's share of two SAEs; one process trains both from one pass."""
     from tcsae.shared.config import with_settings
     from tcsae.shared.store import open_store
     from tcsae.train.buffers import Workspace
@@ -54,7 +67,7 @@ def sweeping(location: str, rank: int, world: int, n: int) -> Callable[[], None]
     from tcsae.train.presets import preset
     from tcsae.train.trainer import Trainer
 
-    store = open_store(location)
+    store = open_store(task.location)
     configs = [
         with_settings(preset("topk", store.d_model(store.hook())), ["sae.d_sae=4096", f"init_seed={i}"]) for i in (0, 1)
     ]
@@ -68,7 +81,7 @@ def sweeping(location: str, rank: int, world: int, n: int) -> Callable[[], None]
         trainer.step(next(stream))
 
     def work() -> None:
-        for _ in range(n):
+        for _ in range(task.n):
             batch = next(stream)
             for trainer in trainers:
                 trainer.step(batch)
@@ -76,24 +89,24 @@ def sweeping(location: str, rank: int, world: int, n: int) -> Callable[[], None]
     return work
 
 
-def run(kind: str, location: str, rank: int, world: int, n: int, ready: Barrier) -> None:
+def run(task: Task, rank: int, world: int, ready: Barrier) -> None:
     """A child, on a core of its own."""
     import torch
 
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    work = (harvesting if kind == "harvest" else sweeping)(location, rank, world, n)
+    work = (harvesting if task.kind == "harvest" else sweeping)(task, rank, world)
     ready.wait(WAIT_S)
     work()
     ready.wait(WAIT_S)
 
 
-def timed(kind: str, location: str, world: int, n: int) -> float:
+def timed(task: Task, world: int) -> float:
     """Seconds that `world` processes take for the work together."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(world + 1)
-    children = [context.Process(target=run, args=(kind, location, rank, world, n, ready)) for rank in range(world)]
+    children = [context.Process(target=run, args=(task, rank, world, ready)) for rank in range(world)]
     for child in children:
         child.start()
     ready.wait(WAIT_S)
@@ -105,23 +118,23 @@ def timed(kind: str, location: str, world: int, n: int) -> float:
     return seconds
 
 
-def prepare(folder: Path) -> tuple[str, str]:
-    """A store whose sequences are made, and a sealed one."""
+def prepare(kind: str, location: str, tokens: int) -> None:
+    """A store whose sequences are made, to be harvested; or a sealed one."""
     from tcsae.harvest.config import HarvestConfig
     from tcsae.harvest.phases import write_sequences
     from tcsae.harvest.run import _prepare, harvest
     from tcsae.shared.writer import open_writer
 
-    begun, sealed = str(folder / "begun.zarr"), str(folder / "sealed.zarr")
-    config = HarvestConfig(n_tokens=TOKENS)
-    found = _prepare(begun, config, fresh=False)
-    writer = open_writer(begun, found.recipe)
+    config = HarvestConfig(n_tokens=tokens)
+    if kind == "sweep":
+        harvest(location, config)
+        return
+    found = _prepare(location, config, fresh=False)
+    writer = open_writer(location, found.recipe)
     assert writer is not None
     with writer:
         write_sequences(writer, found.corpus, found.model)
         writer.share()
-    harvest(sealed, config)
-    return begun, sealed
 
 
 def main() -> None:
@@ -129,15 +142,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shards", type=int, default=12)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--only", choices=KINDS)
     arguments = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        begun, sealed = prepare(Path(folder))
-        for kind, location, n in (("harvest", begun, arguments.shards), ("sweep", sealed, arguments.steps)):
+        for kind in (arguments.only,) if arguments.only else KINDS:
+            location = str(Path(folder) / f"{kind}.zarr")
+            prepare(kind, location, arguments.tokens)
+            task = Task(kind, location, arguments.shards if kind == "harvest" else arguments.steps, arguments.tokens)
             ratios = []
             for i in range(arguments.rounds):
                 worlds = (1, 2) if i % 2 == 0 else (2, 1)
-                seconds = {world: timed(kind, location, world, n) for world in worlds}
+                seconds = {world: timed(task, world) for world in worlds}
                 ratios.append(seconds[1] / seconds[2])
             low, high = min(ratios), max(ratios)
             verdict = "above" if low > 1.7 else "below" if high < 1.7 else "inconclusive"
