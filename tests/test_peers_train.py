@@ -250,9 +250,11 @@ def test_one_run_needs_a_rendezvous(monkeypatch):
 @pytest.mark.slow
 def test_the_real_torchrun(location, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tcsae"]
-    options = ["train", "--steps", "10", *(f"--set={one}" for one in SETTINGS if "steps" not in one)]
-    done = subprocess.run(
-        [*command, "--store", location, "--runs", str(tmp_path), *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("*/tcsae.json"))) == 1
+    place = ["--store", location, "--runs", str(tmp_path)]
+    settings = [f"--set={one}" for one in SETTINGS if "steps" not in one]
+    for stage in (["train", "--preset", "temporal-topk", "--steps", "10", *settings], ["eval"]):
+        done = subprocess.run([*command, *place, *stage], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*/eval.json")
+    assert path.with_name("tcsae.json").exists()
+    assert done.stdout.count("All figures, intervals") == 1  # rank 0 alone prints
