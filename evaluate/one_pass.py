@@ -177,7 +177,9 @@ class _Accumulator:
         return counted, skipped, self.firings
 
 
-def _look_back(split: Split, settings: Settings, systems: Sequence[System], observer: Observer, part: Part) -> None:
+def _look_back(
+    split: Split, settings: Settings, systems: Sequence[System | SmoothedOutput], observer: Observer, part: Part
+) -> None:
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
         x = batch.x[batch.counted]
         observer.look_back(batch, x)

@@ -11,7 +11,7 @@ from typing import Any
 from tcsae.evaluate.candidates import Request as Evaluation
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.evaluate.several import evaluate_dealt
+from tcsae.evaluate.several import evaluate_in_several
 from tcsae.paper.arms import TEXT, Arm
 from tcsae.paper.page import Made, title_of, write_page
 from tcsae.paper.results import Results
@@ -118,7 +118,7 @@ def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size:
             names = [run.name for run in runs]
             request = Evaluation(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
             if ours.several:
-                evaluate_dealt(stores[name], place.runs(name), request, ours)
+                evaluate_in_several(stores[name], place.runs(name), request, ours)
             else:
                 evaluate_runs(stores[name], place.runs(name), request)
 

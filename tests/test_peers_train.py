@@ -50,6 +50,9 @@ KINDS = {
     "temporal-matryoshka": (),
     "topk-difference": ("temporal.weight=0.5", "temporal.kind=difference", "temporal.pairs=all"),
     "topk-gated": ("temporal.weight=0.5", "temporal.kind=gated"),
+    "topk-shuffled": ("temporal.weight=0.5", "temporal.kind=difference", "temporal.order=segment"),
+    "written-run3-shuffled": ("temporal.kind=relative", "temporal.order=segment"),
+    "temporal-topk-shuffled": ("temporal.order=segment",),
     "topk-relative": ("temporal.weight=0.5", "temporal.kind=relative"),
     "relu-l1-relative": ("temporal.weight=0.5", "temporal.kind=relative"),
     "written-run3-contrastive": ("temporal.kind=contrastive",),
@@ -233,6 +236,7 @@ def test_a_sweep_without_a_rendezvous(location, tmp_path, monkeypatch):
     [
         (("data.n_segments=12",), 13, "cpu", "data.n_segments=12 is less than one for each of 13 processes. Raise it"),
         (("optimizer.gradients=autograd",), 2, "cpu", "optimizer.gradients='autograd' is for one process, this start"),
+        (("temporal.weight=1", "temporal.order=batch"), 2, "cpu", "temporal.order='batch' pairs tokens of the whole"),
         ((), 2, "mps", "One run in several processes is not for mps. Give --device cpu, or train in one process."),
     ],
 )

@@ -118,15 +118,15 @@ def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path
     shutil.copytree(tmp_path / "alone", tmp_path / "parts")
     monkeypatch.setattr(batches, "BATCH_TOKENS", 3 * store.sequence_length)
     monkeypatch.setattr(batches, "PIECE_SEQUENCES", 2)
-    request = candidates.Request(baselines=True, force=True)
+    request = candidates.Request(baselines=True, force=True, smooth=("ema=0.3",))
 
     def do(ours: Ranks) -> None:
         found = evaluate_in_several(open_store(stores[kind]), tmp_path / "parts", request, ours)
-        assert len(found.evaluations) == (ours.rank == 0)
+        assert len(found.evaluations) == 2 * (ours.rank == 0)
 
     fork(world, do)
     run.evaluate_runs(store, tmp_path / "alone", request)
-    for file in ("eval.json", "saebench_core.json"):
+    for file in ("eval.json", "eval+ema=0.3.json", "saebench_core.json"):
         ours, theirs = (json.loads((tmp_path / name / "run" / file).read_text()) for name in ("parts", "alone"))
         print(far(ours, theirs))
         assert far(ours, theirs) == []

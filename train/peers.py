@@ -52,6 +52,11 @@ def check_parallel(config: TrainConfig, world: int, device: torch.device | str =
             f"optimizer.gradients='autograd' is for one process, this start has {world}. Leave it at 'written', or "
             "train in one process."
         )
+    if config.temporal.active and config.temporal.order == "batch":
+        raise ConfigError(
+            f"temporal.order='batch' pairs tokens of the whole batch, and {world} processes have a part of it each. "
+            "Train in one process."
+        )
     if config.data.n_segments < world:
         raise ConfigError(
             f"data.n_segments={config.data.n_segments} is less than one for each of {world} processes. Raise it, or "
