@@ -12,7 +12,7 @@ from tcsae.evaluate.candidates import Request as Evaluation
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.evaluate.several import evaluate_in_several
-from tcsae.paper.arms import TEXT, Arm
+from tcsae.paper.arms import MOMENTS, TEXT, Arm
 from tcsae.paper.page import Made, title_of, write_page
 from tcsae.paper.results import Results
 from tcsae.paper.sections import KEYS, arms_of
@@ -60,18 +60,27 @@ def answer(place: Place, out: Path, keys: Sequence[str], asked: Asked, size: Siz
     ours, stores = ranks(), {}
     for key in keys or KEYS:
         arms = arms_of(key)
-        say(f"{title_of(key)} (--only {key}): {len(arms)} arms")
+        if ours.rank == 0:
+            say(f"{title_of(key)} (--only {key}): {len(arms)} arms")
         for name in dict.fromkeys([TEXT, *(arm.store for arm in arms)]):
-            with timed(place, key, "harvest"):
-                stores[name] = open_or_make(place, name, asked)
-            if ours.several:
-                wait_for_all(ours)
+            stores[name] = _store(place, name, asked, key)
         with timed(place, key, "train"):
             _train(place, stores, arms, size)
         with timed(place, key, "eval"):
             _evaluate(place, stores, arms, size)
     if ours.rank == 0:
         say(f"The page: {_page(place, out, asked, size)}")
+
+
+def _store(place: Place, name: str, asked: Asked, key: str) -> Store:
+    """A store, made first by all processes together, or by rank 0 where it is no harvest."""
+    ours = ranks()
+    with timed(place, key, "harvest"):
+        if ours.rank == 0 or name != MOMENTS:
+            open_or_make(place, name, asked)
+    if ours.several:
+        wait_for_all(ours)
+    return open_store(str(place.store(name)))
 
 
 @contextmanager
