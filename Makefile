@@ -17,7 +17,7 @@ run: .venv/installed
 	@echo "The store: data/activations.zarr. The SAE and its evaluation: data/runs. The report: data/report/index.html. Next:"
 	@echo "  $(BIN)/tcsae inspect                                                 what was harvested and trained"
 	@echo "  $(BIN)/tcsae feature --id 1                                          one feature in the terminal"
-	@echo "  $(BIN)/tcsae train --set sae.d_sae=1024 --set sae.k=16 eval report   another SAE from the same store"
+	@echo "  $(BIN)/tcsae train --preset topk eval report                         its twin without the temporal term"
 	@echo "  $(BIN)/tcsae train --preset written-run3 eval report                 the paper's equations"
 
 test: .venv/installed-dev lint types

@@ -51,13 +51,15 @@ class Results:
         return float(np.mean(self.values(arm, figure, group, null)))
 
     def gain(self, arm: Arm, twin: Arm, figure: str) -> Gain:
-        """`arm` minus `twin`, of the seeds that both have."""
+        """`arm` minus `twin`, of the seeds that both have; without intervals for what is no mean over documents."""
+        pairs = list(zip(self.evaluations[arm], self.evaluations[twin], strict=False))
         if (arm, twin) not in self._gains:
-            folder = self.folders[arm.store]
-            pairs = zip(self.evaluations[arm], self.evaluations[twin], strict=False)
-            self._gains[arm, twin] = [differences(folder, one, other) for one, other in pairs]
-        found = [one[figure] for one in self._gains[arm, twin]]
-        return Gain([one["difference"] for one in found], [one["interval"] for one in found])
+            self._gains[arm, twin] = [differences(self.folders[arm.store], *pair) for pair in pairs]
+        found = [one.get(figure) for one in self._gains[arm, twin]]
+        told = [one and one["difference"] for one in found]
+        plain = [value_of(ours, figure) - value_of(theirs, figure) for ours, theirs in pairs]
+        values = [other if one is None else one for one, other in zip(told, plain, strict=True)]
+        return Gain(values, [one and one["interval"] for one in found])
 
     def curve(self, arm: Arm, name: str) -> list[float]:
         """A temporal measure over lags 1, 2 ..., mean over seeds."""

@@ -22,7 +22,7 @@ from tcsae.shared.cli import cli
 from tcsae.shared.codecs import CODECS
 from tcsae.shared.device import DEVICES, available_devices
 from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
-from tcsae.shared.manifest import SPLITS
+from tcsae.shared.manifest import CONTROLS, SPLITS
 from tcsae.shared.store import open_store
 from tcsae.shared.tail import Tail
 from tcsae.shared.writer import open_writer
@@ -277,7 +277,8 @@ def test_settings_that_cannot_be_are_refused(short):
     choices = {
         option.name: list(option.type.choices) for option in command.harvest.params if hasattr(option.type, "choices")
     }
-    assert choices == {"codec": list(CODECS), "lm_dtype": list(DTYPES), "device": list(DEVICES)}
+    expected = {"codec": CODECS, "lm_dtype": DTYPES, "device": DEVICES, "control": CONTROLS}
+    assert choices == {name: list(values) for name, values in expected.items()}
 
 
 def test_without_a_bos_token_none_is_prepended(short, tiny_lm, tmp_path):

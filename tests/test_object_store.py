@@ -164,7 +164,7 @@ def test_the_loader_reads_more_at_once_the_longer_it_waits(remote_store, faults,
     loader = SegmentLoader(open_store(remote_store), DataConfig(n_segments=8, segment_length=4, buffer_sequences=64))
     faults.most, batches = 0, iter(loader)
     next(batches)
-    assert faults.most == 1
+    assert faults.most <= 2  # one at a time, or two if the next block is under way: there was one wait
     for _ in range(100):
         next(batches)
     assert faults.most >= 4

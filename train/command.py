@@ -8,7 +8,9 @@ from tcsae.shared.cli import Count, Place, StageCommand
 
 
 @click.command(cls=StageCommand)
-@click.option("--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: topk.")
+@click.option(
+    "--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: temporal-topk."
+)
 @click.option("--steps", type=Count(), help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the data.")
 @click.option(
