@@ -67,7 +67,12 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> 
             "picture": "",
         }
         shown.insert(0, body | {"made": _made(TABLE, TABLE_ARMS, results, made)})
-    environment = Environment(loader=PackageLoader("tcsae.paper", "."), undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("tcsae.paper", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
     about = _about(results, keys, made)
     text = environment.get_template("page.md.j2").render(sections=shown, cut=CUT, **about)
     write_json(out / DATA, _data(chosen, results, keys))

@@ -39,7 +39,8 @@ def test_the_page_answers_every_question_and_shows_every_picture(made):
     assert len(shown) == sum(bool(section.picture) for section in SECTIONS)
     assert all((made[0] / picture).stat().st_size > 5000 for picture in shown)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({line.count(" | ") for line in table.splitlines()}) == 1
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert not re.search(r"^\|.*\n[^|\n]", text, re.MULTILINE), "a line right after a table would be one of its rows"
 
 
 def test_every_line_has_its_figures(data):
