@@ -68,13 +68,17 @@ class Results:
 
 
 def value_of(evaluation: dict[str, Any], figure: str, group: str = TEMPORAL, null: bool = False) -> float:
-    """A figure of an evaluation: of eval.json's metrics, of its temporal measures, or the code's energy."""
+    """A figure of an evaluation: of eval.json's metrics, of its temporal measures, or the code's energy.
+
+    NaN where it was not measured (a small split has too few documents for probes; a store without a tail has no CE).
+    """
     if figure in evaluation["metrics"]:
         found = evaluation["metrics"][figure]
     elif figure == "energy":
         found = evaluation["temporal"]["scale"]["mean_squared_norm"]
     else:
-        found = evaluation["temporal"]["groups"][group]["measures"][figure]["difference" if null else "value"]
+        measured = evaluation["temporal"]["groups"][group]["measures"].get(figure, {})
+        found = measured.get("difference" if null else "value")
     return float("nan") if found is None else float(found)
 
 

@@ -92,3 +92,24 @@ def test_an_unknown_question_is_refused():
     assert found.exit_code == 1
     assert found.output.startswith("Error: Unknown question 'lenghts'")
     assert "lengths" in found.output
+
+
+def test_any_model_and_text(make_lm, tiny_corpus, tmp_path):
+    from transformers import GPTNeoXConfig
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
+    model = make_lm(tmp_path / "lm", GPTNeoXConfig(vocab_size=300, max_position_embeddings=128, **shape))
+    given = ("--model", model, "--dataset", tiny_corpus, "--tokens", "4K", "--only", "position", "--only", "nulls")
+    found = run("--quick", *given, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| activations | lm, blocks.4.hook_resid_post, width 16;" in text
+    assert "## Consistent over time, or only over position?" in text
+    assert "permuted" in text
+
+
+def test_a_short_context_is_refused_in_one_line(tiny_lm, tiny_corpus, tmp_path):
+    given = ("--model", tiny_lm, "--dataset", tiny_corpus, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    found = CliRunner().invoke(cli, ["paper", "--quick", *map(str, given)])
+    assert found.exit_code == 1
+    assert "Error: A sequence length of 128 is over the context of tiny" in found.output
