@@ -113,17 +113,26 @@ def s3_server() -> Iterator[tuple[str, str, Faults]]:
     _, port = server.get_host_and_port()
     direct = f"http://127.0.0.1:{port}"
     boto3.client("s3", endpoint_url=direct).create_bucket(Bucket=BUCKET)
-    faults = Faults()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"faults": faults, "port": port}))
-    proxy.daemon_threads = True
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-    thread.start()
     try:
-        yield f"http://127.0.0.1:{proxy.server_port}", direct, faults
+        with proxied(direct) as (address, faults):
+            yield address, direct, faults
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def proxied(server: str) -> Iterator[tuple[str, Faults]]:
+    """A proxy before the server at this address: (its own address, its faults)."""
+    faults = Faults()
+    handler = type("Handler", (_Handler,), {"faults": faults, "port": int(server.rpartition(":")[2])})
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}", faults
     finally:
         proxy.shutdown()
         proxy.server_close()
-        server.stop()
 
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}

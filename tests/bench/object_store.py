@@ -2,7 +2,7 @@
 
     python tests/bench/object_store.py [--rounds 5] [--latency 0.02] [--d-model 512]
 
-The server (moto, and a proxy that waits) is a process of its own, on the other core if it can. The bars: training
+The server (moto behind a proxy, which waits or does not) is a process of its own, on the other core if it can. The bars: training
 TopK 512 -> 4096 from afar at 0.95 of its local speed, the bare loader from afar at 0.8 of that from the server nearby.
 """
 
@@ -29,14 +29,14 @@ from tcsae.train.trainer import Trainer
 
 
 def serve(connection: Connection, core: int, latency_s: float) -> None:
-    """A child: moto with two proxies' worth of faults, one near and one far."""
+    """A child: moto behind two proxies that differ in their latency alone."""
     os.sched_setaffinity(0, {core})
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from toy_s3 import s3_server
+    from toy_s3 import proxied, s3_server
 
-    with s3_server() as (address, direct, faults):
+    with s3_server() as (address, direct, faults), proxied(direct) as (near, _):
         faults.latency_s = latency_s
-        connection.send((address, direct))
+        connection.send((address, near))
         connection.recv()
 
 
