@@ -2,8 +2,8 @@
 
     python tests/bench/object_store.py [--rounds 5] [--latency 0.02] [--d-model 512]
 
-The server (moto behind a proxy, which waits or does not) is a process of its own, on the other core if it can. The bars: training
-TopK 512 -> 4096 from afar at 0.95 of its local speed, the bare loader from afar at 0.8 of that from the server nearby.
+The server (moto behind a proxy, which waits or does not) is a process of its own, on the other core if it can. The
+bars: training TopK 512 -> 4096 from afar at 0.95 of its local speed, the bare loader from afar at 0.8 of that nearby.
 """
 
 import argparse
