@@ -9,8 +9,6 @@ TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments
 """Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
 moments that the paper's had."""
 SMALL = ("sae.d_sae=1024", "sae.k=16")
-LONG = ("data.segment_length=128", "data.n_segments=16")
-"""Batches of whole sequences."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,6 @@ def weighted(kind: str, weight: float, *settings: str) -> Arm:
     return topk(about, f"temporal.kind={kind}", f"temporal.weight={weight:g}", *at, *settings)
 
 
-def labelled(label: str, arm: Arm) -> Arm:
-    return replace(arm, label=label)
-
-
 NAMES = {"difference": "eq. 3", "relative": "relative slowness", "contrastive": "contrastive"}
 WEIGHTS = {"difference": (0.03, 0.1, 0.3), "relative": (1.0, 3.0, 10.0), "contrastive": (1.0, 3.0, 10.0)}
 
@@ -57,7 +51,7 @@ FRONTIER = {kind: [weighted(kind, weight) for weight in weights] for kind, weigh
 FEWER = [Arm(f"no temporal term, k = {k}", settings=("sae.d_sae=1024", f"sae.k={k}")) for k in (12, 8)]
 CONTRASTIVE, RELATIVE, EQUATION_3 = FRONTIER["contrastive"][1], FRONTIER["relative"][1], FRONTIER["difference"][1]
 SHUFFLED = {
-    (kind, order): labelled(f"{NAMES[kind]}, {about}", weighted(kind, 3.0, f"temporal.order={order}"))
+    (kind, order): replace(weighted(kind, 3.0, f"temporal.order={order}"), label=f"{NAMES[kind]}, {about}")
     for kind in ("relative", "contrastive")
     for order, about in (("segment", "pairs of one document"), ("batch", "pairs of any documents"))
 }
@@ -77,13 +71,15 @@ WINDOWS = [
         (8, "all", ("temporal.window=8", "temporal.pairs=all")),
     )
 ]
-NULLS = {store: (PLAIN.on(store), CONTRASTIVE.on(store)) for store in (PERMUTED, RANDOM)}
 
 RUNGS = [
-    replace(Arm(f"temporal-topk, k = {k}", "temporal-topk", ("sae.d_sae=1024", f"sae.k={k}")), n_seeds=n_seeds)
+    Arm(f"temporal-topk, k = {k}", "temporal-topk", ("sae.d_sae=1024", f"sae.k={k}"), n_seeds=n_seeds)
     for k, n_seeds in ((8, 1), (32, 1), (64, 1), (128, 1), (249, 3))
 ]
-FIXED = Arm("sequences of 128 only", settings=(*SMALL, *LONG, "data.min_sequence_length=128"))
+FIXED = Arm(
+    "sequences of 128 only",
+    settings=(*SMALL, "data.segment_length=128", "data.n_segments=16", "data.min_sequence_length=128"),
+)
 NATURAL = Arm("all lengths, as many tokens", settings=(*SMALL, "data.segment_length=128", "data.n_segments={natural}"))
 """{natural}: as many segments as hold the tokens of FIXED's batches, on average."""
 WITHOUT = [

@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tcsae.shared.cli import Count, StageCommand
 
@@ -17,7 +18,16 @@ from tcsae.shared.cli import Count, StageCommand
 @click.option("--tokens", type=Count(), help="Tokens of the store. Default: 1M, of --quick 60K.")
 @click.option("--work", default="data/paper", show_default=True, metavar="PATH", help="Folder of stores and runs.")
 @click.option("--out", default="docs/results", show_default=True, metavar="PATH", help="Folder that the page goes to.")
-def paper(quick: bool, keys: tuple[str, ...], model: str, dataset: str, tokens: int | None, **where: Any) -> None:
+@click.pass_context
+def paper(
+    ctx: click.Context,
+    quick: bool,
+    keys: tuple[str, ...],
+    model: str,
+    dataset: str,
+    tokens: int | None,
+    **where: Any,
+) -> None:
     """Reproduce the paper's table, train its equations, test its claim: harvest, train, evaluate, write the page.
 
     The whole takes about an hour on two cores with the embedded model. What is done is not done again, so that it can
@@ -32,6 +42,11 @@ def paper(quick: bool, keys: tuple[str, ...], model: str, dataset: str, tokens: 
     Questions: table, frontier, shuffled, smoothing, boundary, probes, frequency, position, nulls, windows, sparsity,
     lengths, without, default.
     """
+    assert ctx.parent is not None
+    for name in ("store", "runs"):
+        if ctx.parent.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is not for paper, which has stores and runs of its own below --work.")
+
     from pathlib import Path
 
     from tcsae.paper.run import FULL, QUICK, answer

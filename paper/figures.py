@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tcsae.evaluate.paper import PRINTED
 from tcsae.paper.arms import CONTRASTIVE, FEWER, FRONTIER, NAMES, PLAIN, RELATIVE, RUNGS, SMOOTHED, WINDOWS, Arm
 from tcsae.paper.results import Results
-from tcsae.shared.files import PARTIAL
+from tcsae.shared.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,8 @@ def draw(name: str, results: Results, path: Path) -> None:
 
     with matplotlib.rc_context(STYLE):
         figure = PICTURES[name](results)
-        partial = path.with_name(path.name + PARTIAL)
-        figure.savefig(partial, format="svg", bbox_inches="tight", metadata={"Date": None})
-        partial.replace(path)
+        with whole_file(path) as file:
+            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
 
 
 def frontier(results: Results) -> "Figure":

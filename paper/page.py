@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from tcsae.shared.files import write_atomic, write_json
 from tcsae.shared.store import Store
 
 PAGE, DATA = "README.md", "results.json"
+STAGES = ("harvest", "train", "eval")
 TABLE_TITLE = "The paper's table"
 TABLE_QUESTION = (
     "What is printed, what a network that took no step gives in closed form (`evaluate/paper.py`), what it gives on "
@@ -83,9 +84,8 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> 
 def _about(results: Results, keys: Sequence[str], made: Made) -> dict[str, Any]:
     store = made.stores[TEXT]
     recipe, counts = store.manifest.recipe, store.manifest.counts
-    spent: Callable[[str], float] = lambda stage: sum(  # noqa: E731
-        one["processor_s"] for one in made.times if stage in ("all", one["stage"])
-    )
+    spent = {stage: sum(one["processor_s"] for one in made.times if one["stage"] == stage) for stage in STAGES}
+    whole = sum(spent.values())
     return {
         "command": made.command,
         "quick": made.quick,
@@ -100,10 +100,10 @@ def _about(results: Results, keys: Sequence[str], made: Made) -> dict[str, Any]:
         "squared_norm": f"{squared_norm(store):.1f}",
         "cores": os.cpu_count(),
         "torch": importlib.metadata.version("torch"),
-        "minutes": _minutes(spent("all")),
-        "training": _minutes(spent("train")),
-        "evaluating": _minutes(spent("eval")),
-        "whole": _minutes(spent("all") / 2),
+        "minutes": _minutes(whole),
+        "training": _minutes(spent["train"]),
+        "evaluating": _minutes(spent["eval"]),
+        "whole": _minutes(whole / 2),
         "budget": _budget(results, keys, made),
         "predictions": _predictions(results, keys),
     }

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tcsae.evaluate.paper import PRINTED
 from tcsae.paper import arms
 from tcsae.paper.arms import (
     BATCHTOPK,
@@ -61,14 +62,14 @@ def slowest(results: Results, kind: str) -> float:
     return min([results.mean(PLAIN, SLOW), *within])
 
 
-def printed_is_untrained(results: Results, run: str, printed: dict[str, float]) -> bool:
+def printed_is_untrained(results: Results, run: str) -> bool:
     """Whether each printed figure (cosine and bias apart, which scatter about nothing) is within the seeds' spread."""
     for figure in ("explained_variance_legacy", "l2_ratio", "l0", "l1"):
         values = results.values(LOGGED[MOMENTS, run], figure)
         mean = sum(values) / len(values)
         spread = (sum((one - mean) ** 2 for one in values) / (len(values) - 1)) ** 0.5
         # The moments are known to three digits, so the spread is no less than 2% of the figure.
-        if figure in printed and abs(printed[figure] - mean) > SLACK * max(spread, 0.02 * abs(mean)):
+        if figure in PRINTED[run] and abs(PRINTED[run][figure] - mean) > SLACK * max(spread, 0.02 * abs(mean)):
             return False
     return True
 
@@ -91,7 +92,7 @@ PREDICTIONS: dict[str, list[Prediction]] = {
     "table": [
         Prediction(
             "Untrained networks on activations of the paper's moments give its printed figures, for runs 2, 3 and 4.",
-            lambda r: all(printed_is_untrained(r, run, arms_printed(run)) for run in ("run2", "run3", "run4")),
+            lambda r: all(printed_is_untrained(r, run) for run in ("run2", "run3", "run4")),
         ),
         Prediction(
             "Trained as written, eq. 4 (run 3) reaches an explained variance above 0.8.",
@@ -274,10 +275,3 @@ PREDICTIONS: dict[str, list[Prediction]] = {
 def null_gain(results: Results, store: str) -> float:
     """What the contrastive term adds to rho(8) within documents on a store."""
     return results.gain(CONTRASTIVE.on(store), PLAIN.on(store), RHO).mean
-
-
-def arms_printed(run: str) -> dict[str, float]:
-    """The paper's figures of a run."""
-    from tcsae.evaluate.paper import PRINTED
-
-    return PRINTED[run]

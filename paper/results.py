@@ -1,6 +1,5 @@
 """What was found of each arm: figures over seeds, and differences to a twin, seed by seed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ import numpy as np
 from tcsae.evaluate.compare import differences
 from tcsae.paper.arms import Arm
 
-TEMPORAL = "all"
 GROUPS = ("all", "first_group", "frequency_matched")
+"""Latents that temporal measures are of."""
 
 
 class Gain(NamedTuple):
@@ -43,11 +42,11 @@ class Results:
     """What tcsae.json says of the same runs."""
     _gains: dict[tuple[Arm, Arm], list[dict[str, Any]]] = field(default_factory=dict)
 
-    def values(self, arm: Arm, figure: str, group: str = TEMPORAL, null: bool = False) -> list[float]:
+    def values(self, arm: Arm, figure: str, group: str = GROUPS[0], null: bool = False) -> list[float]:
         """One a seed. `null`: what is left of a temporal measure beyond its null."""
         return [value_of(one, figure, group, null) for one in self.evaluations[arm]]
 
-    def mean(self, arm: Arm, figure: str, group: str = TEMPORAL, null: bool = False) -> float:
+    def mean(self, arm: Arm, figure: str, group: str = GROUPS[0], null: bool = False) -> float:
         return float(np.mean(self.values(arm, figure, group, null)))
 
     def gain(self, arm: Arm, twin: Arm, figure: str) -> Gain:
@@ -67,7 +66,7 @@ class Results:
         return [float(one) for one in np.mean(np.array(curves, dtype=float), axis=0)]
 
 
-def value_of(evaluation: dict[str, Any], figure: str, group: str = TEMPORAL, null: bool = False) -> float:
+def value_of(evaluation: dict[str, Any], figure: str, group: str = GROUPS[0], null: bool = False) -> float:
     """A figure of an evaluation: of eval.json's metrics, of its temporal measures, or the code's energy.
 
     NaN where it was not measured (a small split has too few documents for probes; a store without a tail has no CE).
@@ -80,9 +79,3 @@ def value_of(evaluation: dict[str, Any], figure: str, group: str = TEMPORAL, nul
         measured = evaluation["temporal"]["groups"][group]["measures"].get(figure, {})
         found = measured.get("difference" if null else "value")
     return float("nan") if found is None else float(found)
-
-
-def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | None:
-    """y at x = `at` on the line through the (x, y) points in order of x; None outside of them."""
-    xs, ys = zip(*sorted(points), strict=True)
-    return float(np.interp(at, xs, ys)) if xs[0] <= at <= xs[-1] else None

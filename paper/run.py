@@ -63,7 +63,8 @@ def answer(place: Place, out: Path, keys: Sequence[str], asked: Asked, size: Siz
         if ours.rank == 0:
             say(f"{title_of(key)} (--only {key}): {len(arms)} arms")
         for name in dict.fromkeys([TEXT, *(arm.store for arm in arms)]):
-            stores[name] = _store(place, name, asked, key)
+            if name not in stores:
+                stores[name] = _store(place, name, asked, key)
         with timed(place, key, "train"):
             _train(place, stores, arms, size)
         with timed(place, key, "eval"):
@@ -97,25 +98,29 @@ def timed(place: Place, key: str, stage: str) -> Iterator[None]:
 
 def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
     """An arm's runs, one a seed."""
-    known = {
-        "natural": natural_segments(store, 16),
-        "rescaled": round(0.1 * (squared_norm(store) / PYTHIA_SQUARED_NORM) ** 0.5, 4),
-    }
-    settings = [one.format(**known) for one in arm.settings]
+    settings = [_filled(one, store) for one in arm.settings]
     seeds = ",".join(map(str, range(size.seeds(arm))))
     steps = f"steps={arm.n_steps // size.shorter}"
     return plan_runs(store, Request((arm.preset,), [*settings, steps], (f"init_seed={seeds}",)))
+
+
+def _filled(setting: str, store: Store) -> str:
+    """A setting whose value follows from the store."""
+    if "{natural}" in setting:
+        return setting.format(natural=natural_segments(store, 16))
+    if "{rescaled}" in setting:
+        return setting.format(rescaled=round(0.1 * (squared_norm(store) / PYTHIA_SQUARED_NORM) ** 0.5, 4))
+    return setting
 
 
 def _train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> None:
     """Train what is not trained yet, in one pass for all that agree on their data."""
     ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
-        if todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
-            if ours.several and len(runs) > 1:
-                train_together(stores[name], place.runs(name), runs, ours)
-            else:
-                train_runs(stores[name], place.runs(name), todo)
+        if ours.several:  # whatever is finished: all ranks have to come to the same meetings
+            train_together(stores[name], place.runs(name), runs, ours)
+        elif todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
+            train_runs(stores[name], place.runs(name), todo)
 
 
 def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.shared.errors import StoreError
+from tcsae.shared.files import whole_file
 from tcsae.shared.locks import Lock
 from tcsae.shared.objects import BLOCK_BYTES, Objects
 
@@ -85,7 +86,7 @@ class ZipObjects(Objects):
         return ZipStore(self.path, mode="r", read_only=True)
 
     def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:  # noqa: ARG002
-        raise StoreError(f"{self.location} can be read only. Give another --store, then tcsae copy.")
+        raise self._read_only()
 
     def _place(self, key: str) -> tuple[int, int]:
         """Where a member's bytes begin, and how many there are."""
@@ -96,25 +97,18 @@ class ZipObjects(Objects):
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return member.header_offset + LOCAL_HEADER_BYTES + lengths, member.file_size
 
-    def _put(self, key: str, data: bytes) -> None:
-        raise NotImplementedError
+    def _put(self, key: str, data: bytes) -> None:  # noqa: ARG002
+        raise self._read_only()
 
-    def _delete(self, keys: Sequence[str]) -> None:
-        raise NotImplementedError
+    def _delete(self, keys: Sequence[str]) -> None:  # noqa: ARG002
+        raise self._read_only()
+
+    def _read_only(self) -> StoreError:
+        return StoreError(f"{self.location} can be read only. Give another --store, then tcsae copy.")
 
 
 def write_zip(path: Path, objects: Iterator[tuple[str, bytes]]) -> None:
-    """Write a zip file of objects in their order, under a temporary name until it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as made:
-                for key, data in objects:
-                    made.writestr(zipfile.ZipInfo(key), data)  # of 1980: the same store is the same file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a zip file of objects in their order."""
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as made:
+        for key, data in objects:
+            made.writestr(zipfile.ZipInfo(key), data)  # of 1980: the same store is the same file

@@ -94,6 +94,13 @@ def test_an_unknown_question_is_refused():
     assert "lengths" in found.output
 
 
+@pytest.mark.parametrize("option", ["--store", "--runs"])
+def test_it_has_stores_and_runs_of_its_own(option):
+    found = CliRunner().invoke(cli, [option, "a", "paper", "--quick"])
+    assert found.exit_code == 2
+    assert f"{option} is not for paper, which has stores and runs of its own below --work" in found.output
+
+
 def test_any_model_and_text(make_lm, tiny_corpus, tmp_path):
     from transformers import GPTNeoXConfig
 

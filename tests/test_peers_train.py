@@ -1,12 +1,12 @@
 """Promise: several processes train what one would: one run together to the same weights, a sweep each as if alone."""
 
+import importlib.util
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +28,11 @@ from tcsae.train.run import train_runs
 from tcsae.train.several import train_together
 from tcsae.train.tracking import metrics_line
 from tcsae.train.trainer import Trainer
+
+spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
+toy_ranks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy_ranks)
+fork = toy_ranks.fork
 
 D, LENGTH = 16, 12
 SETTINGS = (
@@ -80,35 +85,6 @@ def make_run(kind: str, *more: str) -> Run:
     return Run(kind, base, with_settings(preset(base, D), [*SETTINGS, *KINDS[kind], *more]))
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def together(world: int, do) -> None:
-    """Fork `world` ranks that each `do(ranks)` within a group."""
-    port, pids = free_port(), []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-                do(Ranks(rank, world, rank))
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * world
-
-
 def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights, counters, losses and logged figures of 20 steps in float64."""
     store = tcsae.open_store(location)
@@ -146,7 +122,7 @@ def done(location, tmp_path_factory):
             torch.save(found, folder / f"{ours.rank}.pt")
 
         if world not in known:
-            together(world, do)
+            fork(world, do)
             found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
             known[world] = {kind: [one[kind] for one in found] for kind in KINDS}
         return known[world]
@@ -189,11 +165,11 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
         with pytest.raises(KeyboardInterrupt):
             train_together(store, tmp_path / "killed", [dies], ours)
 
-    together(2, whole)
-    together(2, interrupted)
+    fork(2, whole)
+    fork(2, interrupted)
     with pytest.raises(RunError, match=r"was begun by 2 process\(es\), this start has 1"):
         train_runs(store, tmp_path / "killed", [run])
-    together(2, lambda ours: train_together(store, tmp_path / "killed", [run], ours))
+    fork(2, lambda ours: train_together(store, tmp_path / "killed", [run], ours))
     weights = [(tmp_path / name / "topk" / "sae_weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     (record,) = train_runs(store, tmp_path / "killed", [run])  # finished: anybody may use it
@@ -213,7 +189,7 @@ def test_a_sweep_is_dealt_out_and_each_is_as_alone(location, tmp_path):
         records = train_together(store, tmp_path / "dealt", runs, ours)
         assert [record["name"] for record in records] == (["s0", "s1", "s2"] if ours.rank == 0 else [])
 
-    together(2, do)
+    fork(2, do)
     train_runs(store, tmp_path / "alone", runs)
     for run in runs:
         file = f"{run.name}/sae_weights.safetensors"

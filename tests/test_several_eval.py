@@ -3,9 +3,7 @@
 import importlib.util
 import json
 import math
-import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -28,6 +26,11 @@ toy = importlib.util.module_from_spec(spec)
 sys.modules["toy_eval"] = toy
 spec.loader.exec_module(toy)
 
+spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
+toy_ranks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy_ranks)
+fork = toy_ranks.fork
+
 LENGTH = 64
 FLOAT32 = ("position_share", "token_share")
 """Of sums by position and by token, which are kept in float32: the order of addition shows."""
@@ -35,32 +38,6 @@ FLOAT32 = ("position_share", "token_share")
 
 OWN = {"seconds", "datetime_epoch_millis", "eval_id"}
 """What no two evaluations share."""
-
-
-def fork(world: int, do) -> None:
-    """Fork ranks that each `do(ranks)`, and wait for them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-                torch.set_num_threads(1)
-                do(Ranks(rank, world, rank))
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * world
 
 
 def far(one, other, path="") -> list[tuple[str, float]]:
