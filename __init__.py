@@ -10,19 +10,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tcsae.shared.creation import create_store
-    from tcsae.shared.sae import SparseAutoencoder, load_sae
-    from tcsae.shared.store import Store, open_store
+    from tcsae.shared.sae.folder import load_sae
+    from tcsae.shared.sae.module import SparseAutoencoder
+    from tcsae.shared.store.create import create_store
+    from tcsae.shared.store.reader import Store, open_store
     from tcsae.train.loader import iterate_segments, iterate_tokens
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Store": "tcsae.shared.store",
-    "open_store": "tcsae.shared.store",
-    "create_store": "tcsae.shared.creation",
-    "SparseAutoencoder": "tcsae.shared.sae",
-    "load_sae": "tcsae.shared.sae",
+    "Store": "tcsae.shared.store.reader",
+    "open_store": "tcsae.shared.store.reader",
+    "create_store": "tcsae.shared.store.create",
+    "SparseAutoencoder": "tcsae.shared.sae.module",
+    "load_sae": "tcsae.shared.sae.folder",
     "iterate_segments": "tcsae.train.loader",
     "iterate_tokens": "tcsae.train.loader",
 }

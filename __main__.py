@@ -1,6 +1,6 @@
 """`python -m tcsae` is the `tcsae` program."""
 
-from tcsae.shared.cli import main
+from tcsae.shared.commands.group import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tcsae.shared.errors import ModelError, TcsaeError
+from tcsae.shared.base.errors import ModelError, TcsaeError
 
 CONTEXT = 128
 

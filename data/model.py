@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from tcsae.shared.errors import ModelError
+from tcsae.shared.base.errors import ModelError
 
 EVAL_EVERY = 20
 """The embedded model saw no document with int(sha256(text)) % 20 == 0, neither its tokenizer nor its weights.

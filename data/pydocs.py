@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tcsae.data.near_duplicates import Filtered, drop_near_duplicates
-from tcsae.shared.errors import DataError
-from tcsae.shared.files import cache_path, json_digest, write_atomic
+from tcsae.shared.base.errors import DataError
+from tcsae.shared.base.files import cache_path, json_digest, write_atomic
 
 READER_VERSION = 1
 """Part of the revision: raise it whenever the same installation would give other documents."""

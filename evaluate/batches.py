@@ -1,15 +1,29 @@
 """The split in order, in batches of whole documents, every chunk read once."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.shared.store import Split
+from tcsae.shared.store.reader import Split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a split is gone through."""
+
+    hook: str
+    skip_first: int
+    splice_all: bool
+    """Whether xhat also stands at the skipped positions when it is given to the tail."""
+    mean: Float64[Tensor, " d_model"]
+    """Of x over the train split."""
+
 
 BATCH_TOKENS = 4096
 """Positions in a batch, at most (or one piece of a document)."""

@@ -5,16 +5,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tcsae.evaluate import metrics
-from tcsae.evaluate.foreign import foreign_config, is_foreign, load_foreign
-from tcsae.evaluate.smoothing import Smoothing, check_smoothing, parse_smoothing
-from tcsae.shared.config import to_dict
-from tcsae.shared.console import say
-from tcsae.shared.errors import RunError, TcsaeError
-from tcsae.shared.files import file_digest
-from tcsae.shared.runs import EVALUATION, find_runs, is_finished, load_evaluation
-from tcsae.shared.sae import RECORD, WEIGHTS, SparseAutoencoder, load_record, load_sae
-from tcsae.shared.store import Store
+from tcsae.evaluate.measures import core as metrics
+from tcsae.evaluate.measures.smoothing import Smoothing, check_smoothing, parse_smoothing
+from tcsae.shared.base.console import say
+from tcsae.shared.base.errors import RunError, TcsaeError
+from tcsae.shared.base.files import file_digest
+from tcsae.shared.base.settings import to_dict
+from tcsae.shared.sae.folder import (
+    EVALUATION,
+    RECORD,
+    WEIGHTS,
+    find_runs,
+    is_finished,
+    load_evaluation,
+    load_record,
+    load_sae,
+)
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign
+from tcsae.shared.store.reader import Store
 
 UNTRAINED = "logged-"
 """Presets whose SAEs are not trained on purpose: the only ones with 0 steps that get figures."""

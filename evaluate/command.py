@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import click
 
-from tcsae.shared.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand
 
 
 @click.command(name="eval", cls=StageCommand)
@@ -62,14 +62,13 @@ def evaluate(
 
     from tcsae.evaluate.candidates import Request
     from tcsae.evaluate.compare import show_differences
-    from tcsae.evaluate.run import evaluate_runs
-    from tcsae.evaluate.several import evaluate_in_several
-    from tcsae.evaluate.smoothing import split_name
-    from tcsae.evaluate.tables import show
-    from tcsae.shared.console import say
-    from tcsae.shared.errors import RunError
-    from tcsae.shared.ranks import ranks
-    from tcsae.shared.store import open_store
+    from tcsae.evaluate.measures.metric_tables import show
+    from tcsae.evaluate.measures.smoothing import split_name
+    from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
+    from tcsae.shared.base.console import say
+    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.base.errors import RunError
+    from tcsae.shared.store.reader import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     found = [split_name(name) for name in pair]

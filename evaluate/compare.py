@@ -8,11 +8,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from tcsae.evaluate.bootstrap import interval, jackknife, point
 from tcsae.evaluate.candidates import smoothed_file
+from tcsae.evaluate.intervals import interval, jackknife, point
 from tcsae.evaluate.run import REPLICATES
-from tcsae.shared.console import table
-from tcsae.shared.errors import RunError
+from tcsae.shared.base.console import table
+from tcsae.shared.base.errors import RunError
 
 
 def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:

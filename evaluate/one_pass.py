@@ -1,23 +1,32 @@
 """One pass over a split for many SAEs: each batch is read once and goes through all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.activity import Code, firing_counts, n_latents
-from tcsae.evaluate.baselines import ConstantOutput
-from tcsae.evaluate.batches import Batch, batches, document_numbers
-from tcsae.evaluate.metrics import COLUMNS, Inputs, Output, Sums, sum_rows, token_columns, widen
+from tcsae.evaluate.batches import Batch, Settings, batches, document_numbers
+from tcsae.evaluate.measures.baselines import ConstantOutput
+from tcsae.evaluate.measures.core import (
+    COLUMNS,
+    Code,
+    Inputs,
+    Output,
+    Sums,
+    firing_counts,
+    n_latents,
+    sum_rows,
+    token_columns,
+    widen,
+)
+from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
+from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SmoothedOutput, System, output_of
-from tcsae.evaluate.tail_metrics import Losses, Reference, sequence_losses, splice
-from tcsae.evaluate.together import Part, part_of
-from tcsae.shared.ranks import ALONE
-from tcsae.shared.store import Split
-from tcsae.shared.tail import Tail
+from tcsae.shared.base.distributed import ALONE
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.reader import Split
 
 
 @runtime_checkable
@@ -48,18 +57,6 @@ class Measured(NamedTuple):
     losses: list[Losses]
     """One for each system; empty without a tail."""
     reference: Reference | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How a split is gone through."""
-
-    hook: str
-    skip_first: int
-    splice_all: bool
-    """Whether xhat also stands at the skipped positions when it is given to the tail."""
-    mean: Float64[Tensor, " d_model"]
-    """Of x over the train split."""
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,24 +11,27 @@ import torch
 from torch import Tensor
 
 from tcsae import __version__
-from tcsae.evaluate import baselines, metrics, saebench, tail_metrics, temporal_run
-from tcsae.evaluate.bootstrap import LEVEL, N_RESAMPLINGS, interval, point, resamplings
+from tcsae.evaluate.batches import Settings
 from tcsae.evaluate.candidates import EvalOptions, Loaded, Request, evaluable, sort_out
-from tcsae.evaluate.one_pass import Measured, Settings, measure
-from tcsae.evaluate.reference import load_reference, save_reference
-from tcsae.evaluate.smoothing import DEFINITIONS as SMOOTHINGS
-from tcsae.evaluate.smoothing import parse_smoothing
+from tcsae.evaluate.intervals import LEVEL, N_RESAMPLINGS, interval, point, resamplings
+from tcsae.evaluate.measures import baselines, saebench, temporal_run
+from tcsae.evaluate.measures import core as metrics
+from tcsae.evaluate.measures import cross_entropy as tail_metrics
+from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
+from tcsae.evaluate.measures.smoothing import DEFINITIONS as SMOOTHINGS
+from tcsae.evaluate.measures.smoothing import parse_smoothing
+from tcsae.evaluate.measures.temporal_run import TemporalObserver
+from tcsae.evaluate.one_pass import Measured, measure
+from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
-from tcsae.evaluate.temporal_run import TemporalObserver
-from tcsae.evaluate.together import Part, part_of
-from tcsae.shared.config import to_dict
-from tcsae.shared.console import progress, say
-from tcsae.shared.errors import RemoteError, StoreError, TcsaeError
-from tcsae.shared.files import write_atomic, write_json
-from tcsae.shared.ranks import ALONE, Ranks
-from tcsae.shared.runs import EVALUATION
-from tcsae.shared.store import Split, Store
-from tcsae.shared.tail import Tail
+from tcsae.shared.base.console import progress, say
+from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
+from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
+from tcsae.shared.base.files import write_atomic, write_json
+from tcsae.shared.base.settings import to_dict
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.sae.folder import EVALUATION
+from tcsae.shared.store.reader import Split, Store
 
 REPLICATES = "eval_replicates.safetensors"
 """Beside eval.json: every figure on each resampling of the documents, the split itself first."""
@@ -253,3 +257,25 @@ def _about(loaded: Loaded, store: Store) -> dict[str, Any]:
     if options.smooth:
         about["smoothing"] = SMOOTHINGS[parse_smoothing(options.smooth).kind]
     return about
+
+
+def evaluate_in_several(store: Store, runs_path: Path, request: Request, ours: Ranks) -> Evaluated:
+    """As `evaluate_runs`, by one of several processes. Returns what this one is to show: rank 0 all, once the others
+    are done; without a rendezvous, where no sums can be added up and SAEs are dealt out always, each its own.
+    """
+    folders = evaluable(runs_path, request.names)
+    if len(folders) < ours.world and has_rendezvous():
+        start_group(ours)
+        found = evaluate_runs(store, runs_path, request, ours)
+        wait_for_all(ours)
+        return found
+    mine = [path.name for path in folders][ours.rank :: ours.world]
+    names = ", ".join(mine) or "none, as there are fewer runs than processes"
+    say(f"Rank {ours.rank} of {ours.world} evaluates {names}.")
+    found = evaluate_runs(store, runs_path, replace(request, names=tuple(mine))) if mine else Evaluated([], [])
+    if not has_rendezvous():
+        return found
+    wait_for_all(ours)
+    if ours.rank:
+        return Evaluated([], [])
+    return evaluate_runs(store, runs_path, replace(request, names=tuple(path.name for path in folders), force=False))

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tcsae.evaluate.activity import Code, join_codes
-from tcsae.evaluate.metrics import Output
-from tcsae.evaluate.smoothing import (
+from tcsae.evaluate.measures.core import Code, Output, join_codes
+from tcsae.evaluate.measures.smoothing import (
     EMA_TOPK,
     HYSTERESIS,
     Smoothing,
@@ -18,8 +17,8 @@ from tcsae.evaluate.smoothing import (
     stay_above,
     stay_topk,
 )
-from tcsae.shared.codes import SparseCode, select_topk, threshold_code
-from tcsae.shared.sae import SparseAutoencoder
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
 
 BATCH_CODE_ENTRIES = 8 << 20
 """Of a dense code or of pre-activations, at most: 32 MB."""

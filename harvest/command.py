@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand
 
 if TYPE_CHECKING:
-    from tcsae.harvest.config import HarvestConfig
-    from tcsae.harvest.plan import Plan
-    from tcsae.shared.manifest import Recipe
-    from tcsae.shared.store import Store
+    from tcsae.harvest.cost import Plan
+    from tcsae.harvest.resolve import HarvestConfig
+    from tcsae.shared.store.format import Recipe
+    from tcsae.shared.store.reader import Store
 
 
 @click.command(cls=StageCommand, short_help="Run a language model over text once and store its activations.")
@@ -148,9 +148,9 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 
 
 def _config(options: Mapping[str, Any]) -> "HarvestConfig":
-    from tcsae.harvest.config import HarvestConfig, ModelChoice
-    from tcsae.harvest.corpus import CorpusChoice
-    from tcsae.shared.manifest import ControlRecipe, SequenceRecipe
+    from tcsae.harvest.documents import CorpusChoice
+    from tcsae.harvest.resolve import HarvestConfig, ModelChoice
+    from tcsae.shared.store.format import ControlRecipe, SequenceRecipe
 
     return HarvestConfig(
         model=ModelChoice(
@@ -186,8 +186,8 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
 
 def print_plan(plan: "Plan") -> None:
     """What a harvest will hold, and what it will take, on stdout."""
-    from tcsae.harvest.plan import is_exact
-    from tcsae.shared.console import duration, size, table
+    from tcsae.harvest.cost import is_exact
+    from tcsae.shared.base.console import duration, size, table
 
     rows = [
         (name, values["train"], values["eval"])
@@ -219,7 +219,7 @@ def print_plan(plan: "Plan") -> None:
 
 def print_summary(store: "Store") -> None:
     """What the store holds, what was left out, and what it costs on disk."""
-    from tcsae.shared.console import size, table
+    from tcsae.shared.base.console import size, table
 
     counts = store.manifest.counts
     title = f"{store.location}: {store.manifest.recipe.model.name} over {store.manifest.recipe.corpus.name}"

@@ -12,20 +12,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.harvest.capture import Capture
-from tcsae.harvest.corpus import Corpus, Document
-from tcsae.harvest.language_model import LanguageModel
-from tcsae.harvest.loading import load_plain, quiet
+from tcsae.harvest.documents import Corpus, Document
+from tcsae.harvest.language_model import LanguageModel, load_plain, quiet
 from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, permuted, split_of
-from tcsae.harvest.several import dealt, write_beside
-from tcsae.harvest.signals import StopRequest
-from tcsae.shared.console import progress, say
-from tcsae.shared.errors import DataError
-from tcsae.shared.files import PARTIAL
-from tcsae.shared.manifest import PERMUTED, ControlRecipe
-from tcsae.shared.objects import LocalObjects
-from tcsae.shared.ranks import ALONE, Ranks
-from tcsae.shared.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
-from tcsae.shared.writer import StoreWriter
+from tcsae.harvest.work_stealing import dealt, write_beside
+from tcsae.shared.base.console import progress, say
+from tcsae.shared.base.distributed import ALONE, Ranks
+from tcsae.shared.base.errors import DataError
+from tcsae.shared.base.files import PARTIAL
+from tcsae.shared.base.signals import StopRequest
+from tcsae.shared.lm.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
+from tcsae.shared.store.format import PERMUTED, ControlRecipe
+from tcsae.shared.store.places.local import LocalObjects
+from tcsae.shared.store.writer import StoreWriter
 
 COMMIT_DOCUMENTS = 5000
 COMMIT_S = 10.0

@@ -14,25 +14,25 @@ from typing import Any
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
-from tcsae.harvest.config import HarvestConfig, ModelChoice
-from tcsae.harvest.corpus import Corpus, find_corpus
+from tcsae.harvest.cost import Plan, clear_when_full, free_bytes, make_plan, no_room
+from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
 from tcsae.harvest.phases import sample, write_activations, write_sequences, write_tails, write_tokenizer
-from tcsae.harvest.plan import Plan, clear_when_full, free_bytes, make_plan, no_room
-from tcsae.harvest.resolve import load, resolve
+from tcsae.harvest.resolve import HarvestConfig, ModelChoice, load, resolve
 from tcsae.harvest.sequences import budgets_of, n_tokens
-from tcsae.harvest.several import join, seal_once
-from tcsae.harvest.signals import StopRequest, stop_on_signals
-from tcsae.shared.config import differences
-from tcsae.shared.console import say
-from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
-from tcsae.shared.extension import can_extend, extend
-from tcsae.shared.journal import FOLDER, Journal, LockedError
-from tcsae.shared.manifest import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Manifest, Recipe
-from tcsae.shared.objects import LocalObjects, objects_at
-from tcsae.shared.ranks import Ranks, ranks
-from tcsae.shared.store import ROOT, Store, is_leftover, open_store, read_attributes, read_manifest
-from tcsae.shared.writer import StoreWriter, open_writer
+from tcsae.harvest.work_stealing import join, seal_once
+from tcsae.shared.base.console import say
+from tcsae.shared.base.distributed import Ranks, ranks
+from tcsae.shared.base.errors import ConfigError, DataError, ModelError, StoreError
+from tcsae.shared.base.settings import differences
+from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.store.extend import can_extend, extend
+from tcsae.shared.store.format import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Manifest, Recipe
+from tcsae.shared.store.journal import FOLDER, Journal, LockedError
+from tcsae.shared.store.places import objects_at
+from tcsae.shared.store.places.local import LocalObjects
+from tcsae.shared.store.reader import ROOT, Store, is_leftover, open_store, read_attributes, read_manifest
+from tcsae.shared.store.writer import StoreWriter, open_writer
 
 __all__ = ["HarvestConfig", "ModelChoice", "harvest", "plan_harvest", "remove_store"]
 

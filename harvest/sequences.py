@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from tcsae.data.model import is_eval
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.manifest import SPLITS, Recipe, SequenceRecipe
-from tcsae.shared.writer import Rows
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.store.format import SPLITS, Recipe, SequenceRecipe
+from tcsae.shared.store.writer import Rows
 
 MIN_EVAL_TOKENS = 100_000
 """Wanted in the eval split, if that is at most a tenth of all tokens: enough for confidence intervals."""

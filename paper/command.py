@@ -5,7 +5,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.cli import Count, StageCommand
+from tcsae.shared.base.cli import Count, StageCommand
 
 
 @click.command(cls=StageCommand)

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcsae.evaluate.paper import PRINTED
+from tcsae.evaluate.report.printed import PRINTED
 from tcsae.paper.arms import CONTRASTIVE, FEWER, FRONTIER, NAMES, PLAIN, RELATIVE, RUNGS, SMOOTHED, WINDOWS, Arm
 from tcsae.paper.results import Results
-from tcsae.shared.files import whole_file
+from tcsae.shared.base.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tcsae",

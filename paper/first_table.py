@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tcsae.evaluate.paper import ABOUT, PRINTED, closed_form
+from tcsae.evaluate.report.printed import ABOUT, PRINTED, closed_form
 from tcsae.paper.arms import LOGGED, MOMENTS, PAPER_RUNS, RESCALED, TEXT, WRITTEN, Arm
 from tcsae.paper.results import Results
 from tcsae.paper.stores import D_MODEL, NORM, SPREAD

@@ -16,8 +16,8 @@ from tcsae.paper.results import Results, value_of
 from tcsae.paper.sections import SECTIONS, TABLE, TABLE_ARMS, Section, arms_of
 from tcsae.paper.stores import squared_norm
 from tcsae.paper.tables import LEGEND, markdown, table
-from tcsae.shared.files import write_atomic, write_json
-from tcsae.shared.store import Store
+from tcsae.shared.base.files import write_atomic, write_json
+from tcsae.shared.store.reader import Store
 
 PAGE, DATA = "README.md", "results.json"
 STAGES = ("harvest", "train", "eval")

@@ -10,22 +10,19 @@ from typing import Any
 
 from tcsae.evaluate.candidates import Request as Evaluation
 from tcsae.evaluate.candidates import smoothed_file
-from tcsae.evaluate.run import evaluate_runs
-from tcsae.evaluate.several import evaluate_in_several
+from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
 from tcsae.paper.page import Made, title_of, write_page
 from tcsae.paper.results import Results
 from tcsae.paper.sections import KEYS, arms_of
 from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Asked, Place, natural_segments, open_or_make, squared_norm
-from tcsae.shared.console import say
-from tcsae.shared.errors import ConfigError, unknown
-from tcsae.shared.ranks import ranks, wait_for_all
-from tcsae.shared.runs import EVALUATION, is_finished, load_evaluation
-from tcsae.shared.sae import load_record
-from tcsae.shared.store import Store, open_store
+from tcsae.shared.base.console import say
+from tcsae.shared.base.distributed import ranks, wait_for_all
+from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.sae.folder import EVALUATION, is_finished, load_evaluation, load_record
+from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.plan import Request, Run, plan_runs
-from tcsae.train.run import train_runs
-from tcsae.train.several import train_together
+from tcsae.train.run import train_runs, train_together
 
 TIMES = "times.jsonl"
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tcsae.harvest.config import HarvestConfig, ModelChoice
-from tcsae.harvest.corpus import CorpusChoice
+from tcsae.harvest.documents import CorpusChoice
+from tcsae.harvest.resolve import HarvestConfig, ModelChoice
 from tcsae.harvest.run import harvest
 from tcsae.paper.arms import MOMENTS, TEXT
-from tcsae.shared.creation import create_store
-from tcsae.shared.manifest import ControlRecipe
-from tcsae.shared.store import Store, open_store
+from tcsae.shared.store.create import create_store
+from tcsae.shared.store.format import ControlRecipe
+from tcsae.shared.store.reader import Store, open_store
 
 D_MODEL, NORM, SPREAD = 512, 15.8, 1.89
 """Of Pythia-70m's layer 4 as the paper read it: width, mean norm, and E[|x|^2 / |x - mu|^2]."""

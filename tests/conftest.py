@@ -95,9 +95,9 @@ def tiny_corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_lm, tiny_corpus):
     """A harvest of some 3,000 tokens: sequences of 32 positions, one document in 4 is eval, three hooks."""
-    from tcsae.harvest.corpus import CorpusChoice
+    from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.run import HarvestConfig, ModelChoice
-    from tcsae.shared.manifest import SequenceRecipe
+    from tcsae.shared.store.format import SequenceRecipe
 
     return HarvestConfig(
         model=ModelChoice(name=str(tiny_lm), batch_size=4),
@@ -112,11 +112,11 @@ def tiny_config(tiny_lm, tiny_corpus):
 def tiny_store(tiny_config, tmp_path_factory) -> str:
     """Location of a sealed store of `tiny_config`, with 8 sequences a chunk."""
     from tcsae.harvest.run import harvest
-    from tcsae.shared.manifest import Layout
+    from tcsae.shared.store.format import Layout
 
     location = str(tmp_path_factory.mktemp("stores") / "tiny.zarr")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
+        patch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
         harvest(location, tiny_config)
     return location
 

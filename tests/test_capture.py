@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.language_model import find_model
-from tcsae.shared.errors import ConfigError, ModelError
-from tcsae.shared.manifest import HookRecipe
+from tcsae.shared.base.errors import ConfigError, ModelError
+from tcsae.shared.store.format import HookRecipe
 
 LENGTHS = np.array([20, 3, 11, 1, 20, 7], np.int32)
 LAYERS = {"neox": "gpt_neox.layers", "gpt2": "transformer.h"}

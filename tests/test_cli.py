@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.shared.cli import STAGES, cli
+from tcsae.shared.commands.group import STAGES, cli
 
 
 @pytest.fixture

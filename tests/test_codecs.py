@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tcsae
-from tcsae.shared.codecs import CODECS, check_codec, encode, eval_codec, fit
-from tcsae.shared.decoding import Decoder
-from tcsae.shared.errors import ConfigError, DataError
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.base.errors import ConfigError, DataError
+from tcsae.shared.store.codecs import CODECS, Decoder, check_codec, encode, eval_codec, fit
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 

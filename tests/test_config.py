@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcsae.shared.config import differences, from_dict, parse_count, to_dict, to_settings, with_settings
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.sae import SaeConfig
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import differences, from_dict, parse_count, to_dict, to_settings, with_settings
+from tcsae.shared.sae.module import SaeConfig
 from tcsae.train.config import (
     DataConfig,
     DeadConfig,

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tcsae.harvest.config import HarvestConfig
+from tcsae.harvest.resolve import HarvestConfig
 from tcsae.harvest.run import harvest
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.manifest import SPLITS, ControlRecipe
-from tcsae.shared.store import open_store
-from tcsae.shared.tail import Tail
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.format import SPLITS, ControlRecipe
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -157,9 +157,9 @@ def check_activations(store, model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_or_extended_the_bytes_are_the_same(call, trained_lm, tiny_corpus, locations, tmp_path, kind):
-    from tcsae.harvest.corpus import CorpusChoice
+    from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.run import ModelChoice
-    from tcsae.shared.manifest import SequenceRecipe
+    from tcsae.shared.store.format import SequenceRecipe
 
     config = HarvestConfig(
         model=ModelChoice(name=str(trained_lm), batch_size=4),

@@ -9,13 +9,14 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from tcsae.shared import copying, objects
-from tcsae.shared.cli import cli
-from tcsae.shared.copying import copy_store
-from tcsae.shared.errors import StoreError
-from tcsae.shared.manifest import Layout
-from tcsae.shared.store import open_store
-from tcsae.shared.verification import find_faults
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store import copy as copying
+from tcsae.shared.store.copy import copy_store
+from tcsae.shared.store.format import Layout
+from tcsae.shared.store.places import local, objects_at
+from tcsae.shared.store.reader import open_store
+from tcsae.shared.store.verify import find_faults
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -25,7 +26,7 @@ def nothing(n: int) -> None:
 
 
 def contents(location: str) -> dict[str, bytes]:
-    found = objects.objects_at(location)
+    found = objects_at(location)
     return {key: found.get(key) for key in found.listed()}
 
 
@@ -35,7 +36,7 @@ class DiedError(BaseException):
 
 def dies(monkeypatch, number: int) -> None:
     """This process: its n-th write of an object does not happen."""
-    real, left = objects.write_atomic, [number]
+    real, left = local.write_atomic, [number]
 
     def mortal(path, data):
         left[0] -= 1
@@ -43,7 +44,7 @@ def dies(monkeypatch, number: int) -> None:
             raise DiedError
         real(path, data)
 
-    monkeypatch.setattr(objects, "write_atomic", mortal)
+    monkeypatch.setattr(local, "write_atomic", mortal)
 
 
 def test_a_copy_is_the_same_store(tiny_store, tmp_path):
@@ -118,7 +119,7 @@ def test_a_zip_is_read_as_it_is_by_us_and_by_zarr(tiny_store, tmp_path):
 @pytest.mark.parametrize("codec, allowed", [("float32", 0), ("bfloat16", 5e-3), ("int8", 5e-2), ("compact", 0.5)])
 def test_another_codec(tiny_store, tmp_path, monkeypatch, codec, allowed):
     target, whole = str(tmp_path / "b.zarr"), str(tmp_path / "whole.zarr")
-    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
+    monkeypatch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
     with monkeypatch.context() as patch:
         dies(patch, 40)
         with pytest.raises(DiedError):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tcsae.harvest.corpus import CorpusChoice, find_corpus
-from tcsae.shared.errors import ConfigError, DataError
+from tcsae.harvest.documents import CorpusChoice, find_corpus
+from tcsae.shared.base.errors import ConfigError, DataError
 
 TEXTS = [f"document number {i}, with a word or two" for i in range(25)]
 
@@ -159,7 +159,7 @@ def test_a_dataset_of_the_hub_is_streamed_at_the_commit_that_is_recorded(monkeyp
         loaded.append((reader, options))
         return datasets.Dataset.from_list([{choice.field: text} for text in TEXTS]).to_iterable_dataset()
 
-    monkeypatch.setattr("tcsae.harvest.corpus.hub_commit", commit)
+    monkeypatch.setattr("tcsae.harvest.documents.hub_commit", commit)
     monkeypatch.setattr("datasets.load_dataset", load)
     assert texts(choice, 3) == TEXTS[3:]
     assert looked_up == [("dataset", *asked)]

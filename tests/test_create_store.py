@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tcsae
-from tcsae.shared.errors import ConfigError, DataError, StoreError
+from tcsae.shared.base.errors import ConfigError, DataError, StoreError
 
 LENGTH, WIDTHS = 4, {"layer1": 3, "layer2": 6}
 
@@ -27,7 +27,7 @@ def test_what_is_appended_comes_back_in_order(tmp_path_factory, codec, parts, se
     path = tmp_path_factory.mktemp("stores") / "a.zarr"
     expected: dict[str, list] = {"train": [], "eval": []}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.shared.layout.CHUNK_BYTES", 2 * LENGTH * 6 * 4)  # two sequences a chunk
+        patch.setattr("tcsae.shared.store.format.CHUNK_BYTES", 2 * LENGTH * 6 * 4)  # two sequences a chunk
         with tcsae.create_store(path, hooks=WIDTHS, sequence_length=LENGTH, codec=codec) as creation:
             for is_train, n in [(True, 1), *parts]:
                 x, lengths = given_activations(rng, n), rng.integers(1, LENGTH + 1, n)
@@ -119,7 +119,7 @@ def test_no_store_is_left_or_overwritten(tmp_path):
 def test_train_and_eval_take_it(tmp_path, codec):
     from click.testing import CliRunner
 
-    from tcsae.shared.cli import cli
+    from tcsae.shared.commands.group import cli
 
     rng = np.random.default_rng(0)
     features = rng.normal(size=(24, 8))

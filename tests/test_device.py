@@ -13,20 +13,20 @@ from click.testing import CliRunner
 
 import tcsae
 import tcsae.train.run as run_module
-from tcsae.shared.cli import cli
-from tcsae.shared.config import with_settings
-from tcsae.shared.device import available_devices, choose_device, sum_dtype
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.sae import load_sae
-from tcsae.shared.store import Store
+from tcsae.shared.base.device import available_devices, choose_device, sum_dtype
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.folder import load_sae
+from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
+from tcsae.train.log import metrics_line
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
-from tcsae.train.tracking import metrics_line
 from tcsae.train.trainer import Trainer
 
 spec = importlib.util.spec_from_file_location("pretend", Path(__file__).with_name("pretend.py"))

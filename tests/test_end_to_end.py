@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from tcsae.harvest.run import harvest
-from tcsae.shared.cli import cli
-from tcsae.shared.store import open_store
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -21,7 +21,7 @@ spec.loader.exec_module(toy)
 @pytest.mark.slow
 def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
     toy.small_steps(monkeypatch, 4, 2)
-    for module in ("writer", "extension"):
+    for module in ("store.writer", "store.extend"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", 512)
     full = dataclasses.replace(tiny_config, codec="compact", n_tokens=6000)
     some = dataclasses.replace(full, n_tokens=3000)

@@ -12,16 +12,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate.batches import batches
-from tcsae.evaluate.bootstrap import N_RESAMPLINGS, resamplings
 from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.compare import differences
+from tcsae.evaluate.intervals import N_RESAMPLINGS, resamplings
+from tcsae.evaluate.measures.cross_entropy import sequence_losses
+from tcsae.evaluate.measures.saebench import FILE, max_cosines
 from tcsae.evaluate.run import REPLICATES, evaluate_runs
-from tcsae.evaluate.saebench import FILE, max_cosines
-from tcsae.evaluate.tail_metrics import sequence_losses
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import RunError
-from tcsae.shared.store import Split, Store
-from tcsae.shared.tail import Tail
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.reader import Split, Store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -105,8 +105,8 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
 
 def test_probes_are_compared_on_the_same_documents(store, tmp_path, monkeypatch):
     """The toy's sequences are too short for the usual gap."""
-    monkeypatch.setattr("tcsae.evaluate.probes.GAP", 2)
-    monkeypatch.setattr("tcsae.evaluate.probes.MIN_TOKENS", 6)
+    monkeypatch.setattr("tcsae.evaluate.measures.probes.GAP", 2)
+    monkeypatch.setattr("tcsae.evaluate.measures.probes.MIN_TOKENS", 6)
     for name, seed in (("a", 0), ("b", 0), ("other", 4)):
         make_run(tmp_path, name, make_sae(seed=seed), store)
     one, same, other = evaluate_runs(store, tmp_path)[0]
@@ -163,7 +163,7 @@ def test_splicing_replaces_what_it_says(store, tmp_path, splice):
 @pytest.mark.parametrize("block", [1, 1 << 18])
 def test_losses_are_those_of_the_logits(store, monkeypatch, factor, block):
     """A few rows at a time, and with logits so large that an exponential of them is no number."""
-    monkeypatch.setattr("tcsae.evaluate.tail_metrics.BLOCK_LOGITS", block)
+    monkeypatch.setattr("tcsae.evaluate.measures.cross_entropy.BLOCK_LOGITS", block)
     tail = Tail.load(store.tail_path(toy.HOOK))
     tail._unembedding.weight.mul_(factor)
     (batch, *_) = batches(store.eval, toy.HOOK, 1)
@@ -244,5 +244,5 @@ def test_the_largest_cosine_with_another(monkeypatch):
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)
     for block in (5, 37, 1000):
-        monkeypatch.setattr("tcsae.evaluate.saebench.BLOCK", block)
+        monkeypatch.setattr("tcsae.evaluate.measures.saebench.BLOCK", block)
         np.testing.assert_allclose(max_cosines(rows).numpy(), cosines.max(1), rtol=1e-5)

@@ -13,13 +13,14 @@ import torch
 from click.testing import CliRunner
 from transformers import GPTNeoXForCausalLM
 
-from tcsae.evaluate import batches, metrics, systems
+from tcsae.evaluate import batches, systems
 from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import RunError, StoreError
-from tcsae.shared.sae import SparseAutoencoder
-from tcsae.shared.store import Split, Store, open_store
+from tcsae.shared.base.errors import RunError, StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.store.reader import Split, Store, open_store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -374,7 +375,7 @@ def test_no_language_model_is_needed(store, tmp_path):
         "import sys\n"
         "blocked = ('transformer_lens', 'datasets', 'tcsae.data', 'tcsae.harvest', 'tcsae.train')\n"
         "sys.modules.update(dict.fromkeys(blocked))\n"
-        "from tcsae.shared.cli import cli\n"
+        "from tcsae.shared.commands.group import cli\n"
         f"cli(['--store', {store.location!r}, '--runs', {str(tmp_path)!r}, 'eval'])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner
 
-from tcsae.shared.cli import cli
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder, load_sae, save_sae
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.folder import load_sae, save_sae
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 
 D_MODEL, D_SAE, K = 12, 40, 5
 RECORD = {

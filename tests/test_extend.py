@@ -11,10 +11,10 @@ import pytest
 
 from tcsae.harvest.run import harvest, plan_harvest
 from tcsae.harvest.sequences import budgets
-from tcsae.shared.errors import StoreError
-from tcsae.shared.extension import n_kept
-from tcsae.shared.manifest import Manifest
-from tcsae.shared.store import open_store
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.store.extend import n_kept
+from tcsae.shared.store.format import Manifest
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -158,7 +158,7 @@ def test_an_extension_that_was_killed_early_is_forgotten_by_the_old_recipe(short
 @pytest.mark.parametrize("fit_tokens", [256, 2048])
 def test_a_codec_with_parameters(short, tmp_path, monkeypatch, codec, fit_tokens):
     """Fitted to the first tokens: chunks are kept if all of these were there before, else nothing is."""
-    for module in ("writer", "extension"):
+    for module in ("store.writer", "store.extend"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", fit_tokens)
     at_once = made(tmp_path / "at-once.zarr", short, codec=codec)
     location = made(tmp_path / "store.zarr", short, codec=codec, n_tokens=1111)
@@ -210,7 +210,7 @@ def test_a_text_at_its_end_adds_nothing(short, tmp_path):
 def test_without_room_the_sealed_store_stays_sealed(short, tmp_path, monkeypatch):
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     before = toy.files(location)
-    monkeypatch.setattr("tcsae.harvest.plan.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("tcsae.harvest.cost.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StoreError, match="more and its disk has 1KB. Make room, ask for fewer --tokens.*--force"):
         made(location, short)
     assert toy.files(location) == before
@@ -221,7 +221,7 @@ def test_without_room_the_sealed_store_stays_sealed(short, tmp_path, monkeypatch
 
 def test_a_store_from_before_this_was_recorded_reads_its_text_anew(short, whole, tmp_path):
     """Its counts do not say where the first split was full: sequences are made from the first document on."""
-    from tcsae.shared.manifest import manifest_from_json
+    from tcsae.shared.store.format import manifest_from_json
 
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     root = json.loads((location / "zarr.json").read_text())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
-from tcsae.harvest.corpus import CorpusChoice
+from tcsae.harvest.documents import CorpusChoice
 from tcsae.harvest.run import harvest
-from tcsae.shared.errors import DataError
-from tcsae.shared.tail import Tail
+from tcsae.shared.base.errors import DataError
+from tcsae.shared.lm.tail import Tail
 
 RESIDUAL, MLP, ATTENTION, HEADS = (
     "blocks.1.hook_resid_post",

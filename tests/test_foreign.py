@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from tcsae.evaluate.foreign import is_foreign, load_foreign
-from tcsae.shared.errors import RunError
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.sae.folder import save_sae
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.saelens import is_foreign, load_foreign
 
 D_MODEL, D_SAE = 6, 11
 

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.codes import (
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.sparse import (
     ROWS,
     SparseCode,
     batchtopk_code,
@@ -18,8 +20,6 @@ from tcsae.shared.codes import (
     threshold_code,
     topk_code,
 )
-from tcsae.shared.config import with_settings
-from tcsae.shared.sae import SaeConfig
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import (
@@ -32,10 +32,10 @@ from tcsae.train.config import (
     TrainConfig,
 )
 from tcsae.train.dense import activate, activation_backward_
-from tcsae.train.losses import l1_sparse
+from tcsae.train.log import metrics_line
+from tcsae.train.losses.difference import l1_sparse
 from tcsae.train.reference import contrastive_loss, windows_loss
 from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, shuffled, sparse_term
-from tcsae.train.tracking import metrics_line
 from tcsae.train.trainer import StepResult, Trainer
 
 

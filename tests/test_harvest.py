@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tcsae.harvest import command
-from tcsae.harvest.config import DTYPES
-from tcsae.harvest.corpus import CorpusChoice
+from tcsae.harvest.documents import CorpusChoice
+from tcsae.harvest.resolve import DTYPES
 from tcsae.harvest.run import HarvestConfig, harvest, remove_store
-from tcsae.shared.cli import cli
-from tcsae.shared.codecs import CODECS
-from tcsae.shared.device import DEVICES, available_devices
-from tcsae.shared.errors import ConfigError, DataError, ModelError, StoreError
-from tcsae.shared.manifest import CONTROLS, SPLITS
-from tcsae.shared.store import open_store
-from tcsae.shared.tail import Tail
-from tcsae.shared.writer import open_writer
+from tcsae.shared.base.device import DEVICES, available_devices
+from tcsae.shared.base.errors import ConfigError, DataError, ModelError, StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.codecs import CODECS
+from tcsae.shared.store.format import CONTROLS, SPLITS
+from tcsae.shared.store.reader import open_store
+from tcsae.shared.store.writer import open_writer
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -142,7 +142,7 @@ def uninterrupted(short, tmp_path_factory):
 
 def test_a_sealed_store_is_used_as_it_is(short, uninterrupted, monkeypatch, capfd):
     monkeypatch.setattr("tcsae.harvest.run.Capture", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("tcsae.harvest.corpus.Corpus._load", lambda *_: pytest.fail("the corpus was read"))
+    monkeypatch.setattr("tcsae.harvest.documents.Corpus._load", lambda *_: pytest.fail("the corpus was read"))
     before = toy.files(uninterrupted)
     assert harvest(str(uninterrupted), short).manifest.state == "sealed"
     assert "holds this harvest already" in capfd.readouterr().err
@@ -325,7 +325,7 @@ def test_a_device_that_is_not_here_is_named(short, uninterrupted, tmp_path, monk
     with pytest.raises(StoreError, match="model.device: 'cpu', not 'cuda'"):
         harvest(str(uninterrupted), config)
     # auto is the device of the store that is there: a sealed one made elsewhere is used here.
-    monkeypatch.setattr("tcsae.shared.device.available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr("tcsae.shared.base.device.available_devices", lambda: ["cuda", "cpu"])
     assert harvest(str(uninterrupted), short).manifest.recipe.model.device == "cpu"
 
 

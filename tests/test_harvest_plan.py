@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from tcsae.harvest.plan import Probe
+from tcsae.harvest.cost import Probe
 from tcsae.harvest.run import harvest, plan_harvest
-from tcsae.shared.cli import cli
-from tcsae.shared.codecs import CODECS
-from tcsae.shared.errors import StoreError
-from tcsae.shared.store import open_store
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.codecs import CODECS
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -87,7 +87,7 @@ def test_break_even(model, write, read, passes):
 
 def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     location = tmp_path / "store.zarr"
-    monkeypatch.setattr("tcsae.harvest.plan.disk_usage", lambda _: SimpleNamespace(free=5000))
+    monkeypatch.setattr("tcsae.harvest.cost.disk_usage", lambda _: SimpleNamespace(free=5000))
     with pytest.raises(StoreError, match=r"needs [\d.]+KB more and its disk has 5KB.*--codec.*--force"):
         harvest(str(location), tiny_config)
     assert toy.records(location) == {"sequences", "plan"}

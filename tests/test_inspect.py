@@ -10,12 +10,13 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tcsae.shared.cli import cli
-from tcsae.shared.files import file_digest
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
-from tcsae.shared.token_text import legible
-from tcsae.shared.writer import Rows, StoreWriter, open_writer
+from tcsae.shared.base.files import file_digest
+from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.token_text import legible
+from tcsae.shared.sae.folder import save_sae
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.writer import Rows, StoreWriter, open_writer
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.attn.hook_z")
 LENGTH, WIDTH, N_SEQUENCES = 48, 8, 6

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from tcsae.harvest.run import harvest
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import Stopped, StoreError
-from tcsae.shared.files import PARTIAL
+from tcsae.shared.base.errors import Stopped, StoreError
+from tcsae.shared.base.files import PARTIAL
+from tcsae.shared.commands.group import cli
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -87,7 +87,7 @@ def test_killed_in_every_phase_the_bytes_are_the_same(short, uninterrupted, tmp_
     assert "tail" in died["/tokenizer/"][1] and "statistics" not in died["/tokenizer/"][1]
     assert "statistics" in died["/statistics/"][1] and "checksums" not in died["/statistics/"][1]
     with pytest.raises(StoreError, match="unfinished"):
-        from tcsae.shared.store import open_store
+        from tcsae.shared.store.reader import open_store
 
         open_store(location)
     harvest(str(location), short)
@@ -219,9 +219,10 @@ def test_a_really_full_disk(short, uninterrupted, tmp_path):
 def command(location, config) -> list[str]:
     """The command line of `config`, in a program that makes small shards."""
     small = (
-        "import tcsae.shared.writer as w; from tcsae.shared.manifest import Layout; "
+        "import tcsae.shared.store.writer as w; from tcsae.shared.store.format import Layout; "
         f"w.layout_for = lambda _: Layout(sequences_per_chunk=1, chunks_per_shard={PER_SHARD}); "
-        "import tcsae.harvest.phases as p; p.COMMIT_DOCUMENTS = 16; from tcsae.shared.cli import main; main()"
+        "import tcsae.harvest.phases as p; p.COMMIT_DOCUMENTS = 16; "
+        "from tcsae.shared.commands.group import main; main()"
     )
     options = ["--model", config.model.name, "--batch-size", "4", "--dataset", config.corpus.name, "--tokens", "3000"]
     options += ["--sequence-length", "32", "--eval-every", "4", "--hook", toy.RESIDUAL]

@@ -6,11 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.evaluate.activity import firing_counts, join_codes, token_activity
-from tcsae.evaluate.baselines import ConstantOutput
-from tcsae.evaluate.metrics import DEFINITIONS, Output, Sums, sum_rows, token_columns, widen
-from tcsae.evaluate.metrics import figures as figure_rows
-from tcsae.shared.codes import positive_code, topk_code
+from tcsae.evaluate.measures.baselines import ConstantOutput
+from tcsae.evaluate.measures.core import (
+    DEFINITIONS,
+    Output,
+    Sums,
+    firing_counts,
+    join_codes,
+    sum_rows,
+    token_activity,
+    token_columns,
+    widen,
+)
+from tcsae.evaluate.measures.core import figures as figure_rows
+from tcsae.shared.sae.sparse import positive_code, topk_code
 
 D_MODEL, D_SAE = 6, 9
 MU = torch.linspace(-1, 1, D_MODEL, dtype=torch.float64)

@@ -22,14 +22,13 @@ from click.testing import CliRunner
 
 import tcsae
 from tcsae.harvest.run import harvest
-from tcsae.shared import leases, remote
-from tcsae.shared.cli import cli
-from tcsae.shared.copying import copy_store
-from tcsae.shared.errors import StoreError
-from tcsae.shared.manifest import Layout
-from tcsae.shared.objects import objects_at
-from tcsae.shared.store import open_store
-from tcsae.shared.verification import find_faults
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.copy import copy_store
+from tcsae.shared.store.format import Layout
+from tcsae.shared.store.places import leases, objects_at, remote
+from tcsae.shared.store.reader import open_store
+from tcsae.shared.store.verify import find_faults
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 
@@ -73,7 +72,7 @@ def place(faults) -> str:  # noqa: ARG001
 
 def small_chunks(patch: pytest.MonkeyPatch) -> None:
     """The chunks of `tiny_store`."""
-    patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
+    patch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: Layout(sequences_per_chunk=8))  # noqa: ARG005
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def test_the_loader_reads_more_at_once_the_longer_it_waits(remote_store, faults,
 
 def test_the_chunks_of_a_shard_are_written_at_once(place, tiny_config, faults, monkeypatch):
     layout = Layout(sequences_per_chunk=4, chunks_per_shard=8)
-    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
+    monkeypatch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
     faults.latency_s = 0.02
     puts: list[int] = []
     faults.kind = lambda n, method, path: puts.append(faults.under_way) if method == "PUT" and "/c/" in path else None  # noqa: ARG005
@@ -185,7 +184,7 @@ def test_the_chunks_of_a_shard_are_written_at_once(place, tiny_config, faults, m
 def test_ranks_that_die_at_an_object_store(place, tiny_config, tmp_path, monkeypatch, deaths):
     """Two processes, which die at a PUT and leave their leases; the rest is done by who is alive, or by a new start."""
     layout = Layout(sequences_per_chunk=2, chunks_per_shard=2)
-    monkeypatch.setattr("tcsae.shared.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
+    monkeypatch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
     harvest(str(tmp_path / "a.zarr"), tiny_config)
 
     def start(*die_at: int) -> list[int]:

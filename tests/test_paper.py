@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from tcsae.paper.sections import KEYS, SECTIONS, TABLE
-from tcsae.shared.cli import cli
+from tcsae.shared.commands.group import cli
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ import torch
 
 from tcsae.data.model import embedded_model_path
 from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.measures.saebench import AS_SAEBENCH, FILE
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.evaluate.saebench import AS_SAEBENCH, FILE
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.tail import Tail, make_tail, save_tail
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.lm.tail import Tail, make_tail, save_tail
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 
 BENCH = Path(__file__).parent / "bench" / "peers_eval.py"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "peers_eval.json").read_text())
@@ -169,7 +169,7 @@ def test_the_tail_equals_the_running_language_model(stores):
     """CE with an SAE spliced into the LM by a TransformerLens hook, against the tail on the stored activations."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from tcsae.evaluate.foreign import load_foreign
+    from tcsae.shared.sae.saelens import load_foreign
 
     store = stores["bos"]
     folder = Path(store.location).parent / "topk"

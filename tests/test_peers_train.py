@@ -14,19 +14,18 @@ import torch
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.shared.cli import cli
-from tcsae.shared.config import with_settings
-from tcsae.shared.errors import ConfigError, RunError
-from tcsae.shared.ranks import Ranks, start_group
+from tcsae.shared.base.distributed import Ranks, start_group
+from tcsae.shared.base.errors import ConfigError, RunError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.commands.group import cli
 from tcsae.train import auxk
 from tcsae.train.buffers import Workspace
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.peers import Peers, check_parallel
+from tcsae.train.log import metrics_line
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
-from tcsae.train.run import train_runs
-from tcsae.train.several import train_together
-from tcsae.train.tracking import metrics_line
+from tcsae.train.processes import Peers, check_parallel
+from tcsae.train.run import train_runs, train_together
 from tcsae.train.trainer import Trainer
 
 spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))

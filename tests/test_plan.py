@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.shared.cli import cli
-from tcsae.shared.config import to_settings, with_settings
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.store import open_store
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import to_settings, with_settings
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.reader import open_store
 from tcsae.train.plan import Request, plan_runs
 from tcsae.train.presets import DEFAULT, PRESETS, preset
 from tcsae.train.run import train_runs

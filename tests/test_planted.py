@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.shared.config import with_settings
+from tcsae.shared.base.settings import with_settings
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.presets import preset

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.evaluate import probes
 from tcsae.evaluate.batches import batches
-from tcsae.evaluate.probes import Plan, plan_probes, probe, smoothed
-from tcsae.shared.store import Split, Store
+from tcsae.evaluate.measures import probes
+from tcsae.evaluate.measures.probes import Plan, plan_probes, probe, smoothed
+from tcsae.shared.store.reader import Split, Store
 
 LENGTH, N_DOCUMENTS = 100, 24
 

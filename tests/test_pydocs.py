@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.data import model, pydocs
-from tcsae.shared.errors import DataError, ModelError
+from tcsae.shared.base.errors import DataError, ModelError
 
 WORDS = [f"{a}{b}" for a in "kmnprstvz" for b in ("ab", "eg", "il", "on", "ur", "ash", "elt", "ond")]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tcsae.evaluate.page_files import script
-from tcsae.evaluate.paper import PRINTED, closed_form
-from tcsae.evaluate.plots import Point, Series, curves_by_number, frontier, histogram, lines
-from tcsae.shared.cli import cli
-from tcsae.shared.runs import load_evaluation
-from tcsae.shared.store import open_store
+from tcsae.evaluate.report.page_files import script
+from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier, histogram, lines
+from tcsae.evaluate.report.printed import PRINTED, closed_form
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.folder import load_evaluation
+from tcsae.shared.store.reader import open_store
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_report_that_fails_leaves_the_old_one(written, evaluated, toy_report, 
     copy = tmp_path / "copy"
     shutil.copytree(written, copy)
     before = sorted(str(path) for path in copy.rglob("*"))
-    monkeypatch.setattr("tcsae.evaluate.report.overview", lambda *_: 1 / 0)
+    monkeypatch.setattr("tcsae.evaluate.report.report.overview", lambda *_: 1 / 0)
     done = toy_report.call(evaluated, "report", "--out", str(copy), "--force")
     assert isinstance(done.exception, ZeroDivisionError)
     assert sorted(str(path) for path in copy.rglob("*")) == before

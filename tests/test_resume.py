@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 
 import tcsae.train.run as run_module
-from tcsae.shared.config import with_settings
-from tcsae.shared.errors import RunError
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.checkpoint import checkpoints, read_about
 from tcsae.train.plan import Run
 from tcsae.train.presets import preset

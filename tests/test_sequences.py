@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcsae.harvest.sequences import Sequencer, budgets, check_sequences, cut, split_of
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.manifest import SPLITS, SequenceRecipe
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.store.format import SPLITS, SequenceRecipe
 
 BOS, PAD = 901, 900
 

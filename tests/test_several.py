@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tcsae.harvest import several
+from tcsae.harvest import work_stealing as several
 from tcsae.harvest.run import harvest
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import ConfigError, StoreError
-from tcsae.shared.files import remove_folder, write_atomic
-from tcsae.shared.layout import Shard
-from tcsae.shared.objects import LocalObjects
-from tcsae.shared.ranks import Ranks, ranks
-from tcsae.shared.writer import StoreWriter
+from tcsae.shared.base.distributed import Ranks, ranks
+from tcsae.shared.base.errors import ConfigError, StoreError
+from tcsae.shared.base.files import remove_folder, write_atomic
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.format import Shard
+from tcsae.shared.store.places.local import LocalObjects
+from tcsae.shared.store.writer import StoreWriter
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).parent / "toy_harvest.py")
 toy = importlib.util.module_from_spec(spec)

@@ -14,12 +14,13 @@ import torch
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.evaluate import batches, candidates, run, together
-from tcsae.evaluate.several import evaluate_in_several
-from tcsae.shared.cli import cli
-from tcsae.shared.errors import StoreError
-from tcsae.shared.ranks import Ranks
-from tcsae.shared.store import open_store
+from tcsae.evaluate import batches, candidates, run
+from tcsae.evaluate import parallel as together
+from tcsae.evaluate.run import evaluate_in_several
+from tcsae.shared.base.distributed import Ranks
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).parent / "toy_eval.py")
 toy = importlib.util.module_from_spec(spec)

@@ -13,9 +13,8 @@ from transformers import GPTNeoXConfig
 
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.run import HarvestConfig, harvest
-from tcsae.shared import layout
-from tcsae.shared.layout import chunks_of, layout_for, shards_of
-from tcsae.shared.manifest import (
+from tcsae.shared.store import format as layout
+from tcsae.shared.store.format import (
     CorpusRecipe,
     HookRecipe,
     Layout,
@@ -23,9 +22,12 @@ from tcsae.shared.manifest import (
     ModelRecipe,
     Recipe,
     SequenceRecipe,
+    chunks_of,
+    layout_for,
     manifest_from_json,
+    shards_of,
 )
-from tcsae.shared.store import open_store
+from tcsae.shared.store.reader import open_store
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -96,7 +98,7 @@ def test_shards_and_chunks_cut_the_sequences_once(n_train, n_eval, per_chunk, ch
 
 @pytest.fixture(scope="module")
 def wide(make_lm, tiny_corpus, tmp_path_factory) -> HarvestConfig:
-    from tcsae.harvest.corpus import CorpusChoice
+    from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.run import ModelChoice
 
     config = GPTNeoXConfig(
@@ -150,7 +152,7 @@ def test_a_wide_model_runs_in_whole_batches(wide, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("narrow_chunks")
 @pytest.mark.parametrize("codec", ["float16", "compact"])
 def test_killed_between_the_chunks_of_a_shard_and_extended(wide, tmp_path, monkeypatch, codec):
-    for module in ("writer", "extension"):
+    for module in ("store.writer", "store.extend"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", 512)
     config = dataclasses.replace(wide, codec=codec)
     at_once = tmp_path / "at-once.zarr"

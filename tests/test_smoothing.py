@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.compare import differences
-from tcsae.evaluate.report_runs import choose_runs
+from tcsae.evaluate.measures.smoothing import parse_smoothing, split_name
+from tcsae.evaluate.report.report_runs import choose_runs
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.evaluate.smoothing import parse_smoothing, split_name
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, output_of
-from tcsae.shared.cli import cli
-from tcsae.shared.codes import SparseCode
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.store import Store
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.store.reader import Store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
 toy = importlib.util.module_from_spec(spec)

@@ -13,8 +13,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.errors import DataError, StoreError
-from tcsae.shared.manifest import (
+from tcsae.shared.base.errors import DataError, StoreError
+from tcsae.shared.store.format import (
+    N_NORM_BINS,
     SPLITS,
     CorpusRecipe,
     HookRecipe,
@@ -24,10 +25,10 @@ from tcsae.shared.manifest import (
     SequenceRecipe,
     content_digest,
     is_intact,
+    partial_sums,
 )
-from tcsae.shared.statistics import N_NORM_BINS, partial_sums
-from tcsae.shared.store import open_store
-from tcsae.shared.writer import Rows, StoreWriter, open_writer
+from tcsae.shared.store.reader import open_store
+from tcsae.shared.store.writer import Rows, StoreWriter, open_writer
 
 HOOK, LENGTH, WIDTH = "blocks.4.hook_resid_post", 6, 5
 GOLDEN = Path(__file__).parent / "golden" / "store-v1.zarr"
@@ -162,7 +163,7 @@ class KilledError(BaseException):
 
 def test_killed_before_any_write_and_started_again_it_is_the_same_store(tmp_path, monkeypatch):
     """Stop before the i-th durable write of each life, for all i, and go on: every byte as if never stopped."""
-    import tcsae.shared.files as files
+    import tcsae.shared.base.files as files
 
     n = {"train": 5, "eval": 2}
     whole = contents(sealed(tmp_path / "whole.zarr", n))
@@ -174,7 +175,7 @@ def test_killed_before_any_write_and_started_again_it_is_the_same_store(tmp_path
         left[0] -= 1
         real(path, data)
 
-    for module in ("files", "objects"):
+    for module in ("base.files", "store.places.local"):
         monkeypatch.setattr(f"tcsae.shared.{module}.write_atomic", mortal)
 
     def live(path: Path) -> bool:
@@ -220,7 +221,9 @@ def test_leftovers_are_swept(tmp_path):
 def test_a_second_writer_is_refused(tmp_path):
     location = str(tmp_path / "a.zarr")
     writer = open_writer(location, recipe())
-    program = f"import tcsae.shared.journal as j, tcsae.shared.objects as o; j.Journal(o.objects_at({location!r}))"
+    program = (
+        f"import tcsae.shared.store.journal as j, tcsae.shared.store.places as o; j.Journal(o.objects_at({location!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert f"LockedError: Another process harvests into {location}" in done.stderr
     writer.close()

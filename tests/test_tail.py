@@ -29,8 +29,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tcsae.data.model import embedded_model_path
-from tcsae.shared import tail as tail_module
-from tcsae.shared.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
+from tcsae.shared.lm import tail as tail_module
+from tcsae.shared.lm.tail import Tail, TailError, make_tail, save_tail, tail_start, verify_tail
 
 VOCABULARY, WIDTH, LAYERS, POSITIONS = 97, 32, 4, 24
 LENGTHS = torch.tensor([POSITIONS, 17, 2, 1, 0])
@@ -321,7 +321,7 @@ def test_evaluation_needs_no_language_model(tmp_path: Path) -> None:
     save_tail(make_tail(lm.model, 3), tmp_path / "tail")
     program = """if True:
         import json, sys, torch
-        from tcsae.shared.tail import Tail
+        from tcsae.shared.lm.tail import Tail
         light = "transformers" not in sys.modules
         from pathlib import Path
         tail = Tail.load(Path(sys.argv[1]))

@@ -8,14 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.evaluate import batches, code_ops
-from tcsae.evaluate.layout import N_GROUPS, N_LABELS, Layout
-from tcsae.evaluate.temporal import N_LAGS, Collector, no_sums
-from tcsae.evaluate.temporal_figures import FAR, MIN_FIRINGS, latent_measures, pool, scaled, slowness, token_measures
-from tcsae.evaluate.temporal_run import XMoments, latent_groups, matched
-from tcsae.shared.codes import SparseCode, positive_code
-from tcsae.shared.sae import SaeConfig
-from tcsae.shared.store import Split, Store
+from tcsae.evaluate import batches
+from tcsae.evaluate.measures import code_ops
+from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
+from tcsae.evaluate.measures.temporal import N_LAGS, Collector, no_sums
+from tcsae.evaluate.measures.temporal_figures import (
+    FAR,
+    MIN_FIRINGS,
+    latent_measures,
+    pool,
+    scaled,
+    slowness,
+    token_measures,
+)
+from tcsae.evaluate.measures.temporal_run import XMoments, latent_groups, matched
+from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.sparse import SparseCode, positive_code
+from tcsae.shared.store.reader import Split, Store
 
 LENGTH, WIDTH = 40, 7
 

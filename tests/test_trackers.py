@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.runs import read_metrics
-from tcsae.train.tracking import RunLog, open_tracker
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.sae.folder import read_metrics
+from tcsae.train.log import RunLog, open_tracker
 
 BLOCK = 32 << 10
 LINES = [{"step": 25, "tokens": 100, "loss": 3.5, "l0": 4.0}, {"step": 50, "tokens": 200, "loss": 2.5, "l0": 3.0}]

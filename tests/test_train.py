@@ -8,12 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from tcsae.shared.config import with_settings
-from tcsae.shared.errors import RunError
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.sae import SaeConfig, load_sae
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.sae.folder import load_sae
+from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig

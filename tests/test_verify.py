@@ -13,19 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from tcsae.shared.cli import cli
-from tcsae.shared.manifest import (
-    SPLITS,
-    CorpusRecipe,
-    HookRecipe,
-    Layout,
-    ModelRecipe,
-    Recipe,
-    SequenceRecipe,
-)
-from tcsae.shared.store import open_store
-from tcsae.shared.verification import find_faults
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import open_store
+from tcsae.shared.store.verify import find_faults
+from tcsae.shared.store.writer import Rows, open_writer
 
 HOOK, LENGTH, WIDTH = "blocks.4.hook_resid_post", 5, 4
 CONFIG, WEIGHTS = f"tail/{HOOK}/config.json", f"tail/{HOOK}/model.safetensors"

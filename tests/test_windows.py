@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcsae.shared.windows import n_windows, pair_weights, pair_weights_masked, positions, segments
+from tcsae.shared.base.windows import n_windows, pair_weights, pair_weights_masked, positions, segments
 
 lengths_lists = st.lists(st.integers(0, 12), min_size=0, max_size=8)
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder, save_sae
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.tail import make_tail, save_tail
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.lm.tail import make_tail, save_tail
+from tcsae.shared.sae.folder import save_sae
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 
 LAYER, HOOK = 1, "blocks.1.hook_resid_post"
 LENGTH, WIDTH, VOCABULARY, LATENTS = 12, 16, 61, 40

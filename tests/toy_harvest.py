@@ -8,9 +8,9 @@ import pathlib
 
 from tcsae.harvest import phases
 from tcsae.harvest.run import harvest
-from tcsae.shared.files import PARTIAL
-from tcsae.shared.journal import FOLDER, LOCK
-from tcsae.shared.manifest import Layout
+from tcsae.shared.base.files import PARTIAL
+from tcsae.shared.store.format import Layout
+from tcsae.shared.store.journal import FOLDER, LOCK
 
 RESIDUAL, MLP, HEADS = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out", "blocks.1.attn.hook_z"
 
@@ -19,9 +19,9 @@ def small_steps(patch, n_sequences: int, n_chunks: int = 1) -> None:
     """So many sequences and chunks a shard, and 16 documents a commit."""
     batches = phases.Corpus.batches
     small = Layout(sequences_per_chunk=n_sequences // n_chunks, chunks_per_shard=n_chunks)
-    patch.setattr("tcsae.shared.writer.layout_for", lambda recipe: small)  # noqa: ARG005
+    patch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: small)  # noqa: ARG005
     patch.setattr(phases, "COMMIT_DOCUMENTS", 16)
-    patch.setattr("tcsae.harvest.corpus.Corpus.batches", lambda self, start=0, size=16: batches(self, start, size))
+    patch.setattr("tcsae.harvest.documents.Corpus.batches", lambda self, start=0, size=16: batches(self, start, size))
 
 
 def one_hook(config, **changes):

@@ -7,10 +7,11 @@ import os
 import pickle
 import sys
 
-from tcsae.harvest import several
+from tcsae.harvest import work_stealing as several
 from tcsae.harvest.run import harvest
-from tcsae.shared import remote, writer
-from tcsae.shared.manifest import Layout
+from tcsae.shared.store import writer
+from tcsae.shared.store.format import Layout
+from tcsae.shared.store.places import remote
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tcsae.shared.ranks import Ranks
+from tcsae.shared.base.distributed import Ranks
 
 
 def fork(world: int, do: Callable[[Ranks], object]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from tcsae.shared.cli import cli
+from tcsae.shared.commands.group import cli
 
 HOSTILE = "</script><script>hacked=1</script><img/> \u2028 \u202eab\x1b[31m \t é שלום"
 ODD_NAME = "<img src=x onerror=hack()> #1 100%"

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, batchtopk_code, threshold_code
-from tcsae.shared.ranks import Ranks
+from tcsae.shared.base.distributed import Ranks
+from tcsae.shared.sae.sparse import SparseCode, batchtopk_code, threshold_code
 
 
 class Adder:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tcsae.shared.sae import SparseAutoencoder
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.train.backward import Pass
 from tcsae.train.batch import Batch
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, decode, positive_code, threshold_code, topk_code
-from tcsae.shared.sae import SparseAutoencoder, layer_normed
+from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
+from tcsae.shared.sae.sparse import SparseCode, decode, positive_code, threshold_code, topk_code
 from tcsae.train.adder import Adder
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig

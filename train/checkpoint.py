@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tcsae.shared.errors import RunError
-from tcsae.shared.files import write_atomic
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.files import write_atomic
 from tcsae.train.trainer import Progress, Trainer
 
 PATTERN = "checkpoint-*.safetensors"

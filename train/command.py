@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tcsae.shared.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand
 
 
 @click.command(cls=StageCommand)
@@ -49,14 +49,14 @@ def train(
     In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
     same as trained alone; a single run is trained by all, each on its part of every batch.
     """
+
     from pathlib import Path
 
-    from tcsae.shared.device import choose_device
-    from tcsae.shared.ranks import device_of, ranks
-    from tcsae.shared.store import open_store
+    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.base.distributed import device_of, ranks
+    from tcsae.shared.store.reader import open_store
     from tcsae.train.plan import Request, plan_runs
-    from tcsae.train.run import train_runs
-    from tcsae.train.several import train_together
+    from tcsae.train.run import train_runs, train_together
 
     store = open_store(place.store)
     settings = [*asked["settings"], f"data.seed={seed}"]
@@ -74,8 +74,8 @@ def train(
 
 def show(records: list[dict[str, Any]], runs: str) -> None:
     """Print one row a run, with its last figures on training batches."""
-    from tcsae.shared.console import sparkline, table
-    from tcsae.shared.runs import read_metrics
+    from tcsae.shared.base.console import sparkline, table
+    from tcsae.shared.sae.folder import read_metrics
 
     columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
     rows = []
@@ -97,7 +97,7 @@ def presets(name: str | None) -> None:
 
     Settings are changed with `train --set KEY=VALUE`; `train --sweep KEY=V1,V2` trains one run a value.
     """
-    from tcsae.shared.config import to_settings
+    from tcsae.shared.base.settings import to_settings
     from tcsae.train.presets import DEFAULT, PRESETS, preset
 
     if name is not None:

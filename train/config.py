@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.sae import SaeConfig
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.sae.module import SaeConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

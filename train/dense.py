@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tcsae.shared.codes import ROWS
+from tcsae.shared.sae.sparse import ROWS
 
 Dense = Literal["relu", "gelu"]
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.shared.sae import SparseAutoencoder
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.train.config import TrainConfig
 
 MEDIAN_STEPS = 50

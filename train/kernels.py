@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.codes import SparseCode
+from tcsae.shared.sae.sparse import SparseCode
 
 ENTRIES = 16_384
 """Of a code, at a time, where rows have to be gathered for each."""

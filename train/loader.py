@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.shared.errors import StoreError
-from tcsae.shared.ranks import ALONE, Ranks
-from tcsae.shared.statistics import NORM_EDGES
-from tcsae.shared.store import Store
-from tcsae.shared.windows import positions, segments
+from tcsae.shared.base.distributed import ALONE, Ranks
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.base.windows import positions, segments
+from tcsae.shared.store.format import NORM_EDGES
+from tcsae.shared.store.reader import Store
 from tcsae.train.adder import adder_of
 from tcsae.train.batch import Batch, Whole
 from tcsae.train.config import DataConfig

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tcsae.shared.config import with_settings
-from tcsae.shared.errors import ConfigError
-from tcsae.shared.store import Store
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.store.reader import Store
 from tcsae.train.config import TrainConfig
 from tcsae.train.presets import DEFAULT, preset
 

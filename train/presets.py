@@ -8,16 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tcsae.shared.errors import ConfigError, unknown
-from tcsae.shared.sae import SaeConfig
-from tcsae.train.config import (
-    DataConfig,
-    InitConfig,
-    OptimizerConfig,
-    SparsityConfig,
-    TemporalConfig,
-    TrainConfig,
-)
+from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.sae.module import SaeConfig
+from tcsae.train.config import DataConfig, InitConfig, OptimizerConfig, SparsityConfig, TemporalConfig, TrainConfig
 
 
 @dataclass(frozen=True)

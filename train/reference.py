@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.codes import batchtopk_code
-from tcsae.shared.sae import layer_normed
+from tcsae.shared.sae.module import layer_normed
+from tcsae.shared.sae.sparse import batchtopk_code
 from tcsae.train.auxk import AUX_TOKENS
 from tcsae.train.backward import Pass
 from tcsae.train.batch import Batch

@@ -1,5 +1,6 @@
 """Train many runs from one pass over a store, and leave each as an SAE folder."""
 
+import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -8,22 +9,63 @@ from typing import Any
 
 import torch
 
-from tcsae.shared.config import differences, from_dict, to_dict
-from tcsae.shared.console import progress, say, size
-from tcsae.shared.errors import ConfigError, RunError
-from tcsae.shared.runs import METRICS
-from tcsae.shared.sae import RECORD, load_record, load_sae
-from tcsae.shared.store import Store
+from tcsae import __version__
+from tcsae.shared.base.console import progress, say, size
+from tcsae.shared.base.distributed import Ranks, has_rendezvous, start_group, wait_for_all
+from tcsae.shared.base.errors import ConfigError, RunError
+from tcsae.shared.base.settings import differences, from_dict, to_dict
+from tcsae.shared.sae.folder import METRICS, RECORD, load_record, load_sae, save_sae
+from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
 from tcsae.train.config import DataConfig, TrainConfig
-from tcsae.train.finish import save_run
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.peers import NO_PEERS, Peers
+from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
-from tcsae.train.tracking import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.processes import NO_PEERS, Peers, check_parallel, deal
 from tcsae.train.trainer import Trainer
+
+# A finished run becomes an SAE folder that says everything about itself.
+
+
+def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer: Trainer, seconds: float) -> None:
+    """Write the SAE, in the units of the data, with its record."""
+    recipe, progress = store.manifest.recipe, trainer.progress
+    record = {
+        "name": run.name,
+        "preset": run.preset,
+        "train": to_dict(run.config),
+        "from": run.init_from,
+        "hook": loader.hook,
+        "store": {"location": store.location, "content": store.content},
+        "steps": progress.n_steps,
+        "tokens": progress.n_tokens,
+        "left_out": {
+            "skip_first_per_epoch": loader.n_skipped,
+            "short_per_epoch": loader.n_short,
+            "max_norm": progress.n_left_out,
+        },
+        "epochs": progress.n_tokens / loader.n_tokens,
+        "input_scale": trainer.scale,
+        "dead_fraction": float(trainer.dead().float().mean()),
+        "restored": progress.n_restored,
+        "ended": progress.ended,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "device": trainer.sample.device.type,
+        "finished": True,
+        "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
+    }
+    metadata = {
+        "model_name": recipe.model.name,
+        "hook_name": loader.hook,
+        "dataset_path": recipe.corpus.name,
+        "context_size": recipe.sequences.length,
+        "prepend_bos": recipe.sequences.prepend_bos,
+    }
+    save_sae(trainer.finished_sae(), path, record, metadata)
+
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
@@ -282,3 +324,31 @@ class _Pass:
         tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
         total = 4 * weights + buffers + 2 * self.loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
+
+
+def train_together(
+    store: Store,
+    runs_path: Path,
+    runs: Sequence[Run],
+    ours: Ranks,
+    fresh: bool = False,
+    tracker: str | None = None,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Any]]:
+    """As `train_runs`, by one of several processes. Returns the records that this one is to show: rank 0's all of them,
+    once the others are done; without a rendezvous each its own.
+    """
+    check_names(runs)
+    if len(runs) == 1:
+        check_parallel(runs[0].config, ours.world, device)
+        start_group(ours, device)
+        train_runs(store, runs_path, runs, fresh, tracker, device, Peers(ours))
+        return [load_record(runs_path / runs[0].name)] if ours.rank == 0 else []
+    mine = deal(runs, ours)
+    names = ", ".join(run.name for run in mine) or "none, as there are fewer runs than processes"
+    say(f"Rank {ours.rank} of {ours.world} trains {names}.")
+    records = train_runs(store, runs_path, mine, fresh, tracker, device)
+    if not has_rendezvous():
+        return records
+    wait_for_all(ours)
+    return [load_record(runs_path / run.name) for run in runs] if ours.rank == 0 else []

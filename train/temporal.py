@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.codes import SparseCode
-from tcsae.shared.device import sum_dtype
-from tcsae.shared.windows import n_windows, pair_weights, positions
+from tcsae.shared.base.device import sum_dtype
+from tcsae.shared.base.windows import n_windows, pair_weights, positions
+from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.adder import ALONE, Adder
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TemporalConfig
-from tcsae.train.losses import Pairs, difference_dense, difference_sparse, energy_share
+from tcsae.train.losses.difference import Pairs, difference_dense, difference_sparse, energy_share
 
 MEANS_DECAY = 0.99
 """Of the running mean code at each position."""

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.shared.codes import SparseCode, batchtopk_code
-from tcsae.shared.errors import RunError
-from tcsae.shared.sae import SparseAutoencoder
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.train.adder import ALONE, Adder
 from tcsae.train.auxk import auxk
 from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
@@ -17,7 +17,7 @@ from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import initial_sae
-from tcsae.train.losses import difference_dense, l1_sparse
+from tcsae.train.losses.difference import difference_dense, l1_sparse
 from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
 
 LOSS_DECAY = 0.98

@@ -23,12 +23,11 @@ from click.testing import CliRunner
 from step import batches, ours
 
 import tcsae
-from tcsae.shared.cli import cli
-from tcsae.shared.codecs import check_codec
-from tcsae.shared.layout import Shard
-from tcsae.shared.manifest import SPLITS
-from tcsae.shared.store import Store, open_store
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.codecs import check_codec
+from tcsae.shared.store.format import SPLITS, Shard
+from tcsae.shared.store.reader import Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from alternate import Times, one_core, report
 
-from tcsae.shared.store import open_store
+from tcsae.shared.store.reader import open_store
 from tcsae.train.buffers import Workspace
 from tcsae.train.loader import SegmentLoader
+from tcsae.train.log import read_metrics
 from tcsae.train.plan import Request, plan_runs
 from tcsae.train.run import SAMPLE_TOKENS
-from tcsae.train.tracking import read_metrics
 from tcsae.train.trainer import Trainer
 
 N_BATCHES = 16

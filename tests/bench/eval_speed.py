@@ -19,15 +19,15 @@ from collections.abc import Callable
 import torch
 from alternate import alternate, one_core, report
 
-from tcsae.evaluate.batches import batches
-from tcsae.evaluate.metrics import Output
-from tcsae.evaluate.one_pass import Settings, measure
+from tcsae.evaluate.batches import Settings, batches
+from tcsae.evaluate.measures.core import Output
+from tcsae.evaluate.measures.cross_entropy import Reference, sequence_losses, splice
+from tcsae.evaluate.measures.temporal_run import TemporalObserver
+from tcsae.evaluate.one_pass import measure
 from tcsae.evaluate.systems import SaeOutput
-from tcsae.evaluate.tail_metrics import Reference, sequence_losses, splice
-from tcsae.evaluate.temporal_run import TemporalObserver
-from tcsae.shared.sae import SaeConfig, SparseAutoencoder
-from tcsae.shared.store import Split, open_store
-from tcsae.shared.tail import Tail
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.reader import Split, open_store
 
 SKIP_FIRST = 1
 TEN_SEQUENCES = 128

@@ -20,8 +20,7 @@ from alternate import alternate, one_core, report
 from peers_harvest import BATCH, LENGTH, N_BLOCKS, VOCABULARY, Contestant, bare, ours, save_model
 
 from tcsae.harvest import capture
-from tcsae.harvest.language_model import find_model
-from tcsae.harvest.loading import load_plain
+from tcsae.harvest.language_model import find_model, load_plain
 
 
 def full(model: Path, tokens: np.ndarray) -> Contestant:

@@ -55,8 +55,8 @@ def save_tokens(path: Path, n_tokens: int) -> Path:
 
 def child(model: str, data: str, location: str, n_tokens: int) -> None:
     """A harvest, and on stdout the peak before it and at its end, in bytes."""
-    from tcsae.harvest.config import HarvestConfig, ModelChoice
-    from tcsae.harvest.corpus import CorpusChoice
+    from tcsae.harvest.documents import CorpusChoice
+    from tcsae.harvest.resolve import HarvestConfig, ModelChoice
     from tcsae.harvest.run import harvest
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

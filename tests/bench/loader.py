@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from alternate import alternate, one_core, report
 
-from tcsae.shared.manifest import SPLITS, CorpusRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe
-from tcsae.shared.store import Split, Store, open_store
-from tcsae.shared.writer import Rows, open_writer
+from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe
+from tcsae.shared.store.reader import Split, Store, open_store
+from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 

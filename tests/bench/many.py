@@ -17,7 +17,7 @@ from alternate import alternate, one_core, report, tune_malloc
 from loader import synthetic_store
 from step import D_MODEL, LENGTH, K, N
 
-from tcsae.shared.config import with_settings
+from tcsae.shared.base.settings import with_settings
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader

@@ -18,9 +18,9 @@ from pathlib import Path
 from alternate import alternate, one_core, report
 from loader import BATCH_TOKENS, synthetic_store
 
-from tcsae.shared.config import with_settings
-from tcsae.shared.copying import copy_store
-from tcsae.shared.store import Store, open_store
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.store.copy import copy_store
+from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.shared.config import with_settings
-from tcsae.shared.store import Store
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.store.reader import Store
 from tcsae.train.plan import Run
 from tcsae.train.presets import preset
 

@@ -76,9 +76,9 @@ def ours(model: Path, tokens: np.ndarray) -> Contestant:
     from tcsae.harvest.capture import Capture
     from tcsae.harvest.language_model import find_model
     from tcsae.harvest.phases import write_activations
-    from tcsae.shared.manifest import CorpusRecipe, ModelRecipe, Recipe, SequenceRecipe
-    from tcsae.shared.store import open_store
-    from tcsae.shared.writer import Rows, open_writer
+    from tcsae.shared.store.format import CorpusRecipe, ModelRecipe, Recipe, SequenceRecipe
+    from tcsae.shared.store.reader import open_store
+    from tcsae.shared.store.writer import Rows, open_writer
 
     capture = Capture(find_model(str(model)), [HOOK], BATCH)
     n = len(tokens)

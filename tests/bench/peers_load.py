@@ -21,10 +21,11 @@ from alternate import report
 from peers import eval_tokens, our_runs, versions
 from torch import Tensor
 
-from tcsae.shared.errors import RunError
-from tcsae.shared.sae import SparseAutoencoder, load_sae
-from tcsae.shared.store import open_store
-from tcsae.train.export import export_run
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.sae.export import export_run
+from tcsae.shared.sae.folder import load_sae
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.store.reader import open_store
 from tcsae.train.run import train_runs
 
 PRESETS = ("relu-l1", "topk", "jumprelu", "batchtopk")

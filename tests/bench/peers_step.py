@@ -66,7 +66,7 @@ def ours(activation: str, shape: Shape, batches: list[Tensor]) -> Callable[[], o
     """Trainer.step of our preset."""
     import numpy as np
 
-    from tcsae.shared.config import with_settings
+    from tcsae.shared.base.settings import with_settings
     from tcsae.train.batch import Batch
     from tcsae.train.buffers import Workspace
     from tcsae.train.presets import preset

@@ -22,9 +22,9 @@ from alternate import one_core, report
 from peers import Shape, dictionary_settings, eval_tokens, our_runs, quiet, saelens_trainer, versions
 from torch import Tensor
 
-from tcsae.shared.files import write_json
-from tcsae.shared.sae import load_record, load_sae
-from tcsae.shared.store import Store, open_store
+from tcsae.shared.base.files import write_json
+from tcsae.shared.sae.folder import load_record, load_sae
+from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader, iterate_tokens
 from tcsae.train.run import train_runs

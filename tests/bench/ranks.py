@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from alternate import report
 
-from tcsae.shared.ranks import Ranks
+from tcsae.shared.base.distributed import Ranks
 
 KINDS = ("harvest", "sweep")
 WAIT_S = 600.0
@@ -39,10 +39,10 @@ class Task(NamedTuple):
 
 def harvesting(task: Task, rank: int, world: int) -> Callable[[], None]:
     """This rank's share of the shards, from a store that has its sequences."""
-    from tcsae.harvest.config import HarvestConfig
     from tcsae.harvest.phases import write_beside
+    from tcsae.harvest.resolve import HarvestConfig
     from tcsae.harvest.run import _prepare
-    from tcsae.harvest.several import _join_writer
+    from tcsae.harvest.work_stealing import _join_writer
 
     found = _prepare(task.location, HarvestConfig(n_tokens=task.tokens), fresh=False)
     capture, writer = found.load(), _join_writer(task.location, found.recipe)
@@ -59,12 +59,12 @@ def harvesting(task: Task, rank: int, world: int) -> Callable[[], None]:
 
 def sweeping(task: Task, rank: int, world: int) -> Callable[[], None]:
     """This rank's share of two SAEs; one process trains both from one pass."""
-    from tcsae.shared.config import with_settings
-    from tcsae.shared.store import open_store
+    from tcsae.shared.base.settings import with_settings
+    from tcsae.shared.store.reader import open_store
     from tcsae.train.buffers import Workspace
     from tcsae.train.loader import SegmentLoader
-    from tcsae.train.peers import deal
     from tcsae.train.presets import preset
+    from tcsae.train.processes import deal
     from tcsae.train.trainer import Trainer
 
     store = open_store(task.location)
@@ -120,10 +120,10 @@ def timed(task: Task, world: int) -> float:
 
 def prepare(kind: str, location: str, tokens: int) -> None:
     """A store whose sequences are made, to be harvested; or a sealed one."""
-    from tcsae.harvest.config import HarvestConfig
     from tcsae.harvest.phases import write_sequences
+    from tcsae.harvest.resolve import HarvestConfig
     from tcsae.harvest.run import _prepare, harvest
-    from tcsae.shared.writer import open_writer
+    from tcsae.shared.store.writer import open_writer
 
     config = HarvestConfig(n_tokens=tokens)
     if kind == "sweep":

@@ -15,7 +15,7 @@ import torch
 from alternate import alternate, one_core, report, tune_malloc
 from torch.nn import functional as F
 
-from tcsae.shared.config import with_settings
+from tcsae.shared.base.settings import with_settings
 from tcsae.train.batch import Batch
 from tcsae.train.buffers import Workspace
 from tcsae.train.presets import preset

@@ -17,7 +17,7 @@ from alternate import report
 from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.run import evaluate_runs
-from tcsae.shared.store import open_store
+from tcsae.shared.store.reader import open_store
 from tcsae.train.plan import Request as Training
 from tcsae.train.plan import Run, plan_runs
 from tcsae.train.run import train_runs

@@ -1,0 +1,220 @@
+"""Cross-entropy and KL divergence through the tail: what the language model loses when it reads xhat instead of x."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from tcsae.evaluate.batches import Settings
+from tcsae.evaluate.measures.core import DEFINITION_VERSION
+from tcsae.shared.base.files import json_digest, write_atomic
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.reader import Store
+
+DEFINITIONS = {
+    "ce_loss_without_sae": "nats per prediction, from the stored activations; counted are predictions made at counted "
+    "positions whose next token lies in the same sequence",
+    "ce_loss_with_sae": "the same predictions with xhat in place of x",
+    "ce_loss_with_ablation": "the same predictions with zeros at all positions, the skipped ones included",
+    "ce_loss_with_mean": "the same predictions with the mean over the train split in place of x",
+    "ce_loss_score": "(with_ablation - with_sae) / (with_ablation - without_sae)",
+    "kl_div_with_sae": "mean over the counted positions, a sequence's last one included, of KL(p || q): p from x, q "
+    "from xhat",
+    "kl_div_with_ablation": "the same, q from zeros at all positions",
+    "kl_div_score": "(with_ablation - with_sae) / with_ablation",
+}
+"""What each figure is, for eval.json. What is replaced: see SPLICES. The ablation is SAEBench's and SAELens'."""
+
+SPLICES = {
+    "counted": "xhat stands at the counted positions, the skipped ones keep x (SAELens: special tokens keep theirs)",
+    "all": "xhat stands at all valid positions, the skipped ones included (SAEBench)",
+}
+
+
+LOG2_E = math.log2(math.e)
+BLOCK_LOGITS = 1 << 18
+"""Reduced at a time: 1 MB, and as much of weights."""
+
+
+class Losses(NamedTuple):
+    """Summed over each row's tokens (a row: a sequence, a document, a resampling of documents)."""
+
+    ce: Float64[Tensor, " rows"]
+    kl: Float64[Tensor, " rows"]
+
+    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Losses":
+        return Losses(weights @ self.ce, weights @ self.kl)
+
+
+def splice(
+    x: Float[Tensor, "batch position d_model"],
+    replaced: Bool[Tensor, "batch position"],
+    x_hat: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "batch position d_model"]:
+    """x with `x_hat` at the replaced positions, in row order."""
+    spliced = x.clone()
+    spliced[replaced] = x_hat
+    return spliced
+
+
+def sequence_losses(
+    tail: Tail,
+    x: Float[Tensor, "batch position d_model"],
+    others: Sequence[Float[Tensor, "batch position d_model"]],
+    tokens: Int[Tensor, "batch position"],
+    counted: Bool[Tensor, "batch position"],
+    has_next: Bool[Tensor, "batch position"],
+) -> list[Losses]:
+    """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
+
+    The cross-entropy of position i is that of token i + 1, at counted positions with `has_next`; KL at all counted.
+    Logits are made a few tokens at a time and those of x once for all others.
+    """
+    predicts = has_next[counted]
+    targets = tokens.roll(-1, 1)[counted].long()
+    hidden = [tail.hidden(one)[counted] for one in (x, *others)]
+    losses = torch.zeros(len(hidden), 2, len(targets))
+    size = max(1, min(tail.slice_tokens, len(targets)))
+    weights_buffer, scratch, logits_buffer = hidden[0].new_empty(3, size, tail.vocabulary)
+    for start in range(0, len(targets), size):
+        part = slice(start, min(start + size, len(targets)))
+        weights, logits = (one[: part.stop - start] for one in (weights_buffer, logits_buffer))
+        clean = _reduce(tail.unembed(hidden[0][part], logits), targets[part], weights)
+        losses[0, 0, part] = clean.log_total - clean.chosen
+        for i, one in enumerate(hidden[1:], 1):
+            other = _reduce(tail.unembed(one[part], logits), targets[part], scratch, weights)
+            losses[i, 0, part] = other.log_total - other.chosen
+            losses[i, 1, part] = (clean.weighted - other.weighted) / clean.total + other.log_total - clean.log_total
+    losses[:, 0].mul_(predicts)
+    row = torch.arange(len(tokens))[:, None].expand_as(tokens)[counted]
+    sums = torch.zeros(len(hidden), 2, len(tokens), dtype=torch.float64).index_add_(2, row, losses.double())
+    return [Losses(ce, kl) for ce, kl in sums]
+
+
+class _Reduced(NamedTuple):
+    """What a slice of logits comes to, l; its weights are w = e^(l - max l)."""
+
+    log_total: Float[Tensor, " n"]
+    """log sum e^l."""
+    total: Float[Tensor, " n"]
+    """sum w."""
+    weighted: Float[Tensor, " n"]
+    """sum v l, v the weights given, else its own."""
+    chosen: Float[Tensor, " n"]
+    """l of the target."""
+
+
+def _reduce(
+    logits: Float[Tensor, "n vocabulary"],
+    targets: Int[Tensor, " n"],
+    out: Float[Tensor, "m vocabulary"],
+    given: Float[Tensor, "n vocabulary"] | None = None,
+) -> _Reduced:
+    """A few rows at a time, so that each pass over them finds them in the cache; `out` takes the weights."""
+    top, total, weighted = logits.new_empty(3, len(logits))
+    size = max(1, BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), size):
+        rows = slice(start, min(start + size, len(logits)))
+        block, weights = logits[rows], out[rows]
+        shift = torch.amax(block, 1, out=top[rows])[:, None] * -LOG2_E
+        # A power of 2: torch computes it in less than half the time of an exponential.
+        torch.add(shift, block, alpha=LOG2_E, out=weights).exp2_()
+        torch.sum(weights, 1, out=total[rows])
+        _dot_rows(block, weights if given is None else given[rows], weighted[rows])
+    return _Reduced(top + total.log(), total, weighted, logits.gather(1, targets[:, None]).squeeze(1))
+
+
+def _dot_rows(a: Float[Tensor, "n vocabulary"], b: Float[Tensor, "n vocabulary"], out: Float[Tensor, " n"]) -> None:
+    if out.device.type == "cpu":  # through BLAS: twice as fast as torch
+        np.vecdot(a.numpy(), b.numpy(), out=out.numpy())
+    else:
+        torch.linalg.vecdot(a, b, out=out)
+
+
+class Reference(NamedTuple):
+    """What no SAE changes: the losses of x, of ablations, and how many predictions and positions they are sums of."""
+
+    n_predictions: Float64[Tensor, " rows"]
+    n_positions: Float64[Tensor, " rows"]
+    clean: Losses
+    ablation: Losses
+    """Zeros at all positions."""
+    zero: Losses
+    """Zeros at the replaced positions."""
+    mean: Losses
+    """The mean of the train split at the replaced positions."""
+
+    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Reference":
+        n_predictions, n_positions = weights @ self.n_predictions, weights @ self.n_positions
+        return Reference(n_predictions, n_positions, *(one.weighted(weights) for one in self[2:]))
+
+
+def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[str, Float64[Tensor, " rows"]]:
+    """The figures of DEFINITIONS, row by row; NaN where undefined. Empty without a tail."""
+    if reference is None or spliced is None:
+        return {}
+    n, positions = reference.n_predictions, reference.n_positions
+    clean, sae, zero, mean = (one.ce / n for one in (reference.clean, spliced, reference.ablation, reference.mean))
+    kl, kl_zero = spliced.kl / positions, reference.ablation.kl / positions
+    return {
+        "ce_loss_without_sae": clean,
+        "ce_loss_with_sae": sae,
+        "ce_loss_with_ablation": zero,
+        "ce_loss_with_mean": mean,
+        "ce_loss_score": (zero - sae) / torch.where(zero == clean, torch.nan, zero - clean),
+        "kl_div_with_sae": kl,
+        "kl_div_with_ablation": kl_zero,
+        "kl_div_score": (kl_zero - kl) / torch.where(kl_zero == 0, torch.nan, kl_zero),
+    }
+
+
+# The losses that no SAE changes, kept below the folder of runs: worked out once per store and settings.
+
+FOLDER = ".reference"
+LOSSES = ("clean", "ablation", "zero", "mean")
+
+
+def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:
+    return {
+        "definition_version": str(DEFINITION_VERSION),
+        "content": store.content,
+        "split": split,
+        "hook": settings.hook,
+        "skip_first": str(settings.skip_first),
+        "splice_all": str(settings.splice_all),
+    }
+
+
+def reference_path(runs_path: Path, store: Store, split: str, settings: Settings) -> Path:
+    """Where the losses of this store and these settings are kept."""
+    identity = _identity(store, split, settings)
+    return runs_path / FOLDER / f"{store.content[:12]}-{json_digest(identity)[:12]}.safetensors"
+
+
+def load_reference(runs_path: Path, store: Store, split: str, settings: Settings) -> Reference | None:
+    """What an earlier evaluation kept, or None: absent, damaged, or of something else."""
+    path = reference_path(runs_path, store, split, settings)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if file.metadata() != _identity(store, split, settings):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        losses = [Losses(*tensors[name]) for name in LOSSES]
+        return Reference(tensors["n_predictions"], tensors["n_positions"], *losses)
+    except (OSError, KeyError, safetensors.SafetensorError):  # worked out again, then replaced
+        return None
+
+
+def save_reference(runs_path: Path, store: Store, split: str, settings: Settings, reference: Reference) -> None:
+    """Keep the losses, per document."""
+    tensors = {name: torch.stack(tuple(getattr(reference, name))) for name in LOSSES}
+    tensors |= {name: getattr(reference, name).contiguous() for name in ("n_predictions", "n_positions")}
+    data = safetensors.torch.save(tensors, _identity(store, split, settings))
+    write_atomic(reference_path(runs_path, store, split, settings), data)

@@ -1,0 +1,69 @@
+"""What single latents do over time: the measures of `temporal_figures`, latent by latent instead of pooled."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from tcsae.evaluate.measures.temporal import TemporalSums
+from tcsae.evaluate.measures.temporal_figures import FAR, pool
+
+MEASURES = {
+    "density": "share of the counted tokens at which the latent is active (f > 0)",
+    "dwell": "mean length of its runs of firing, over what firing without memory at the same rate gives",
+    "rho_1": "autocorrelation at lag 1, around the mean of the split",
+    "rho_1_within": "autocorrelation at lag 1, around each document's own mean",
+    f"rho_{FAR}_within": f"the same at lag {FAR}",
+    "slowness": "E(f_t+1 - f_t)^2 / (2 var f): 1 without memory, 0 for what never changes",
+    "position_share": "share of its variance between absolute positions; bias-corrected, 0 for labels that say nothing",
+    "document_share": "the same between documents",
+    "token_share": "the same between the 128 most frequent token ids, over their tokens",
+}
+"""What each measure of a latent is. NaN where a latent never fires, or not often enough to tell."""
+
+
+class LatentFigures(NamedTuple):
+    """Per latent."""
+
+    measures: dict[str, Float64[Tensor, " d_sae"]]
+    """In the order of MEASURES."""
+    rho: Float64[Tensor, "n_lags d_sae"]
+    """Autocorrelation within documents at lag 1, 2, ..."""
+    rho_null: Float64[Tensor, " d_sae"]
+    """What is expected at lag 1 if positions are permuted within each document."""
+
+
+def latent_figures(sums: TemporalSums) -> LatentFigures:
+    """The measures of each latent, from sums with one row (`TemporalSums.without(None)`)."""
+    pooled, p = pool(sums), sums.active[0] / sums.n[0]
+    alive = torch.where(sums.active[0] > 0, 1.0, torch.nan)
+    first, both, n_1 = sums.active_first[0], sums.both[0], sums.n_pairs[0, 0].clamp(min=1)
+    moved = 2 * sums.squares[0] - sums.edge_squares[0] - 2 * sums.products[0, 0]
+    rho = alive * pooled.covariance_within / pooled.variance_within
+    between = sums.between[0] - sums.f[0].square() / pooled.n
+    measures = {
+        "density": p,
+        # A run ends where an active token has a next one that is not.
+        "dwell": first * (1 - p) / (first - both),
+        "rho_1": pooled.covariance[0] / pooled.variance,
+        "rho_1_within": rho[0],
+        f"rho_{FAR}_within": rho[FAR - 1],
+        "slowness": moved / (2 * n_1 * pooled.variance),
+        "position_share": _shares(sums.by_position, sums.n_by_position, sums.squares),
+        "document_share": _corrected(between / (pooled.n * pooled.variance), pooled.n, sums.n_documents[0]),
+        "token_share": _shares(sums.by_token, sums.n_by_token, sums.token_squares),
+    }
+    measures = {name: values if name == "density" else alive * values for name, values in measures.items()}
+    return LatentFigures(measures, rho, alive * pooled.permuted_within / pooled.variance_within)
+
+
+def _shares(by_label: Tensor, n_by_label: Tensor, squares: Tensor) -> Float64[Tensor, " d_sae"]:
+    n_label, cells = n_by_label[0], by_label[0].double()
+    n, centre = n_label.sum(), cells.sum(0).square() / n_label.sum()
+    between = (1 / n_label.clamp(min=1)) @ cells.square() - centre
+    return _corrected(between / (squares[0] - centre), n, (n_label > 0).sum())
+
+
+def _corrected(share: Tensor, n: Tensor, n_labels: Tensor) -> Tensor:
+    return 1 - (1 - share) * (n - 1) / (n - n_labels) if n > n_labels else torch.full_like(share, torch.nan)

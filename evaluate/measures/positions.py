@@ -1,0 +1,160 @@
+"""Who stands where: what the temporal measures need to know of each batch, worked out once for all systems.
+
+All of it follows from the store's sequences alone, never from how they are cut into batches: the groups of documents,
+the permutation within a document, the partners in other documents.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy import ndarray
+from torch import Tensor
+
+from tcsae.evaluate.batches import Batch, document_numbers
+from tcsae.shared.store.reader import Split
+
+N_GROUPS = 8
+"""Documents are dealt into this many groups, in turn; leaving one out at a time gives the intervals."""
+N_LABELS = 128
+"""Position bins, and token ids (the most frequent) whose share of variance is measured."""
+
+
+class Pairs(NamedTuple):
+    """Pairs of tokens, numbered as [kept of earlier batches | this batch's counted tokens]."""
+
+    first: Int[Tensor, " m"]
+    second: Int[Tensor, " m"]
+    group: Int[Tensor, " m"]
+
+
+class View(NamedTuple):
+    """The counted tokens of one batch, in order."""
+
+    n: int
+    sequence: Int[Tensor, " n"]
+    piece: Int[Tensor, " n"]
+    """Numbered from 0 within the batch."""
+    n_pieces: int
+    group: Int[Tensor, " n"]
+    from_start: Int[Tensor, " n"]
+    """Counted positions before it in its sequence."""
+    to_end: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    """Bin of its absolute position."""
+    token: Int[Tensor, " n"]
+    """Rank of its token id among the most frequent, or N_LABELS."""
+    standing_in: Int[Tensor, " n"]
+    """The token of the same piece that stands here when positions are permuted."""
+    kept: Int[Tensor, " n_kept"]
+    """What to keep for the next batch, numbered as in Pairs."""
+    n_kept_before: int
+    partners: Pairs
+    """Tokens at the same counted position of the first sequences of consecutive documents."""
+    joins: Pairs
+    """The last token of a document and the first of the next."""
+
+    @property
+    def adjacent(self) -> Bool[Tensor, " n_minus_1"]:
+        """Whether token i and i + 1 are of one sequence."""
+        return self.sequence[1:] == self.sequence[:-1]
+
+
+class _Document(NamedTuple):
+    """Where a document's tokens are, numbered as in Pairs."""
+
+    number: int
+    first: range
+    """Of its first sequence."""
+    last: int
+
+
+class Layout:
+    """Makes the views of one pass, batch after batch."""
+
+    def __init__(self, split: Split, skip_first: int) -> None:
+        length = split.store.sequence_length
+        self.n_positions = min(length, N_LABELS)
+        self.bins = torch.arange(length) * self.n_positions // length
+        counted = (np.arange(length) < split.lengths[:, None]) & (np.arange(length) >= skip_first)
+        ids, counts = np.unique(split.tokens[counted], return_counts=True)
+        frequent = ids[np.argsort(-counts, kind="stable")[:N_LABELS]]
+        self.rank = torch.full((int(ids.max(initial=0)) + 1,), N_LABELS)
+        self.rank[torch.from_numpy(frequent).long()] = torch.arange(len(frequent))
+        self.n_pieces = int(document_numbers(split)[1].max(initial=-1)) + 1
+        self.carried: _Document | None = None
+
+    def view(self, batch: Batch) -> View:
+        """The view of the next batch."""
+        sequence, position = batch.counted.nonzero().T
+        document, piece = batch.document[sequence], batch.piece[sequence]
+        per_sequence = torch.bincount(sequence, minlength=len(batch.tokens))
+        starts = per_sequence.cumsum(0) - per_sequence
+        from_start = torch.arange(len(sequence)) - starts[sequence]
+        n_before = len(self.carried.first) + 1 if self.carried else 0
+        documents = self._documents(document.numpy(), sequence.numpy(), n_before)
+        partners, joins = _pairs(documents)
+        local = piece - piece[0] if len(piece) else piece
+        kept = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
+        if documents:
+            n_first = len(documents[-1].first)
+            self.carried = _Document(documents[-1].number, range(n_first), n_first)
+        return View(
+            n=len(sequence),
+            sequence=sequence,
+            piece=local,
+            n_pieces=int(local[-1]) + 1 if len(local) else 0,
+            group=document % N_GROUPS,
+            from_start=from_start,
+            to_end=per_sequence[sequence] - 1 - from_start,
+            position=self.bins[position],
+            token=self.rank[batch.tokens[sequence, position].long()],
+            standing_in=torch.from_numpy(_permutation(piece.numpy())),
+            kept=kept,
+            n_kept_before=n_before,
+            partners=partners,
+            joins=joins,
+        )
+
+    def _documents(self, document: ndarray, sequence: ndarray, n_before: int) -> list[_Document]:
+        """The carried document, then this batch's; one that goes on from the last batch keeps its first sequence."""
+        found = [self.carried] if self.carried else []
+        edges = np.flatnonzero(np.diff(document, prepend=-1, append=-1)) if len(document) else np.arange(0)
+        for start, stop in itertools.pairwise(edges):
+            number, last = int(document[start]), n_before + int(stop) - 1
+            if found and found[-1].number == number:
+                found[-1] = found[-1]._replace(last=last)
+                continue
+            n_first = int((sequence[start:stop] == sequence[start]).sum())
+            found.append(_Document(number, range(n_before + int(start), n_before + int(start) + n_first), last))
+        return found
+
+
+def _pairs(documents: list[_Document]) -> tuple[Pairs, Pairs]:
+    first: list[int] = []
+    second: list[int] = []
+    groups: list[int] = []
+    joins: list[tuple[int, int, int]] = []
+    for one, other in itertools.pairwise(documents):
+        m = min(len(one.first), len(other.first))
+        first += one.first[:m]
+        second += other.first[:m]
+        groups += [one.number % N_GROUPS] * m
+        joins.append((one.last, other.first[0], one.number % N_GROUPS))
+    at = torch.tensor(joins, dtype=torch.int64).view(-1, 3)
+    partners = Pairs(*(torch.tensor(part, dtype=torch.int64) for part in (first, second, groups)))
+    return partners, Pairs(at[:, 0], at[:, 1], at[:, 2])
+
+
+def _permutation(piece: Int[ndarray, " n"]) -> Int[ndarray, " n"]:
+    """Every token's stand-in: a permutation within each piece that depends on the piece's number alone."""
+    if not len(piece):
+        return piece
+    within = np.arange(len(piece)) - np.searchsorted(piece, piece)
+    mixed = (piece.astype(np.uint64) << np.uint64(32)) + within.astype(np.uint64)
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):  # splitmix64
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(multiplier)
+    return np.lexsort((mixed ^ (mixed >> np.uint64(31)), piece))

@@ -1,0 +1,80 @@
+"""The `report` and `feature` commands."""
+
+from typing import Any
+
+import click
+
+from tcsae.shared.base.cli import Count, Place, StageCommand
+
+SPLIT = click.Choice(("train", "eval"))
+
+
+@click.command(cls=StageCommand)
+@click.option("--run", "names", multiple=True, metavar="NAME", help="A run below --runs; repeatable. Default: all.")
+@click.option("--out", metavar="PATH", help="The folder to write. Default: report, beside the folder of runs.")
+@click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where the features' text is from.")
+@click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
+@click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
+@click.pass_obj
+def report(place: Place, out: str | None, **asked: Any) -> None:
+    """Write the report: one folder of pages that opens from disk, with a browser of every feature.
+
+    Made from the store, the SAEs and their evaluations alone, without the language model, a server or a network: open
+    index.html, or send the folder as a zip. Runs that are not evaluated are named as left out, and why.
+
+    \b
+      tcsae train --preset topk --preset temporal-topk eval report
+      tcsae report --run topk --split train --max-tokens 1M --out topk-report
+    """
+    from pathlib import Path
+
+    from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
+    from tcsae.shared.base.console import say, size
+    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.store.reader import open_store
+
+    if ranks().rank:
+        return  # of several processes the first writes it
+    runs_path = Path(place.runs)
+    folder = Path(out) if out else runs_path.parent / "report"
+    written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))
+    for one in written.excluded:
+        say(f"{one.name}: left out. {one.why}")
+    if not written.is_new:
+        say("Nothing has changed since it was written. Write it again with --force.")
+    n = len(written.included)
+    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {folder / 'index.html'}")
+
+
+@click.command(cls=StageCommand)
+@click.option("--run", "name", metavar="NAME", help="A run below --runs. Default: the only one.")
+@click.option("--id", "latent", type=click.IntRange(min=0), required=True, metavar="N", help="Number of the latent.")
+@click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where its text is from.")
+@click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
+@click.option(
+    "--contexts",
+    "n_contexts",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Sequences shown, at most.",
+)
+@click.pass_obj
+def feature(place: Place, name: str | None, latent: int, split: str, max_tokens: int | None, n_contexts: int) -> None:
+    """Show one feature: its measures, where it fires, what it promotes, and the latents nearest to it.
+
+    Below each sequence stands a bar a token. In a terminal the active tokens are shaded, and the strongest is bold and
+    underlined; elsewhere they stand in brackets: ⟦this⟧.
+
+    \b
+      tcsae feature --run topk --id 12
+    """
+    from pathlib import Path
+
+    from tcsae.evaluate.report.feature_terminal import FeatureRequest, find_feature, show_feature
+    from tcsae.shared.store.reader import open_store
+
+    store = open_store(place.store)
+    request = FeatureRequest(name=name, latent=latent, split=split, max_tokens=max_tokens)
+    show_feature(store, find_feature(store, Path(place.runs), request), n_contexts)

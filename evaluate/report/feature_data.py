@@ -1,0 +1,171 @@
+"""One SAE's latents as the report's data: an index of all that are alive, and chunks of what a page shows of each."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from tcsae.evaluate.measures.latent_figures import MEASURES
+from tcsae.evaluate.measures.saebench import max_cosines
+from tcsae.evaluate.report.contexts import Context
+from tcsae.evaluate.report.feature_pass import Features
+from tcsae.evaluate.report.lens import Lens
+from tcsae.evaluate.report.neighbours import Nearest, nearest_by_decoder
+from tcsae.shared.sae.module import SparseAutoencoder
+
+PER_CHUNK = 64
+"""Latents whose data one file holds."""
+N_LABELS = 6
+"""Tokens that stand for a latent in lists, and that it is found by."""
+LABEL_SHARE = 0.25
+"""Share of its peak in a sequence from which on a token counts as one that the latent fires on."""
+OTHER_MEASURES = {
+    "max": "its largest activation",
+    "mean": "its mean activation where it is active",
+    "sequences": "number of sequences in which it is ever active",
+    "decoder_cosine": "largest cosine of its decoder row with that of another latent",
+}
+LABELS = {
+    "density": "density",
+    "dwell": "dwell",
+    "rho_1": "autocorrelation",
+    "rho_1_within": "autocorr. within doc.",
+    "rho_8_within": "persistence",
+    "slowness": "slowness",
+    "position_share": "position share",
+    "document_share": "document share",
+    "token_share": "token share",
+    "max": "largest activation",
+    "mean": "mean activation",
+    "sequences": "sequences",
+    "decoder_cosine": "nearest decoder cosine",
+}
+"""Every measure that the browser sorts and filters by, and what it is called there."""
+
+
+class FeatureData(NamedTuple):
+    """All of one SAE's features."""
+
+    latents: list[int]
+    """Those alive."""
+    measures: dict[str, np.ndarray]
+    """Of all latents, dead ones included."""
+    listing: dict[str, Any]
+    """What the browser sorts, filters and searches."""
+    chunks: dict[int, dict[int, Any]]
+    sequences: set[int]
+    """Numbers of the sequences that are shown."""
+    tokens: set[int]
+    """Ids outside of them whose text is needed."""
+
+
+def feature_data(
+    features: Features, sae: SparseAutoencoder, lens: Lens | None, tokens: Int[np.ndarray, "n_sequences length"]
+) -> FeatureData:
+    """The features that are alive. `lens` is that of all latents; `tokens` those of the split."""
+    alive = features.alive
+    latents = alive.nonzero().squeeze(1).tolist()
+    measures = latent_measures(features, sae)
+    near, together = nearest_by_decoder(sae.W_dec, alive), features.firing.nearest(alive)
+    rarity = token_rarity(tokens)
+    labels = {latent: label_tokens(features.contexts.kept(latent), tokens, rarity) for latent in latents}
+    shown: set[int] = set()
+    chunks: dict[int, dict[int, Any]] = {}
+    for latent in latents:
+        contexts = features.contexts.contexts(latent)
+        shown |= {one.sequence for one in contexts}
+        chunks.setdefault(latent // PER_CHUNK, {})[latent] = {
+            "contexts": [_context(one) for one in contexts],
+            "rho": [_short(value) for value in features.figures.rho[:, latent].tolist()],
+            "null": _short(float(features.figures.rho_null[latent])),
+            "near": _pairs(near, latent),
+            "together": _pairs(together, latent),
+        } | (_lens(lens, latent) if lens else {})
+    listing: dict[str, Any] = {
+        "latents": latents,
+        "columns": {name: [_short(values[latent]) for latent in latents] for name, values in measures.items()},
+        "fires": [labels[latent] for latent in latents],
+        "promotes": [lens.promoted[latent, :N_LABELS].tolist() for latent in latents] if lens else None,
+        "per_chunk": PER_CHUNK,
+        "group": _groups(sae, latents),
+    }
+    needed = {token for label in labels.values() for token in label}
+    if lens:
+        needed |= set(lens.promoted[alive].flatten().tolist()) | set(lens.suppressed[alive].flatten().tolist())
+    return FeatureData(latents, measures, listing, chunks, shown, needed)
+
+
+def latent_measures(features: Features, sae: SparseAutoencoder) -> dict[str, np.ndarray]:
+    """Every measure of LABELS, of all latents."""
+    contexts = features.contexts
+    dead = ~features.alive
+    values = features.figures.measures | {
+        "max": contexts.maximum().double(),
+        "mean": contexts.total / contexts.n_active,
+        "sequences": contexts.n_sequences.double(),
+        "decoder_cosine": max_cosines(sae.W_dec.detach()).double(),
+    }
+    assert values.keys() == MEASURES.keys() | OTHER_MEASURES.keys() == LABELS.keys()
+    kept = ("density", "decoder_cosine")
+    return {name: (one if name in kept else one.masked_fill(dead, torch.nan)).numpy() for name, one in values.items()}
+
+
+def token_rarity(tokens: Int[np.ndarray, "n_sequences length"]) -> Float64[np.ndarray, " vocabulary"]:
+    """log(tokens / tokens of an id), by id: how much it says that a latent fires on it."""
+    counts = np.bincount(tokens.ravel())
+    return np.log(tokens.size / np.maximum(counts, 1))
+
+
+def label_tokens(
+    contexts: Iterable[Context],
+    tokens: Int[np.ndarray, "n_sequences length"],
+    rarity: Float64[np.ndarray, " vocabulary"],
+) -> list[int]:
+    """The token ids that tell most of a latent: its summed share of each sequence's peak, times the token's rarity."""
+    total: dict[int, float] = {}
+    for one in contexts:
+        shares = one.activations / one.activations.max()
+        for at in np.flatnonzero(shares >= LABEL_SHARE):
+            token = int(tokens[one.sequence, at])
+            total[token] = total.get(token, 0.0) + float(shares[at])
+    return sorted(total, key=lambda token: (-total[token] * rarity[token], token))[:N_LABELS]
+
+
+def _context(one: Context) -> list[Any]:
+    """[sequence, quantile or null, positions, activations there]."""
+    at = np.flatnonzero(one.activations > 0)
+    return [one.sequence, one.quantile, at.tolist(), [_short(value) for value in one.activations[at].tolist()]]
+
+
+def _pairs(nearest: Nearest, latent: int) -> list[list[Any]]:
+    pairs = zip(nearest.latents[latent].tolist(), nearest.likeness[latent].tolist(), strict=True)
+    return [[other, _short(likeness)] for other, likeness in pairs if likeness > 0]
+
+
+def _lens(lens: Lens, latent: int) -> dict[str, Any]:
+    def pairs(tokens: Tensor, changes: Tensor) -> list[list[Any]]:
+        found = zip(tokens[latent].tolist(), changes[latent].tolist(), strict=True)
+        return [[token, _short(change)] for token, change in found]
+
+    return {"up": pairs(lens.promoted, lens.gains), "down": pairs(lens.suppressed, lens.losses)}
+
+
+def _groups(sae: SparseAutoencoder, latents: list[int]) -> list[int] | None:
+    """Which group each latent is of, from 0; None where there is one group only."""
+    ranges = sae.config.group_ranges()
+    if len(ranges) == 1:
+        return None
+    stops = np.array([stop for _, stop in ranges])
+    return np.searchsorted(stops, latents, side="right").tolist()
+
+
+def _short(value: float) -> float | int | None:
+    """Three significant digits: what a page shows. None for NaN."""
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.3g}")
+    return int(short) if short.is_integer() else short

@@ -1,0 +1,191 @@
+"""What the report's first page says of all SAEs: where they come from, their figures, and how they trade them off."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tcsae.evaluate.candidates import UNTRAINED
+from tcsae.evaluate.measures import core as metrics
+from tcsae.evaluate.measures import cross_entropy as tail_metrics
+from tcsae.evaluate.measures import temporal_run
+from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier
+from tcsae.evaluate.report.printed import COLUMNS as PAPER_COLUMNS
+from tcsae.evaluate.report.printed import paper_blocks
+from tcsae.evaluate.report.report_runs import Excluded, Included
+from tcsae.shared.base.console import size
+from tcsae.shared.store.format import SPLITS
+from tcsae.shared.store.reader import Store
+
+RESULTS = {
+    "explained_variance": "EV",
+    "cossim": "cosine",
+    "l2_ratio": "L2 ratio",
+    "l0": "L0",
+    "dead_fraction": "dead",
+    "ce_loss_with_sae": "CE",
+    "ce_loss_score": "CE score",
+    "kl_div_score": "KL score",
+}
+TEMPORAL = {
+    "jaccard_corrected": "Jaccard",
+    "rho_1": "autocorrelation",
+    "rho_1_within": "autocorr. within doc.",
+    "rho_8_within": "persistence (lag 8)",
+    "slowness_to_x": "slowness / x",
+    "dwell": "dwell",
+    "position_share": "position",
+    "token_share": "token",
+    "document_share": "document",
+    "boundary_auc": "join AUC",
+    "probe_document": "probe: document",
+    "probe_token": "probe: token",
+    "probe_position": "probe: position",
+}
+FRONTIERS = (
+    ("l0", "L0", "explained_variance", "explained variance"),
+    ("l0", "L0", "ce_loss_score", "CE score"),
+    ("slowness_to_x", "slowness / x (left: slower)", "explained_variance", "explained variance"),
+    ("slowness_to_x", "slowness / x (left: slower)", "ce_loss_score", "CE score"),
+)
+HISTORIES = (("explained_variance", "explained variance, of the batch"), ("adjacent_correlation", "autocorrelation"))
+DEFINITIONS = metrics.DEFINITIONS | tail_metrics.DEFINITIONS | temporal_run.DEFINITIONS
+
+Cell = dict[str, Any]
+"""{"value", "interval"}: an interval of a figure, or of a difference from a null."""
+
+
+def overview(store: Store, included: Sequence[Included], excluded: Sequence[Excluded]) -> dict[str, Any]:
+    """The values of overview.html."""
+    evaluations = [one.evaluation for one in included]
+    blocks = paper_blocks(evaluations)
+    return {
+        "provenance": provenance(store),
+        "content": store.content,
+        "runs": included,
+        "excluded": excluded,
+        "baselines": {name.replace("_", " "): found for name, found in evaluations[0]["baselines"].items()},
+        "result_columns": RESULTS,
+        "results": {one.number: _results(one.evaluation) for one in included},
+        "temporal_columns": _measured(included),
+        "temporal": {one.number: temporal_cells(one.evaluation) for one in included},
+        "of_x": _of_x(included),
+        "interval_rules": [evaluations[0]["interval_rule"], temporal_run.INTERVAL_RULE],
+        "definitions": DEFINITIONS,
+        "frontiers": _frontiers(included),
+        "untrained": [one.number for one in included if one not in _trained(included)],
+        "several_hooks": len({one.hook for one in included}) > 1,
+        "histories": _histories(included),
+        "paper_columns": PAPER_COLUMNS,
+        "paper": blocks,
+    }
+
+
+def provenance(store: Store) -> dict[str, Any]:
+    """What is in the store and where it comes from."""
+    recipe = store.manifest.recipe
+    counts = {split: store.manifest.counts[split] for split in SPLITS}
+    return {
+        "model": recipe.model.name,
+        "model_revision": recipe.model.revision,
+        "corpus": recipe.corpus.name,
+        "corpus_revision": recipe.corpus.revision,
+        "corpus_split": recipe.corpus.split,
+        "length": recipe.sequences.length,
+        "eval_every": recipe.sequences.eval_every,
+        "hooks": [
+            {"name": hook.requested, "d_model": hook.d_model, "tail": _tail(store, hook.requested)}
+            for hook in recipe.hooks
+        ],
+        "codec": recipe.codec,
+        "counts": counts,
+        "size": size(sum(store.n_bytes().values())),
+        "location": store.location,
+        "content": store.content,
+        "libraries": recipe.libraries,
+        "times": {name.replace("_", " "): value for name, value in store.manifest.times.items() if value is not None},
+    }
+
+
+def _tail(store: Store, hook: str) -> str:
+    tail = store.manifest.tails.get(hook, {"none": "none was saved"})
+    if "none" in tail:
+        return f"no tail: {tail['none']}"
+    return f"tail of {tail['layers']} layer{'s' * (tail['layers'] != 1)}"
+
+
+def _results(evaluation: dict[str, Any]) -> dict[str, Cell]:
+    figures, intervals = evaluation["metrics"], evaluation["intervals"]
+    return {name: {"value": figures[name], "interval": intervals.get(name)} for name in RESULTS}
+
+
+def temporal_cells(evaluation: dict[str, Any], group: str = "all") -> dict[str, Cell]:
+    """Each temporal measure minus its null, of a group of latents; empty if it was not measured."""
+    if not evaluation.get("temporal"):
+        return {}
+    measures = evaluation["temporal"]["groups"].get(group, {"measures": {}})["measures"]
+    return {
+        name: {"value": row["difference"], "interval": row["interval"], "raw": row["value"], "null": row["null"]}
+        for name, row in measures.items()
+    }
+
+
+def _measured(included: Sequence[Included]) -> dict[str, str]:
+    found = {name for one in included for name in temporal_cells(one.evaluation)}
+    return {name: label for name, label in TEMPORAL.items() if name in found}
+
+
+def _of_x(included: Sequence[Included]) -> dict[str, Cell]:
+    for one in included:
+        if temporal := one.evaluation.get("temporal"):
+            rows = temporal["x"]["measures"]
+            return {name: {"value": row["difference"], "interval": row["interval"]} for name, row in rows.items()}
+    return {}
+
+
+def _value(one: Included, name: str) -> tuple[float | None, list[float] | None]:
+    evaluation = one.evaluation
+    if name in evaluation["metrics"]:
+        return evaluation["metrics"][name], evaluation["intervals"].get(name)
+    row = (evaluation.get("temporal") or {"groups": {"all": {"measures": {}}}})["groups"]["all"]["measures"].get(name)
+    return (row["value"], None) if row else (None, None)
+
+
+def _frontiers(included: Sequence[Included]) -> list[dict[str, str]]:
+    """Figures of each pair of measures that any SAE has."""
+    made = []
+    for x_name, x_label, y_name, y_label in FRONTIERS:
+        points = []
+        for one in _trained(included):
+            (x, _), (y, interval) = _value(one, x_name), _value(one, y_name)
+            if x is not None and y is not None:
+                points.append(Point(one.number, x, y, interval))
+        if points:
+            told = "; ".join(f"{point.number}: {point.x:.4g}, {point.y:.4g}" for point in points)
+            svg = frontier(points, (x_label, y_label))
+            made.append({"title": f"{y_label} against {x_label}", "svg": svg, "told": told})
+    return made
+
+
+def _trained(included: Sequence[Included]) -> list[Included]:
+    """Without those that took no step on purpose: far off, they would squeeze the rest."""
+    return [one for one in included if not one.evaluation["preset"].startswith(UNTRAINED)]
+
+
+def _histories(included: Sequence[Included]) -> list[dict[str, str]]:
+    made = []
+    for key, label in HISTORIES:
+        curves = []
+        for one in included:
+            points = [(line["step"], line[key]) for line in one.history if line.get(key) is not None]
+            if len(points) > 1:
+                steps, values = zip(*points, strict=True)
+                curves.append((one.number, Series(one.name, steps, _smooth(values))))
+        if curves:
+            told = "; ".join(f"{number}: {curve.y[-1]:.3g} at step {curve.x[-1]:,.0f}" for number, curve in curves)
+            svg = curves_by_number(curves, ("optimiser step", label))
+            made.append({"title": label, "svg": svg, "told": f"Mean of the last five lines: {told}"})
+    return made
+
+
+def _smooth(values: Sequence[float], over: int = 5) -> list[float]:
+    """Mean over the last few lines: single batches are noisy."""
+    return [sum(values[max(0, i - over + 1) : i + 1]) / min(i + 1, over) for i in range(len(values))]

@@ -1,0 +1,95 @@
+"""The commands that act on a store: verify, copy, inspect."""
+
+from pathlib import Path
+
+import click
+
+from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.errors import StoreError
+
+
+@click.command(cls=StageCommand)
+@click.pass_obj
+def verify(place: Place) -> None:
+    """Check the store against what was written: every byte of it, and what the bytes say.
+
+    Each object's bytes against its digest, and that no object lacks or is too many; shapes, lengths, ids, finite
+    values, no document in both splits, the tails, the manifest. Every object at fault is named, and the
+    exit code is then 1. Nothing is changed.
+    """
+    from tcsae.shared.base.console import progress, size
+    from tcsae.shared.store.reader import open_store
+    from tcsae.shared.store.verify import find_faults, stored_bytes
+
+    n_bytes = stored_bytes(place.store)
+    n_faults = 0
+    with progress(f"verify {place.store}", n_bytes, unit="bytes") as advance:
+        for fault in find_faults(place.store, advance):
+            click.echo(fault)
+            n_faults += 1
+    if n_faults:
+        raise StoreError(
+            f"{place.store} is damaged: {n_faults} fault{'s' * (n_faults > 1)}, named above. Harvest it again."
+        )
+    store = open_store(place.store)
+    n_tokens = store.train.n_tokens + store.eval.n_tokens
+    click.echo(
+        f"{place.store} is whole: {len(store.manifest.objects()) + 3:,} objects, {size(n_bytes)}, {n_tokens:,} tokens, "
+        f"content {store.content[:12]}"
+    )
+
+
+@click.command(cls=StageCommand)
+@click.option("--from", "source", required=True, metavar="STORE", help="A sealed store: a folder, a zip file, a URL.")
+@click.option("--to", "target", required=True, metavar="STORE", help="A new place: a folder, a URL, or a file .zip.")
+@click.option(
+    "--codec",
+    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
+    help="Store the activations anew in this form. Default: as they are.",
+)
+@click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
+def copy(source: str, target: str, codec: str | None, codec_error: float | None) -> None:
+    """Copy a store to another place, or into another codec.
+
+    \b
+      tcsae copy --from data/activations.zarr --to s3://bucket/activations.zarr
+      tcsae copy --from data/activations.zarr --to small.zarr --codec compact
+      tcsae copy --from small.zarr --to small.zarr.zip
+
+    Every object is checked against its digest on the way; a copy in the same codec is the same store, byte for byte.
+    Interrupted, the same command goes on where it stopped; into a zip, which can be read only, it starts anew.
+    """
+    from tcsae.shared.base.console import progress, size
+    from tcsae.shared.store.copy import copy_bytes, copy_store
+    from tcsae.shared.store.reader import open_store
+
+    store = open_store(source)
+    anew = codec is not None and (codec != store.manifest.recipe.codec or codec_error is not None)
+    total = store.train.n_tokens + store.eval.n_tokens if anew else copy_bytes(store)
+    with progress(f"copy to {target}", total, unit="tokens" if anew else "bytes") as advance:
+        made = copy_store(source, target, advance, codec=codec, error=codec_error)
+    click.echo(f"{target}: {size(copy_bytes(made))}, {made.manifest.recipe.codec}, content {made.content[:12]}")
+
+
+@click.command(cls=StageCommand)
+@click.option(
+    "--sequences",
+    "n_sequences",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Sequences shown as text.",
+)
+@click.option(
+    "--split", type=click.Choice(("train", "eval")), default="eval", show_default=True, help="Where they are from."
+)
+@click.pass_obj
+def inspect(place: Place, n_sequences: int, split: str) -> None:
+    """Show what the store and the runs hold: the manifest, sizes on disk, a few sequences as text, figures of the runs.
+
+    An unfinished store says how far its harvest is. Nothing is changed, and no language model is loaded.
+    """
+    from tcsae.shared.store.inspect import show
+
+    show(place.store, Path(place.runs), n_sequences, split)

@@ -1,0 +1,165 @@
+"""The sparse autoencoder: one module, whatever the activation function. Training and evaluation live elsewhere."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.sae.sparse import SparseCode, decode, positive_code, threshold_code, topk_code
+
+SAELENS_LAYOUT = "6.0.0"
+"""The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
+
+
+Activation = Literal["gelu", "relu", "topk", "batchtopk", "jumprelu"]
+THRESHOLDED = ("batchtopk", "jumprelu")
+"""Activations that infer with a threshold per latent; a batchtopk's is found after training, from its last weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaeConfig:
+    """What one sparse autoencoder is: enough to rebuild it, nothing about how it was trained."""
+
+    d_model: int
+    """Width of the activations it reads."""
+    d_sae: int = 4096
+    """Number of latents."""
+    activation: Activation = "topk"
+    k: int = 32
+    """Latents kept per token: exactly (topk), on average (batchtopk), or aimed at (jumprelu)."""
+    groups: tuple[float, ...] = (1.0,)
+    """Shares of the latents, first to last; with several, each prefix learns to reconstruct alone (matryoshka)."""
+    layer_norm: Literal["none", "in", "in_out"] = "none"
+    """in: the encoder reads layer-normed x (the paper's run 4); in_out: the decoder's output is also scaled back."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
+        if self.activation in ("topk", "batchtopk", "jumprelu") and not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
+        whole = all(share > 0 for share in self.groups) and math.isclose(sum(self.groups), 1.0, abs_tol=1e-6)
+        if not whole or any(first == stop for first, stop in self.group_ranges()):
+            raise ConfigError(
+                f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
+            )
+
+    def group_ranges(self) -> list[tuple[int, int]]:
+        """(first, stop) of each group's latents."""
+        ends = [round(self.d_sae * share) for share in itertools.accumulate(self.groups)]
+        return list(itertools.pairwise([0, *ends]))
+
+
+class SparseAutoencoder(nn.Module):
+    """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
+
+    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model] and, where the activation has one,
+    threshold [d_sae]; all float32. With a layer norm, x is normed before b_dec is taken away.
+    """
+
+    def __init__(self, config: SaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Latent by latent in memory, as gradients of sparse codes arrive; `W_enc` shows it the field's way round.
+        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        if config.activation in THRESHOLDED:
+            self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_model d_sae"]:
+        return self.W_enc_rows.T
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by the names they are saved under, the field's way round."""
+        names = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if self.config.activation in THRESHOLDED else [])]
+        return {name: getattr(self, name).detach() for name in names}
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x - b_dec) W_enc + b_enc, after the layer norm if there is one."""
+        if self.config.layer_norm != "none":
+            x = layer_normed(x)[0]
+        return nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """The code, as a dense tensor."""
+        pre = self.pre_activations(x)
+        match self.config.activation:
+            case "gelu":
+                return nn.functional.gelu(pre)
+            case "relu":
+                return pre.relu()
+            case "topk":
+                top = pre.topk(self.config.k, dim=-1)
+                return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            case "batchtopk" | "jumprelu":
+                return torch.where(pre > self.threshold, pre, 0.0)
+
+    def encode_sparse(self, x: Float[Tensor, "n d_model"]) -> SparseCode:
+        """The code's non-zero entries; the same values as `encode`."""
+        match self.config.activation:
+            case "topk":
+                return topk_code(self.pre_activations(x), self.config.k)
+            case "batchtopk" | "jumprelu":
+                return threshold_code(self.pre_activations(x), self.threshold)
+            case "relu":
+                return positive_code(self.encode(x))
+            case "gelu":  # next to no entry is 0
+                dense = self.encode(x)
+                every = torch.arange(dense.numel(), device=x.device)
+                offsets = torch.arange(0, dense.numel() + 1, self.config.d_sae, device=x.device)
+                return SparseCode(dense.flatten(), every % self.config.d_sae, offsets, self.config.d_sae)
+
+    def decode(
+        self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction from a dense code. With layer_norm "in_out" it needs the `x` that was encoded."""
+        return self._scaled_back(code @ self.W_dec + self.b_dec, x)
+
+    def decode_sparse(
+        self, code: SparseCode, x: Float[Tensor, "n d_model"] | None = None
+    ) -> Float[Tensor, "n d_model"]:
+        """The reconstruction from a sparse code; `x` as in `decode`."""
+        return self._scaled_back(decode(code, self.W_dec, self.b_dec), x)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of x."""
+        return self.decode(self.encode(x), x)
+
+    def _scaled_back(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        if self.config.layer_norm != "in_out":
+            return x_hat
+        assert x is not None, "layer_norm in_out decodes with the statistics of x"
+        _, mean, deviation = layer_normed(x)
+        return x_hat * deviation + mean
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Take up an input scaling: afterwards the SAE reads x where it read scale * x before, and answers in x.
+
+        Where the activation is positively homogeneous the code shrinks with x and the decoder keeps its norms; gelu is
+        not, so there the code stays and the weights take the scale.
+        """
+        assert scale == 1.0 or self.config.layer_norm == "none", "a layer norm undoes any scale"
+        self.b_dec.div_(scale)
+        if self.config.activation == "gelu":
+            self.W_enc_rows.mul_(scale)
+            self.W_dec.div_(scale)
+            return
+        self.b_enc.div_(scale)
+        if self.config.activation in THRESHOLDED:
+            self.threshold.div_(scale)
+
+
+def layer_normed(x: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+    """((x - mean) / deviation, mean, deviation), over the last axis, without learned weights."""
+    mean = x.mean(-1, keepdim=True)
+    deviation = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return (x - mean) / deviation, mean, deviation

@@ -1,0 +1,217 @@
+"""Whether a store is what it was when it was sealed: every byte, and what the bytes say."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from tcsae.shared.base.errors import DeniedError, StoreError, TcsaeError
+from tcsae.shared.store.codecs import SCALE_BYTES, parameter_shapes
+from tcsae.shared.store.format import SEALED, SPLITS, Manifest, content_digest, is_intact
+from tcsae.shared.store.places import objects_at
+from tcsae.shared.store.places.base import Objects
+from tcsae.shared.store.reader import (
+    CHECKSUMS,
+    CHECKSUMS_METADATA,
+    ROOT,
+    Split,
+    Store,
+    check_manifest,
+    object_sizes,
+    open_store,
+    read_attributes,
+)
+
+DIGEST_BYTES = 32
+
+
+def stored_bytes(location: str) -> int:
+    """Bytes of all objects of a store: what `find_faults` reads."""
+    objects = objects_at(location)
+    if objects.listable:
+        with contextlib.suppress(DeniedError):
+            return sum(objects.listed().values())
+    values = read_attributes(objects)
+    return sum(object_sizes(objects, check_manifest(location, values)).values()) if values else 0
+
+
+def find_faults(location: str, advance: Callable[[int], None]) -> Iterator[str]:
+    """Everything that is wrong with the store at `location`, one "object: reason" each; `advance` is told bytes read.
+
+    First the bytes of every object against the digest from when it was written; if these are whole, what they say:
+    shapes, lengths, ids, finite values, the splits' documents, the tails.
+    Raises StoreError if there is no sealed store.
+    """
+    objects = objects_at(location)
+    try:
+        values = read_attributes(objects)
+    except StoreError:
+        if not objects.has(ROOT) or not objects.has("train/zarr.json"):
+            raise
+        yield f"{ROOT}: it is no JSON of a Zarr group with attributes"
+        return
+    if values is None:
+        open_store(location)  # says that there is none
+        return
+    if not is_intact(values):
+        yield f"{ROOT}: the manifest does not fit its own digest"
+        return
+    manifest = check_manifest(location, values)
+    if manifest.state != SEALED:
+        open_store(location)  # says how to finish it
+    advance(objects.size(ROOT) or 0)
+    whole = True
+    for fault in _damaged(objects, manifest, values, advance):
+        whole = False
+        yield fault
+    if whole:
+        try:
+            store = open_store(location)
+            yield from _nonsense(store)
+        except TcsaeError as error:
+            yield str(error)
+
+
+def _damaged(objects: Objects, manifest: Manifest, values: Any, advance: Callable[[int], None]) -> Iterator[str]:
+    """Objects whose bytes are not those that were written; objects that nobody wrote."""
+    written = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": values}}
+    if objects.get(ROOT) != (json.dumps(written, indent=2) + "\n").encode():
+        yield f"{ROOT}: its bytes are not those that were written"
+    keys = manifest.objects()
+    own = {*keys, ROOT, CHECKSUMS, CHECKSUMS_METADATA}
+    for key in sorted(set(object_sizes(objects, manifest)) - own):
+        yield f"{key}: it does not belong to the store"
+    digests, fault = _digests(objects, len(keys), manifest)
+    if fault:
+        yield fault
+        return
+    advance(objects.size(CHECKSUMS) or 0)
+    expected = dict(zip(keys, digests, strict=True))
+    if manifest.checksums_metadata:  # not in version 1
+        expected[CHECKSUMS_METADATA] = bytes.fromhex(manifest.checksums_metadata)
+    for key, (digest, n_bytes) in zip(expected, objects.each(lambda key: _digest(objects, key), expected), strict=True):
+        advance(n_bytes or 0)
+        if n_bytes is None:
+            yield f"{key}: it is missing"
+        elif not n_bytes:
+            yield f"{key}: it is empty"
+        elif digest != expected[key]:
+            yield f"{key}: its {n_bytes:,} bytes are not those that were written"
+
+
+def _digests(objects: Objects, n: int, manifest: Manifest) -> tuple[list[bytes], str]:
+    """The digest of each of `n` objects from the checksum array's chunk; else the fault with that."""
+    try:
+        data = objects.get(CHECKSUMS)
+    except OSError as error:
+        return [], f"{CHECKSUMS}: it cannot be read ({error.strerror or 'it is not there'})"
+    rows, crc = data[: n * DIGEST_BYTES], data[n * DIGEST_BYTES :]
+    if len(rows) < n * DIGEST_BYTES or crc != google_crc32c.value(rows).to_bytes(4, "little"):
+        return [], f"{CHECKSUMS}: its {len(data):,} bytes are not {n:,} digests and their crc32c"
+    if content_digest(rows) != manifest.content:
+        return [], f"{CHECKSUMS}: it does not fit the manifest's content digest"
+    return [rows[i : i + DIGEST_BYTES] for i in range(0, len(rows), DIGEST_BYTES)], ""
+
+
+def _digest(objects: Objects, key: str) -> tuple[bytes, int | None]:
+    """sha256 and size of an object; no size if it is not there."""
+    try:
+        digest, n_bytes = objects.read_digest(key)
+    except FileNotFoundError:
+        return b"", None
+    return bytes.fromhex(digest), n_bytes
+
+
+def _nonsense(store: Store) -> Iterator[str]:
+    """What whole objects say that cannot be: they were written wrongly."""
+    for path, (shape, _) in store.manifest.arrays().items():
+        if (found := store.array(path).shape) != shape:
+            yield f"{path}: its shape is {list(found)}, not {list(shape)}"
+            return
+    for name in SPLITS:
+        yield from _split(store.split(name))
+    both = np.intersect1d(store.train.documents, store.eval.documents)
+    if len(both):
+        yield f"eval/documents: document {both[0]} lies in train, too"
+    for hook in store.hooks:
+        yield from _hook(store, hook)
+
+
+def _split(split: Split) -> Iterator[str]:
+    where, length, pad = split.name, split.store.sequence_length, split.store.manifest.recipe.sequences.pad_id
+    lengths, documents = split.lengths, split.documents
+    valid = np.arange(length) < lengths[:, None]
+    if ((lengths < 1) | (lengths > length)).any():
+        yield f"{where}/lengths: a length is not in 1 to {length}"
+    elif lengths.sum() != split.n_tokens:
+        yield f"{where}/lengths: they come to {lengths.sum():,} tokens, the manifest says {split.n_tokens:,}"
+    if (split.tokens < 0).any() or (split.tokens[~valid] != pad).any():
+        yield f"{where}/tokens: an id is negative, or not the pad id {pad} beyond a length"
+    same = documents[1:] == documents[:-1]
+    if (documents < 0).any() or (np.diff(documents) < 0).any():
+        yield f"{where}/documents: the numbers are negative or fall"
+    elif len(np.unique(documents)) != split.n_documents:
+        yield f"{where}/documents: {len(np.unique(documents)):,}, the manifest says {split.n_documents:,}"
+    if (split.starts < 0).any() or (np.diff(split.starts)[same] <= 0).any():
+        yield f"{where}/starts: a start is negative, or not after the one before it in its document"
+    for hook in split.store.hooks:
+        yield from _activations(split, hook, valid)
+
+
+def _activations(split: Split, hook: str, valid: np.ndarray) -> Iterator[str]:
+    """Chunks that hold NaN or infinity, or anything beyond a length."""
+    per_chunk, codec = split.store.sequences_per_chunk, split.codec(hook)
+    for number, start in enumerate(range(0, split.n_sequences, per_chunk)):
+        stop = min(start + per_chunk, split.n_sequences)
+        key = f"{split.name}/activations/{hook}/c/{number}/0/0"
+        rows = split.read_stored(hook, start, stop)
+        if rows[~valid[start:stop]].any():
+            yield f"{key}: it is not zero beyond a sequence's length"
+        if codec == "bfloat16":
+            finite = ((rows & 0x7F80) != 0x7F80).all()
+        elif codec == "int8":
+            finite = np.isfinite(np.ascontiguousarray(rows[..., -SCALE_BYTES:]).view("<f4")).all()
+        else:
+            finite = codec == "compact" or np.isfinite(rows).all()
+        if not finite:
+            yield f"{key}: it holds NaN or infinity"
+
+
+def _hook(store: Store, hook: str) -> Iterator[str]:
+    """Statistics, codec parameters and tail."""
+    statistics = {name: np.asarray(store.array(f"statistics/{hook}/{name}")[:]) for name in ("mean", "variance")}
+    for name, values in statistics.items():
+        if not np.isfinite(values).all() or (name == "variance" and (values < 0).any()):
+            yield f"statistics/{hook}/{name}: it holds NaN, infinity or a negative variance"
+    counted = int(np.asarray(store.array(f"statistics/{hook}/norm_histogram")[:]).sum())
+    if counted != store.train.n_tokens:
+        yield f"statistics/{hook}/norm_histogram: {counted:,} tokens, the train split has {store.train.n_tokens:,}"
+    for name in parameter_shapes(store.manifest.recipe.codec, store.d_model(hook)):
+        values = np.asarray(store.array(f"codec/{hook}/{name}")[:])
+        if not np.isfinite(values).all() or (name in ("scale", "step") and (values <= 0).any()):
+            yield f"codec/{hook}/{name}: it holds NaN, infinity, or a step that is not above 0"
+    tail = store.manifest.tails.get(hook)
+    if tail is None:
+        yield f"{ROOT}: the manifest does not say whether {hook} has a tail"
+    elif "none" not in tail:
+        yield from _tail(store, hook)
+
+
+def _tail(store: Store, hook: str) -> Iterator[str]:
+    from safetensors import SafetensorError, safe_open
+
+    for key in (f"tail/{hook}/config.json", f"tail/{hook}/model.safetensors"):
+        if key not in store.manifest.files:
+            yield f"{key}: the tail lacks it"
+            continue
+        try:
+            if key.endswith(".json"):
+                json.loads(store.objects.get(key))["model_type"]
+            else:
+                with safe_open(store.tail_path(hook) / "model.safetensors", "np") as weights:
+                    assert all(weights.get_slice(name).get_dtype() == "F32" for name in weights.keys())  # noqa: SIM118
+        except (ValueError, KeyError, SafetensorError, AssertionError) as error:
+            yield f"{key}: it cannot be loaded ({error or 'not float32'})"
