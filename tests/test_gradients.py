@@ -1,15 +1,16 @@
 """Promise: every hand-written gradient equals autograd's, for every activation, loss term and path."""
 
-import copy
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import textbook
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.shared.base.settings import with_settings
-from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.ops import activate, attach_dense, dense_rows, pair_differences, square_norms
 from tcsae.shared.sae.sparse import (
     ROWS,
     SparseCode,
@@ -21,7 +22,6 @@ from tcsae.shared.sae.sparse import (
     topk_code,
 )
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import (
     DataConfig,
     DeadConfig,
@@ -31,11 +31,11 @@ from tcsae.train.config import (
     TemporalConfig,
     TrainConfig,
 )
-from tcsae.train.dense import activate, activation_backward_
 from tcsae.train.log import metrics_line
-from tcsae.train.losses.difference import l1_sparse
-from tcsae.train.reference import contrastive_loss, windows_loss
-from tcsae.train.temporal import PositionPenalty, dense_term, info_nce, partners, shuffled, sparse_term
+from tcsae.train.losses import TEMPORAL
+from tcsae.train.losses.contrastive import contrastive, info_nce, partners
+from tcsae.train.losses.order import shuffled
+from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.trainer import StepResult, Trainer
 
 
@@ -51,6 +51,24 @@ def batch_of(x: torch.Tensor, lengths: list[int]) -> Batch:
     return Batch(x, np.array(lengths), np.arange(n) % 3, np.arange(n) // 2)
 
 
+def same_gradients(loss, oracle, dense: torch.Tensor) -> None:
+    """A loss of a code, as a matrix and as entries, has the oracle's value and gradient."""
+    leaf = dense.clone().requires_grad_()
+    expected = oracle(leaf)
+    expected.backward()
+    mine = dense.clone().requires_grad_()
+    value = loss(mine)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(mine.grad, leaf.grad)
+    code = positive_code(dense)
+    code = code.with_values(code.values.clone().requires_grad_())
+    value = loss(code)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(code.values.grad, leaf.grad[code.rows, code.latents])
+
+
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(2, 4),
@@ -64,20 +82,13 @@ def test_temporal_terms_equal_autograd_over_windows(lengths, window, kind, pairs
     n, d_sae = sum(lengths), 7
     config = TemporalConfig(weight=1.0, window=window, kind=kind, pairs=pairs)
     dense = torch.randn(n, d_sae).relu() * (torch.rand(n, d_sae) < 0.6)
-    batch, workspace = batch_of(torch.randn(n, 3), lengths), Workspace()
-    leaf = dense.clone().requires_grad_()
-    expected = windows_loss(config, leaf, batch)
-    if not expected.isfinite():  # relative slowness of a code that is zero wherever a window lies
+    batch = batch_of(torch.randn(n, 3), lengths)
+    if not textbook.windows(config, dense, batch).isfinite():  # of a code that is zero wherever a window lies
+        assert TEMPORAL[kind](config, positive_code(dense), batch, 0) == 0
         return
-    expected.backward()
-    value, grad = dense_term(config, dense, batch, workspace, 0)
-    assert value == pytest.approx(expected.item(), abs=1e-12)
-    torch.testing.assert_close(grad, leaf.grad)
-    code = positive_code(dense)
-    value, entries = sparse_term(config, code, batch, workspace, 0)
-    assert value == pytest.approx(expected.item(), abs=1e-12)
-    torch.testing.assert_close(entries, leaf.grad[code.rows, code.latents])
-    assert not workspace.zeros(n, d_sae).any()
+    same_gradients(
+        lambda code: TEMPORAL[kind](config, code, batch, 0), lambda f: textbook.windows(config, f, batch), dense
+    )
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=7), st.integers(0, 2**31))
@@ -90,16 +101,15 @@ def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):
     batch = batch_of(torch.zeros(sum(lengths), 3), lengths)
     if sum(length >= 2 for length in lengths) < 2:
         return
-    leaf = dense.clone().requires_grad_()
-    expected = contrastive_loss(config, leaf, batch, seed)
-    expected.backward()
-    value, grad = dense_term(config, dense, batch, Workspace(), seed)
-    assert value == pytest.approx(expected.item())
-    torch.testing.assert_close(grad, leaf.grad)
-    code = positive_code(dense)
-    value, entries = sparse_term(config, code, batch, Workspace(), seed)
-    assert value == pytest.approx(expected.item())
-    torch.testing.assert_close(entries, leaf.grad[code.rows, code.latents])
+    same_gradients(
+        lambda code: contrastive(config, code, batch, seed),
+        lambda f: textbook.contrastive(config, f, batch, seed),
+        dense,
+    )
+
+
+def test_every_kind_of_temporal_term_is_registered():
+    assert set(TEMPORAL) == set(get_args(get_type_hints(TemporalConfig)["kind"]))
 
 
 def test_partners_are_adjacent_and_negatives_of_other_documents():
@@ -112,7 +122,7 @@ def test_partners_are_adjacent_and_negatives_of_other_documents():
     everywhere = {int(partners(batch, seed)[0][1]) for seed in range(40)}
     assert everywhere == {4, 5, 6}
     alone = torch.zeros(2, 2, dtype=torch.bool)
-    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1)[0] == 0
+    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1) == 0
 
 
 @pytest.mark.parametrize("order", ["segment", "batch"])
@@ -133,27 +143,27 @@ def test_controls_shuffle_within_their_bounds(order):
 @pytest.mark.parametrize("n", [1, ROWS, 2 * ROWS + 3])
 def test_dense_activations_equal_autograd_over_several_slices(kind, l1, n):
     torch.manual_seed(0)
-    raw, bias, upstream = torch.randn(n, 5), torch.randn(5) - torch.tensor([0, 0, 0, 0, 9.0]), torch.randn(n, 5)
-    leaf = (raw + bias).requires_grad_()
-    expected = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[kind](leaf)
-    ((upstream * expected).sum() + l1 * expected.abs().sum()).backward()
-    pre, grad = raw.clone(), upstream.clone()
-    code = pre if kind == "relu" else torch.empty_like(pre)
-    activity = activate(kind, pre, bias, code)
-    torch.testing.assert_close(code, expected.detach())
-    assert activity.n_active == int((expected > 0).sum())
-    assert activity.fired.tolist() == (expected > 0).any(0).tolist()
-    assert activity.total == pytest.approx(expected.abs().sum().item())
-    torch.testing.assert_close(activation_backward_(kind, grad, pre, l1), leaf.grad.sum(0))
-    torch.testing.assert_close(grad, leaf.grad)
-
-
-def test_l1_of_a_sparse_code():
-    torch.manual_seed(0)
-    code = positive_code(torch.randn(11, 5).relu())
-    entries = torch.zeros_like(code.values)
-    torch.testing.assert_close(l1_sparse(code, 0.7, entries), 0.7 * code.dense().sum(1).mean())
-    torch.testing.assert_close(entries, torch.full_like(entries, 0.7 / 11))
+    sae = SparseAutoencoder(SaeConfig(d_model=4, d_sae=5, activation=kind))
+    sae.load_state_dict({name: torch.randn_like(tensor) for name, tensor in sae.state_dict().items()})
+    sae.b_enc.data[4] = -20.0
+    x, upstream = torch.randn(n, 4), torch.randn(n, 5)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    expected = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[kind](pre)
+    learned = (sae.W_enc_rows, sae.b_enc, sae.b_dec)
+    wanted = torch.autograd.grad((upstream * expected).sum() + l1 * expected.abs().sum(), learned)
+    with torch.no_grad():
+        centred = x - sae.b_dec
+        raw = centred @ sae.W_enc
+        code = raw if kind == "relu" else torch.empty_like(raw)
+        active, total = activate(kind, raw, sae.b_enc, code)
+    f, tap, size = attach_dense(kind, code, raw, total, centred, sae)
+    assert torch.equal(f, tap)
+    torch.testing.assert_close(f, expected)
+    assert active.n_active == int((expected > 0).sum())
+    assert active.fired.tolist() == (expected > 0).any(0).tolist()
+    assert float(size) == pytest.approx(expected.abs().sum().item())
+    loss = (upstream * (0.25 * f + 0.75 * tap)).sum() + l1 * size if l1 else (upstream * f).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, learned), wanted)
 
 
 CASES = {
@@ -202,32 +212,41 @@ def test_all_parameter_gradients_equal_autograd(case, term, shape):
     )
     torch.manual_seed(1)
     batch = batch_of(torch.randn(sum(lengths), d_model) + 0.5, lengths)
-    trainer = Trainer(config, batch.x, Workspace())
+    trainer = Trainer(config, batch.x)
     for parameter in trainer.parameters:  # away from the symmetric start
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     if case == "relu, sparse path":
         trainer.sae.b_enc.data.sub_(4.0)
     if case == "jumprelu":
         trainer.sae.threshold.data.fill_(2.0)
-    result = same_as_autograd(trainer, batch)
-    assert isinstance(result.state.code, SparseCode) == (case not in ("relu, dense path", "gelu"))
+    result = same_as_textbook(trainer, batch)
+    assert isinstance(result.code, SparseCode) == (case not in ("relu, dense path", "gelu"))
     assert result.l0 > 0
 
 
-def same_as_autograd(trainer: Trainer, batch: Batch) -> StepResult:
-    """The step's result, after its losses and gradients were held against `optimizer.gradients=autograd`."""
-    other = copy.deepcopy(trainer)
-    other.config = with_settings(trainer.config, ["optimizer.gradients=autograd"])
-    mine, theirs = trainer.gradients(batch), other.gradients(batch)
-    assert mine.losses == pytest.approx(theirs.losses, rel=1e-9, abs=1e-12)
-    assert (mine.l0, mine.temporal_weight) == pytest.approx((theirs.l0, theirs.temporal_weight))
-    torch.testing.assert_close(
-        [parameter.grad for parameter in trainer.parameters], [parameter.grad for parameter in other.parameters]
-    )
-    assert torch.equal(trainer.tokens_since_fired, other.tokens_since_fired)
-    line, other_line = (metrics_line(one, batch, found) for one, found in ((trainer, mine), (other, theirs)))
-    assert line == pytest.approx(other_line, rel=1e-6, abs=1e-9)
-    return mine
+def same_as_textbook(trainer: Trainer, batch: Batch) -> StepResult:
+    """The step's result, after every output was held against plain torch on dense codes."""
+    theirs = textbook.step(trainer, batch)
+    result = trainer.gradients(batch)
+    assert result.losses == pytest.approx(theirs.losses, rel=1e-9, abs=1e-12)
+    assert (result.l0, result.temporal_weight) == pytest.approx((theirs.l0, theirs.temporal_weight))
+    gradients = {name: one.grad for name, one in trainer.sae.named_parameters() if one.requires_grad}
+    torch.testing.assert_close(gradients, theirs.gradients)
+    dense = result.code.dense() if isinstance(result.code, SparseCode) else result.code
+    torch.testing.assert_close(dense, theirs.code)
+    torch.testing.assert_close(result.x_hat - result.x, theirs.error)
+    assert (trainer.tokens_since_fired == 0).tolist() == (theirs.code > 0).any(0).tolist()
+    assert_figures(metrics_line(trainer, batch, result), theirs, batch)
+    return result
+
+
+def assert_figures(line: dict, theirs: textbook.Step, batch: Batch) -> None:
+    f, segment = theirs.code, np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    inside = torch.from_numpy(segment[1:] == segment[:-1])
+    change = (f[1:] - f[:-1])[inside].square().sum(1).mean()
+    variance = f.var(0, unbiased=False).sum()
+    assert line["adjacent_correlation"] == pytest.approx(float(1 - change / (2 * variance)), rel=1e-6, abs=1e-9)
+    assert line["code_norm"] == pytest.approx(float(f.square().sum(1).mean().sqrt()))
 
 
 def test_jumprelu_thresholds_learn_through_the_kernel():
@@ -237,7 +256,7 @@ def test_jumprelu_thresholds_learn_through_the_kernel():
     config = TrainConfig(sae=sae, sparsity=SparsityConfig(l0=3.0, bandwidth=epsilon), dead=DeadConfig(aux_weight=0.0))
     torch.manual_seed(2)
     batch = batch_of(torch.randn(9, 6), lengths)
-    trainer = Trainer(config, batch.x, Workspace())
+    trainer = Trainer(config, batch.x)
     trainer.sae.threshold.data.uniform_(0.3, 1.0)
     result = trainer.gradients(batch)
     with torch.no_grad():
@@ -262,12 +281,12 @@ def test_auxk_gradients_equal_autograd(aux_k):
     config = TrainConfig(sae=sae, dead=DeadConfig(aux_weight=0.5, aux_k=aux_k), optimizer=OptimizerConfig())
     torch.manual_seed(3)
     batch = batch_of(torch.randn(12, 8), [12])
-    trainer = Trainer(config, batch.x, Workspace())
+    trainer = Trainer(config, batch.x)
     trainer.sae.b_enc.data.normal_()
     trainer.progress.n_steps, trainer.progress.n_tokens = 1, 12
     dead = torch.arange(30) % 3 == 0
     trainer.tokens_since_fired = dead * 10**9
-    assert same_as_autograd(trainer, batch).losses["aux"] > 0
+    assert same_as_textbook(trainer, batch).losses["aux"] > 0
 
 
 def test_a_budget_does_not_blow_up_what_is_only_rounding():
@@ -282,12 +301,12 @@ def test_a_budget_does_not_blow_up_what_is_only_rounding():
     x = torch.zeros(11, 12)
     x[::2, :6], x[1::2, 6:] = torch.rand(6, 6), torch.rand(5, 6)
     batch = batch_of(x, [6, 5])
-    trainer = Trainer(config, batch.x, Workspace())
+    trainer = Trainer(config, batch.x)
     with torch.no_grad():  # latents of the even tokens, and of the odd ones
         trainer.sae.W_enc_rows[:12, 6:] = trainer.sae.W_enc_rows[12:, :6] = 0
         trainer.sae.W_enc_rows.abs_()
     result = trainer.gradients(batch)
-    code = result.state.code.dense()
+    code = result.code.dense()
     assert (code[1:] * code[:-1]).sum() == 0 and (code > 0).any()
     assert (result.temporal_weight, result.losses["temporal"]) == (0.0, 0.0)
 
@@ -299,13 +318,34 @@ def test_the_position_penalty_is_the_variance_between_positions():
     position = [start + i for length, start in zip(lengths, batch.starts, strict=True) for i in range(length)]
     means = {p: code[[q == p for q in position]].mean(0) for p in set(position)}
     off = torch.stack([means[p] - code.mean(0) for p in position])
-    value, grad = PositionPenalty(8, 4, torch.device("cpu")).dense(code, batch)
-    assert value == pytest.approx(float(off.square().sum(1).mean()))
-    torch.testing.assert_close(grad, 2 / 14 * off)
-    sparse = positive_code(code)
-    value, entries = PositionPenalty(8, 4, torch.device("cpu")).sparse(sparse, batch)
-    assert value == pytest.approx(float(off.square().sum(1).mean()))
+    code.requires_grad_()
+    value = PositionPenalty(8, 4, torch.device("cpu"))(code, batch)
+    assert value.item() == pytest.approx(float(off.square().sum(1).mean()))
+    torch.testing.assert_close(torch.autograd.grad(value, code)[0], 2 / 14 * off)
+    sparse = positive_code(code.detach())
+    sparse = sparse.with_values(sparse.values.requires_grad_())
+    value = PositionPenalty(8, 4, torch.device("cpu"))(sparse, batch)
+    assert value.item() == pytest.approx(float(off.square().sum(1).mean()))
+    entries = torch.autograd.grad(value, sparse.values)[0]
     torch.testing.assert_close(entries, (2 / 14 * off)[sparse.rows, sparse.latents])
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5, 40])
+def test_pair_differences_of_any_lag(lag):
+    torch.manual_seed(lag)
+    dense = torch.randn(23, 9).relu()
+    same_gradients(
+        lambda code: (pair_differences(code, lag) * torch.arange(max(0, 23 - lag))).sum(),
+        lambda f: ((f[lag:] - f[:-lag]).square().sum(1) * torch.arange(max(0, 23 - lag))).sum(),
+        dense,
+    )
+
+
+@pytest.mark.parametrize("operation", [square_norms, lambda code: dense_rows(code, torch.tensor([7, 0, 3]))])
+def test_operations_take_entries_and_matrices(operation):
+    torch.manual_seed(0)
+    dense = torch.randn(11, 6).relu()
+    same_gradients(lambda code: operation(code).square().sum(), lambda f: operation(f).square().sum(), dense)
 
 
 @given(st.integers(1, 5), st.sampled_from([16, 48, 64, 96, 128]), st.integers(1, 8), st.integers(0, 2**31))
@@ -346,10 +386,9 @@ def test_batchtopk_keeps_exactly_the_largest_positive_entries(n, d_sae, k, ties,
 def test_threshold_codes_and_parts(n, d_sae, seed):
     generator = torch.Generator().manual_seed(seed)
     pre, threshold = torch.randn(n, d_sae, generator=generator), torch.rand(d_sae, generator=generator)
-    code = threshold_code(pre, threshold, margin=0.3)
+    code = threshold_code(pre, threshold)
     torch.testing.assert_close(code.dense(), torch.where(pre > threshold, pre, 0.0))
-    assert len(code.values) == int((pre > threshold - 0.3).sum())
+    near = threshold_code(pre, threshold, margin=0.3)
+    torch.testing.assert_close(near.dense(), torch.where(pre > threshold - 0.3, pre, 0.0))
     first, stop = d_sae // 3, d_sae
-    part, at = code.part(first, stop)
-    torch.testing.assert_close(part.dense(), code.dense()[:, first:stop])
-    torch.testing.assert_close(part.values, code.values[at])
+    torch.testing.assert_close(code.part(first, stop).dense(), code.dense()[:, first:stop])

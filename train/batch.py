@@ -2,9 +2,14 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
+
+from tcsae.shared.base.windows import positions
+from tcsae.train.collectives import ONE_PROCESS, Collectives
 
 
 class Whole(NamedTuple):
@@ -29,6 +34,8 @@ class Batch(NamedTuple):
     """Tokens of the whole batch that are not in it, as data.max_norm asks."""
     whole: Whole | None = None
     """None: these are all."""
+    group: Collectives = ONE_PROCESS
+    """The processes that have the other parts."""
 
     @property
     def all(self) -> Whole:
@@ -43,3 +50,8 @@ class Batch(NamedTuple):
     def offset(self) -> int:
         """Where these tokens begin in the whole batch."""
         return self.all.n_before
+
+    def positions(self) -> Int[Tensor, " n"]:
+        """Each token's position in its sequence."""
+        position = positions(self.lengths) + np.repeat(self.starts, self.lengths)
+        return torch.from_numpy(position).to(self.x.device)

@@ -56,9 +56,6 @@ class OptimizerConfig:
     """Global norm that gradients are clipped to."""
     unit_decoder: bool = True
     """Keep decoder rows at norm 1, and take the gradient along them away."""
-    gradients: Literal["written", "autograd"] = "written"
-    """written: the hand-written passes. autograd: the same losses, dense and by torch's autograd, for comparison; many
-    times slower."""
 
     def __post_init__(self) -> None:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
@@ -119,11 +116,6 @@ class TemporalConfig:
     @property
     def active(self) -> bool:
         return self.weight > 0 or self.budget > 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the term is a sum of squared differences at a weight known beforehand."""
-        return self.kind in ("difference", "gated") and not self.budget and self.order == "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

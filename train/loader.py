@@ -3,7 +3,7 @@
 An epoch visits the chunks in random order. Consecutive chunks form a block of about `buffer_sequences` sequences; the
 segments of a block are shuffled, and the blocks' segments laid end to end make one endless stream. Batch i is segments
 i * n_segments .. (i + 1) * n_segments of it, so the number of batches handed out is all the state there is. While one
-block is used up, a thread reads the next: two blocks are in memory, whatever the size of the store.
+block is used up, a thread reads the next: two blocks are in memory, and of the whole split one count a chunk.
 """
 
 import itertools
@@ -22,8 +22,8 @@ from tcsae.shared.base.errors import StoreError
 from tcsae.shared.base.windows import positions, segments
 from tcsae.shared.store.format import NORM_EDGES
 from tcsae.shared.store.reader import Store
-from tcsae.train.adder import adder_of
 from tcsae.train.batch import Batch, Whole
+from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 
 FIRST_READS = 8
@@ -65,7 +65,7 @@ class SegmentLoader:
         config: DataConfig,
         n_batches_done: int = 0,
         device: torch.device | str = "cpu",
-        ours: Ranks = ALONE,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.store = store
         self.config = config
@@ -73,25 +73,26 @@ class SegmentLoader:
         self.n_batches_done = n_batches_done
         """The loader's state."""
         n = config.n_segments
-        self._adder = adder_of(ours)
-        self._part = slice(ours.rank * n // ours.world, (ours.rank + 1) * n // ours.world)
+        self._group = Collectives(ranks)
+        self._part = slice(ranks.rank * n // ranks.world, (ranks.rank + 1) * n // ranks.world)
         """Segments of a batch that are handed out here; the rest are those of other processes."""
-        split = store.train
-        lengths = np.where(split.lengths >= config.min_sequence_length, split.lengths, 0)
-        self._sequence, self._start, self._length = segments(lengths, config.segment_length, config.skip_first)
-        if not len(self._sequence):
+        split, per_chunk = store.train, store.sequences_per_chunk
+        starts = range(0, split.n_sequences, per_chunk)
+        counts = [self._segments(first, min(first + per_chunk, split.n_sequences)) for first in starts]
+        self._segments_of_chunk = np.array([len(length) for _, _, length in counts], dtype=np.int64)
+        self.n_segments = int(self._segments_of_chunk.sum())
+        """Segments in an epoch."""
+        self.n_tokens = sum(int(length.sum()) for _, _, length in counts)
+        """Tokens in an epoch: every valid position from `skip_first` on, once."""
+        if not self.n_segments:
             raise StoreError(
                 f"{store.location}: no train sequence has {config.min_sequence_length} tokens "
                 f"(data.min_sequence_length) and more than data.skip_first={config.skip_first}; the longest has "
                 f"{split.lengths.max(initial=0)}. Lower them."
             )
-        n_chunks = -(-split.n_sequences // store.sequences_per_chunk)
-        self._chunks_per_block = max(1, config.buffer_sequences // store.sequences_per_chunk)
-        self._n_blocks = -(-n_chunks // self._chunks_per_block)
-        self._n_chunks = n_chunks
-        self._first_of_chunk = np.searchsorted(
-            self._sequence, np.arange(n_chunks + 1) * store.sequences_per_chunk, side="left"
-        )
+        self._n_chunks = len(starts)
+        self._chunks_per_block = max(1, config.buffer_sequences // per_chunk)
+        self._n_blocks = -(-self._n_chunks // self._chunks_per_block)
         self._norm_limit = config.max_norm and config.max_norm * norm_median(store, self.hook)
         self._device = torch.device(device)
         rows = config.n_segments * config.segment_length
@@ -100,15 +101,11 @@ class SegmentLoader:
         self._decode = split.decoder(self.hook, self._device)
         self._reads = Reads(store.objects.n_readers)
 
-    @property
-    def n_segments(self) -> int:
-        """Segments in an epoch."""
-        return len(self._sequence)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in an epoch: every valid position from `skip_first` on, once."""
-        return int(self._length.sum())
+    def _segments(self, first: int, stop: int) -> tuple[ndarray, ndarray, ndarray]:
+        """(sequence, start, length) of the segments of sequences first..stop-1; sequences count from `first`."""
+        lengths = self.store.train.lengths[first:stop]
+        usable = np.where(lengths >= self.config.min_sequence_length, lengths, 0)
+        return segments(usable, self.config.segment_length, self.config.skip_first)
 
     @property
     def n_skipped(self) -> int:
@@ -174,14 +171,14 @@ class SegmentLoader:
             calm = self._calm(x, table[part, 1])
             keep[:] = False
             keep[part] = calm
-            keep = self._adder.any(torch.from_numpy(keep)).numpy()  # each process has seen the norms of its own
+            keep = self._group.any(torch.from_numpy(keep)).numpy()  # each process has seen the norms of its own
             x = x[torch.from_numpy(np.repeat(calm, table[part, 1])).to(self._device)]
         _, lengths, starts, documents = table[keep].T
         ours = slice(int(keep[: part.start].sum()), int(keep[: part.stop].sum()))
         batch = Batch(x, lengths[ours], starts[ours], documents[ours], int(table[~keep, 1].sum()))
         if part == slice(0, len(table)):
             return batch
-        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())))
+        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())), group=self._group)
 
     def _calm(
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_segments"]
@@ -222,22 +219,20 @@ class SegmentLoader:
         return order[number * self._chunks_per_block : (number + 1) * self._chunks_per_block]
 
     def _n_segments_of(self, epoch: int, number: int) -> int:
-        chunks = self._chunks(epoch, number)
-        return int((self._first_of_chunk[chunks + 1] - self._first_of_chunk[chunks]).sum())
+        return int(self._segments_of_chunk[self._chunks(epoch, number)].sum())
 
     def _read_block(self, epoch: int, number: int, memory: ndarray) -> Block:
         per_chunk, length = self.store.sequences_per_chunk, self.store.sequence_length
         found, n = [], 0
-        chunks = self._chunks(epoch, number)
         ranges = [
-            (int(c) * per_chunk, min(int(c) * per_chunk + per_chunk, self.store.train.n_sequences)) for c in chunks
+            (int(c) * per_chunk, min(int(c) * per_chunk + per_chunk, self.store.train.n_sequences))
+            for c in self._chunks(epoch, number)
         ]
         memory = self._read_chunks(ranges, memory)
-        for chunk, (first, stop) in zip(chunks, ranges, strict=True):
-            here = slice(self._first_of_chunk[chunk], self._first_of_chunk[chunk + 1])
-            sequence, start = self._sequence[here], self._start[here]
-            rows = (sequence - first + n) * length + start
-            found.append(np.stack([rows, self._length[here], start, self.store.train.documents[sequence]], axis=1))
+        for first, stop in ranges:
+            sequence, start, n_positions = self._segments(first, stop)
+            rows = (sequence + n) * length + start
+            found.append(np.stack([rows, n_positions, start, self.store.train.documents[first + sequence]], axis=1))
             n += stop - first
         table = np.concatenate(found)
         order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tcsae.shared.base.device import sum_dtype
 from tcsae.shared.base.errors import ConfigError, unknown
-from tcsae.shared.base.windows import n_windows, pair_weights
-from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.sae.ops import Code, group_sums, square_norms
 from tcsae.train.batch import Batch
-from tcsae.train.losses.difference import Pairs, difference_dense, difference_sparse
+from tcsae.train.losses.difference import mean_difference, pairs_of
 from tcsae.train.trainer import StepResult, Trainer
 
 TRACKERS = ("tensorboard", "wandb")
@@ -24,10 +22,11 @@ def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str
     Losses and norms are in the units of training. adjacent_correlation: pooled over latents,
     sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
     """
-    config, progress, state, adder = trainer.config, trainer.progress, result.state, trainer.adder
-    total = adder.tensor((state.target - adder.mean(state.target, state.n)).square().sum())
-    missed = adder.tensor(state.error.square().sum())
-    code_square, correlation = _code_figures(trainer, batch, result)
+    config, progress, group = trainer.config, trainer.progress, batch.group
+    x, error = result.x, result.x_hat - result.x
+    total = group.sum_((x - group.mean(x, batch.n_whole)).square().sum())
+    missed = group.sum_(error.square().sum())
+    code_square, correlation = _code_figures(result.code, batch)
     return {
         "step": progress.n_steps,
         "tokens": progress.n_tokens,
@@ -45,23 +44,16 @@ def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str
     }
 
 
-def _code_figures(trainer: Trainer, batch: Batch, result: StepResult) -> tuple[float, float]:
+@torch.no_grad()
+def _code_figures(code: Code, batch: Batch) -> tuple[float, float]:
     """(mean ||f||^2, adjacent correlation): E ||f_t+1 - f_t||^2 = 2 sum_j var(f_j) (1 - rho_j)."""
-    code, wide, adder = result.state.code, sum_dtype(batch.x.device), trainer.adder
-    weights = torch.from_numpy(pair_weights(batch.lengths, 2)).to(batch.x)
-    pairs = [Pairs(1, weights / max(1, int(n_windows(batch.all.lengths, 2).sum())))]
-    if isinstance(code, SparseCode):
-        values = code.values.to(wide)
-        square, mean = values.square().sum(), values.new_zeros(code.d_sae).index_add_(0, code.latents, values)
-        zeros = trainer.workspace.zeros(code.n_tokens, code.d_sae)
-        difference = difference_sparse(code, pairs, torch.zeros_like(code.values), zeros)
-    else:
-        square, mean = code.square().sum().to(wide), code.sum(0, dtype=wide)
-        difference = difference_dense(code, pairs, trainer.workspace.get("temporal", *code.shape).zero_())
-    n, square, mean = batch.n_whole, adder.tensor(square), adder.tensor(mean)
-    difference = adder.tensor(difference)
-    variance = float(square / n - (mean / n).square().sum())
-    return float(square / n), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
+    n, group = batch.n_whole, batch.group
+    everything = torch.zeros(len(batch.x), dtype=torch.int64, device=batch.x.device)
+    square, total = square_norms(code).sum(), group_sums(code, everything, 1)[0]
+    difference = group.sum_(mean_difference(code, pairs_of(batch, 2)))
+    square, mean = group.sum_(square) / n, group.sum_(total.to(square)) / n
+    variance = float(square - mean.square().sum())
+    return float(square), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
 
 
 class Tracker(NamedTuple):

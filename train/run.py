@@ -11,19 +11,18 @@ import torch
 
 from tcsae import __version__
 from tcsae.shared.base.console import progress, say, size
-from tcsae.shared.base.distributed import Ranks, has_rendezvous, start_group, wait_for_all
+from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.settings import differences, from_dict, to_dict
 from tcsae.shared.sae.folder import METRICS, RECORD, load_record, load_sae, save_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
 from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
-from tcsae.train.processes import NO_PEERS, Peers, check_parallel, deal
+from tcsae.train.processes import check_parallel, deal
 from tcsae.train.trainer import Trainer
 
 # A finished run becomes an SAE folder that says everything about itself.
@@ -80,25 +79,25 @@ def train_runs(
     fresh: bool = False,
     tracker: str | None = None,
     device: torch.device | str = "cpu",
-    peers: Peers = NO_PEERS,
+    ours: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
     Raises RunError if two runs have one name, or what lies under a run's name had other settings or another store.
     """
     names = check_names(runs)
-    if not peers.writes:
-        peers.wait()  # rank 0 clears away what is to be made anew
-    fresh = fresh and peers.writes
-    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh, peers.ranks.world)]
-    if peers.writes:
-        peers.wait()
+    if ours.rank:
+        wait_for_all(ours)  # rank 0 clears away what is to be trained again
+    fresh = fresh and ours.rank == 0
+    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh, ours.world)]
+    if not ours.rank:
+        wait_for_all(ours)
     passes = {data: [run for run in todo if run.config.data == data] for data in {run.config.data: 0 for run in todo}}
     for number, (data, together) in enumerate(passes.items(), start=1):
         if len(passes) > 1:
             say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker, torch.device(device), peers).train()
-    peers.wait()
+        _Pass(store, runs_path, data, together, tracker, torch.device(device), ours).train()
+    wait_for_all(ours)
     return [load_record(runs_path / name) for name in names]
 
 
@@ -250,13 +249,12 @@ class _Pass:
         runs: Sequence[Run],
         tracker: str | None,
         device: torch.device,
-        peers: Peers,
+        ranks: Ranks,
     ) -> None:
-        self.peers = peers
+        self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ours=peers.ranks)
-        self.workspace = Workspace(device)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
 
@@ -268,17 +266,16 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        length, adder = self.store.sequence_length, self.peers.adder
-        trainer = Trainer(run.config, sample, self.workspace, length, initial, adder=adder)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
-            "ranks": self.peers.ranks.world,
+            "ranks": self.ranks.world,
         }
-        return _Member(run, path, trainer, about, self.tracker, self.peers.writes)
+        return _Member(run, path, trainer, about, self.tracker, self.ranks.rank == 0)
 
     def train(self) -> None:
         """All steps of all runs; on an interruption each run leaves a checkpoint."""
@@ -301,7 +298,7 @@ class _Pass:
                 for member in self.members:
                     member.checkpoint_between()
                 raise
-        for member in self.members if self.peers.writes else ():
+        for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
             for file in checkpoints(member.path):
                 file.unlink()
@@ -342,7 +339,7 @@ def train_together(
     if len(runs) == 1:
         check_parallel(runs[0].config, ours.world, device)
         start_group(ours, device)
-        train_runs(store, runs_path, runs, fresh, tracker, device, Peers(ours))
+        train_runs(store, runs_path, runs, fresh, tracker, device, ours)
         return [load_record(runs_path / runs[0].name)] if ours.rank == 0 else []
     mine = deal(runs, ours)
     names = ", ".join(run.name for run in mine) or "none, as there are fewer runs than processes"

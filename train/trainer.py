@@ -1,4 +1,4 @@
-"""One run in training: its weights, optimiser and step. The backward pass is written out; nothing builds a graph."""
+"""One run in training: weights, optimiser, and the step."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from tcsae.shared.base.device import sum_dtype
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.ops import Code, decode_code, part, take
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
-from tcsae.train.adder import ALONE, Adder
-from tcsae.train.auxk import auxk
-from tcsae.train.backward import Pass, code_gradient, encode, reconstruct, set_gradients, threshold_gradient
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
+from tcsae.train.encoding import Encoded, encode
 from tcsae.train.initial import initial_sae
-from tcsae.train.losses.difference import difference_dense, l1_sparse
-from tcsae.train.temporal import PositionPenalty, dense_term, pairs_of, sparse_term
+from tcsae.train.losses import TEMPORAL
+from tcsae.train.losses.auxk import auxk
+from tcsae.train.losses.order import shuffled
+from tcsae.train.losses.position import PositionPenalty
 
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
@@ -29,10 +31,14 @@ NO_GRADIENT = 1e-5
 
 @dataclass
 class StepResult:
-    """What a step found out. Losses are means over the batch's tokens, in the units training sees."""
+    """The figures of a step. Losses are means over the whole batch's tokens, in the units of training."""
 
     losses: dict[str, float]
-    state: Pass
+    x: Float[Tensor, "n d_model"]
+    """What was to be reconstructed, in the units of training."""
+    x_hat: Float[Tensor, "n d_model"]
+    """The whole SAE's reconstruction."""
+    code: Code
     l0: float
     grad_norm: float = 0.0
     temporal_weight: float = 0.0
@@ -44,7 +50,7 @@ class StepResult:
 
 @dataclass
 class Progress:
-    """How far a run is, and what it remembers besides weights and moments."""
+    """How far a run is, and its state besides weights and moments."""
 
     n_steps: int = 0
     n_tokens: int = 0
@@ -58,21 +64,18 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains one SAE, a batch a step, on the device that `sample` and `workspace` are on.
+    """Trains one SAE, a batch a step, on the device that `sample` is on.
 
     `sample` [n, d_model] sets the input scale and the first decoder bias.
     """
 
     config: TrainConfig
     sample: Float[Tensor, "n d_model"]
-    workspace: Workspace
     n_positions: int = 128
     """Positions of a sequence (for the position penalty)."""
     initial: SparseAutoencoder | None = None
     """Weights to start from, in the units of the data."""
     progress: Progress = field(default_factory=Progress)
-    adder: Adder = ALONE
-    """What makes one sum of the parts of a batch that several processes have."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -83,7 +86,9 @@ class Trainer:
         else:
             self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
-        self.parameters = [parameter for parameter in self.sae.parameters() if self._learns(parameter)]
+        if config.sae.activation == "batchtopk":  # its threshold is computed at the end
+            self.sae.threshold.requires_grad_(False)
+        self.parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.sample.device)
@@ -91,144 +96,137 @@ class Trainer:
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
         self.positions = None
         if config.temporal.position_penalty > 0:
-            self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device, self.adder)
+            self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device)
 
-    def _learns(self, parameter: Tensor) -> bool:
-        """All but a batchtopk's threshold, which is found at the end."""
-        return self.config.sae.activation == "jumprelu" or parameter is not getattr(self.sae, "threshold", None)
-
-    @torch.no_grad()
     def step(self, batch: Batch) -> StepResult:
         """One optimiser step.
 
         Raises RunError, before any weight moves, if loss or gradient is not finite or the loss explodes.
         """
-        config, progress = self.config, self.progress
+        config = self.config.optimizer
         result = self.gradients(batch)
-        W_dec = self.sae.W_dec
-        assert W_dec.grad is not None
-        if config.optimizer.unit_decoder:
-            # Along a unit row the gradient would only be undone by the norm, yet it would feed Adam's moments.
-            products = torch.mul(W_dec.grad, W_dec, out=self.workspace.get("rows", *W_dec.shape))
-            W_dec.grad.addcmul_(W_dec, products.sum(1)[:, None], value=-1)
-        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_norm))
-        self._guard(result)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate(progress.n_steps, config.steps)
-        self.optimizer.step()
-        if config.optimizer.unit_decoder:
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        if config.sae.activation == "jumprelu":
-            self.sae.threshold.clamp_(min=0)
+        with torch.no_grad():
+            if config.unit_decoder:
+                self._project_decoder_gradient()
+            result.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm))
+            self._guard(result)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate(self.progress.n_steps, self.config.steps)
+            self.optimizer.step()
+            if config.unit_decoder:
+                self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+            if self.config.sae.activation == "jumprelu":
+                self.sae.threshold.clamp_(min=0)
         self.count(batch)
         return result
+
+    def gradients(self, batch: Batch) -> StepResult:
+        """Losses of a batch, with the gradients left in the parameters' `.grad`."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        x = batch.x * self.scale
+        encoded = encode(self.sae, x, batch, self.config.sparsity.bandwidth)
+        x_hats = self._reconstructions(encoded)
+        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / batch.n_whole}
+        temporal_weight = self._add_code_losses(losses, encoded, batch)
+        x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
+        if config.aux_weight and self.config.sae.activation != "gelu":
+            losses["aux"] = config.aux_weight * auxk(self.sae, encoded.inputs, x, x_hat, batch, dead, config.aux_k)
+        sum(losses.values(), start=torch.zeros((), device=x.device)).backward()
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            batch.group.sum_(parameter.grad)
+        fired = batch.group.any(encoded.activity.fired)
+        self.tokens_since_fired.add_(batch.n_whole).masked_fill_(fired, 0)
+        *values, n_active = self._whole_batch([*losses.values(), encoded.activity.n_active], batch)
+        code = encoded.code.detached() if isinstance(encoded.code, SparseCode) else encoded.code.detach()
+        return StepResult(
+            dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / batch.n_whole, 0.0, temporal_weight
+        )
+
+    def _reconstructions(self, encoded: Encoded) -> list[Float[Tensor, "n d_model"]]:
+        """Of every prefix of the groups: prefix g decodes the latents of groups 0..g."""
+        sae, ranges = self.sae, self.config.sae.group_ranges()
+        weights = sae.W_dec.split([stop - first for first, stop in ranges]) if len(ranges) > 1 else [sae.W_dec]
+        x_hats: list[Tensor] = []
+        for (first, stop), W_dec in zip(ranges, weights, strict=True):
+            one = decode_code(part(encoded.code, first, stop), W_dec, None if x_hats else sae.b_dec)
+            x_hats.append(x_hats[-1] + one if x_hats else one)
+        if encoded.scaling is None:
+            return x_hats
+        spread, mean = encoded.scaling
+        return [x_hat * spread + mean for x_hat in x_hats]
+
+    def _add_code_losses(self, losses: dict[str, Tensor], encoded: Encoded, batch: Batch) -> float:
+        """Temporal term, position penalty, L1 and L0 of a code into `losses`; returns the temporal term's weight."""
+        config, weight = self.config, 0.0
+        code = part(encoded.tap, *self.scope)
+        if config.temporal.active:
+            term = self._temporal(code, batch)
+            weight = self.temporal_weight(losses["reconstruction"], term, encoded, batch)
+            losses["temporal"] = weight * term
+        if self.positions is not None:
+            losses["position"] = config.temporal.position_penalty * self.positions(code, batch)
+        if config.sparsity.l1:  # eq. 4, second term
+            losses["l1"] = config.sparsity.l1 * encoded.size / batch.n_whole
+        if encoded.n_active is not None:  # Rajamanoharan et al. 2024, with a target for L0
+            l0 = batch.group.sum(encoded.n_active) / batch.n_whole
+            losses["l0_loss"] = batch.group.share(config.sparsity.l0 * (l0 / config.sae.k - 1).square())
+        return weight
+
+    def _temporal(self, code: Code, batch: Batch) -> Float[Tensor, ""]:
+        """The term at weight 1, over the scope's code; in another order of positions if a control asks for it."""
+        config, seed = self.config.temporal, self.step_seed()
+        if config.order != "text":
+            tokens = shuffled(config.order, batch, seed)
+            code, batch = take(code, tokens), batch._replace(x=batch.x[tokens])
+        return TEMPORAL[config.kind](config, code, batch, seed)
+
+    def temporal_weight(self, reconstruction: Tensor, term: Tensor, encoded: Encoded, batch: Batch) -> float:
+        """The weight now, risen by the warm-up: the set one, or with a budget such that the term's gradient at the
+        active entries has that share of the reconstruction's norm.
+
+        Where nothing but rounding is left of the term's gradient (no latent fires twice in a row), it gets no weight:
+        any share would be noise.
+        """
+        config = self.config.temporal
+        risen = min(1.0, (self.progress.n_steps + 1) / max(1.0, config.warmup * self.config.steps))
+        if not config.budget:
+            return risen * config.weight
+        if not term.requires_grad:
+            return 0.0
+        first, stop = self.scope
+        code, tap = (one.values if isinstance(one, SparseCode) else one for one in (encoded.code, encoded.tap))
+        sparse = isinstance(encoded.code, SparseCode)
+        latents = encoded.code.latents if sparse else torch.arange(code.shape[1], device=code.device)
+        read_by = ((term, tap), (reconstruction, code))
+        grads = [torch.autograd.grad(loss, entries, retain_graph=True)[0] for loss, entries in read_by]
+        active = (code.detach() != 0) & (latents >= first) & (latents < stop)
+        unit, target, size = (batch.group.norm(one * active) for one in (*grads, code.detach()))
+        value = batch.group.sum_(term.detach().clone())
+        return 0.0 if unit * size <= NO_GRADIENT * abs(float(value)) else risen * config.budget * target / unit
+
+    def _project_decoder_gradient(self) -> None:
+        """Take the gradient along each unit row away: the norm would undo it, yet it would feed Adam's moments."""
+        W_dec = self.sae.W_dec
+        assert W_dec.grad is not None
+        W_dec.grad.addcmul_(W_dec, (W_dec.grad * W_dec).sum(1)[:, None], value=-1)
+
+    def _whole_batch(self, parts: list[Tensor | int], batch: Batch) -> list[float]:
+        """Sums over all processes' parts, read from the device in one go."""
+        wide = sum_dtype(self.sample.device)
+        scalars = [torch.as_tensor(one, dtype=wide, device=self.sample.device).detach() for one in parts]
+        return batch.group.sum_(torch.stack(scalars)).tolist()
+
+    def step_seed(self) -> int:
+        """Seed of what a run draws for itself in this step."""
+        return hash((self.config.init_seed, self.progress.n_steps)) % 2**32
 
     def count(self, batch: Batch) -> None:
         """A batch is done with, used or not: schedules and ends go by batches seen."""
         self.progress.n_steps += 1
         self.progress.n_tokens += batch.n_whole
         self.progress.n_left_out += batch.n_left_out
-
-    @torch.no_grad()
-    def gradients(self, batch: Batch) -> StepResult:
-        """Losses of a batch, with the gradients left in the parameters' `.grad`."""
-        if self.config.optimizer.gradients == "autograd":
-            from tcsae.train.reference import autograd_gradients  # which imports this module
-
-            return autograd_gradients(self, batch)
-        sae, config, n = self.sae, self.config, batch.n_whole
-        x = torch.mul(batch.x, self.scale, out=self.workspace.get("x", *batch.x.shape))
-        jump = config.sae.activation == "jumprelu"
-        state = encode(sae, x, self.workspace, config.sparsity.bandwidth / 2 if jump else 0.0, n, self.adder)
-        losses = {"reconstruction": reconstruct(sae, state, config.group_weights, self.workspace)}
-        grad = code_gradient(sae, state, self.workspace)
-        weight = self._add_terms(losses, state, batch, grad)
-        threshold_grad = None
-        if jump:
-            losses["l0_loss"], threshold_grad = threshold_gradient(sae, state, grad, config)
-        dead = self.dead()
-        fired, n_active = set_gradients(sae, state, grad, threshold_grad, config.sparsity.l1 / n)
-        self.tokens_since_fired.add_(n).masked_fill_(self.adder.any(fired), 0)
-        if config.dead.aux_weight and config.sae.activation != "gelu":
-            aux_k = min(config.dead.aux_k, config.sae.d_sae)
-            losses["aux"] = auxk(sae, state, batch, dead, aux_k, config.dead.aux_weight)
-        for parameter in self.parameters:
-            assert parameter.grad is not None
-            self.adder.tensor(parameter.grad)
-        return StepResult(losses, state, self.adder.number(n_active) / n, temporal_weight=weight)
-
-    def _add_terms(self, losses: dict[str, float], state: Pass, batch: Batch, grad: Tensor) -> float:
-        """L1, temporal term and position penalty: values into `losses`, gradients onto `grad`."""
-        config, code, weight = self.config, state.code, 0.0
-        if config.temporal.active and isinstance(code, Tensor) and config.temporal.is_plain:
-            # Straight onto the gradient: a buffer of its own would cost a dense code more than the term.
-            columns, weight = slice(*self.scope), self._risen(config.temporal.weight)
-            pairs = pairs_of(config.temporal, batch)
-            value = float(difference_dense(code[:, columns], pairs, grad[:, columns], weight))
-            losses["temporal"] = weight * self.adder.number(value)
-        elif config.temporal.active:
-            value, unit, target, entries = self._temporal(code, batch, grad)
-            weight = self.temporal_weight(value, target, unit, entries)
-            losses["temporal"] = weight * value
-            self._add(grad, unit, weight, code)
-        if self.positions is not None:
-            if isinstance(code, SparseCode):
-                value, unit = self.positions.sparse(code.part(*self.scope)[0], batch)
-            else:
-                value, unit = self.positions.dense(code[:, slice(*self.scope)], batch)
-            losses["position"] = config.temporal.position_penalty * value
-            self._add(grad, unit, config.temporal.position_penalty, code)
-        if config.sparsity.l1:
-            if isinstance(code, SparseCode):
-                part = float(l1_sparse(code, config.sparsity.l1, grad, state.n))
-            else:  # its gradient is added on the way back through the activation
-                assert state.activity is not None
-                part = config.sparsity.l1 * state.activity.total / state.n
-            losses["l1"] = self.adder.number(part)
-        return weight
-
-    def step_seed(self) -> int:
-        """Of what a run draws for itself in this step."""
-        return hash((self.config.init_seed, self.progress.n_steps)) % 2**32
-
-    def _temporal(self, code: SparseCode | Tensor, batch: Batch, grad: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-        """Over the scope: value and gradient at weight 1, the reconstruction's gradient, and the code's entries."""
-        config, seed = self.config.temporal, self.step_seed()
-        if isinstance(code, SparseCode):
-            part, at = code.part(*self.scope)
-            value, unit = sparse_term(config, part, batch, self.workspace, seed, self.adder)
-            return value, unit, grad[at], part.values
-        columns = slice(*self.scope)
-        value, unit = dense_term(config, code[:, columns], batch, self.workspace, seed, self.adder)
-        return value, unit, grad[:, columns], code[:, columns]
-
-    def temporal_weight(self, value: float, target: Tensor, unit: Tensor, code: Tensor) -> float:
-        """The weight now: a share of the reconstruction's gradient, or the set one; risen by the warm-up.
-
-        `value` and `unit` are the term and its gradient at weight 1, `target` is the reconstruction's gradient; both
-        are with respect to the entries `code`, of which the active ones count. Where nothing but rounding is left of
-        the term's gradient (no latent fires twice in a row), it gets no weight: any share would be noise.
-        """
-        config = self.config.temporal
-        if not config.budget:
-            return self._risen(config.weight)
-        active = code != 0
-        norm, size = self.adder.norm(unit * active), self.adder.norm(code)
-        if norm * size <= NO_GRADIENT * abs(value):
-            return 0.0
-        return self._risen(config.budget * self.adder.norm(target * active) / norm)
-
-    def _risen(self, weight: float) -> float:
-        return weight * min(
-            1.0, (self.progress.n_steps + 1) / max(1.0, self.config.temporal.warmup * self.config.steps)
-        )
-
-    def _add(self, grad: Tensor, unit: Tensor, weight: float, code: SparseCode | Tensor) -> None:
-        if isinstance(code, SparseCode):
-            _, at = code.part(*self.scope)
-            grad[at] += weight * unit
-        else:
-            grad[:, slice(*self.scope)].add_(unit, alpha=weight)
 
     def _guard(self, result: StepResult) -> None:
         progress, limit = self.progress, self.config.guard.explode
@@ -265,3 +263,11 @@ class Trainer:
             sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
         return sae.cpu().eval()
+
+
+def prefix_error(
+    x_hats: list[Float[Tensor, "n d_model"]], x: Float[Tensor, "n d_model"], weights: tuple[float, ...]
+) -> Float[Tensor, ""]:
+    """sum over prefixes g of w_g ||x - x_hat_g||^2 (matryoshka; one prefix is the plain autoencoder)."""
+    errors = [F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
+    return sum((weight * error for weight, error in zip(weights, errors, strict=True)), start=x.new_zeros(()))

@@ -79,8 +79,9 @@ def start_group(ours: Ranks, device: "torch.device | str" = "cpu") -> None:
 
 
 def wait_for_all(ours: Ranks) -> None:
-    """Until every process is here."""
+    """Until every process is here, meeting them first if need be; nothing alone."""
     import torch.distributed as dist
 
-    start_group(ours)
-    dist.barrier()
+    if ours.several:
+        start_group(ours)
+        dist.barrier()

@@ -3,7 +3,8 @@
 All on float32 tensors of one device. The fast paths were chosen by measurement on a CPU; see tests/bench/.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,20 @@ SAMPLE = 65_536
 """Entries that a batch's lower bound is estimated from."""
 
 
-class SparseCode(NamedTuple):
-    """The code of n tokens, row by row: token i has entries offsets[i] : offsets[i + 1].
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """The code of n tokens, row by row: token i has entries offsets[i] : offsets[i + 1], of distinct latents.
 
-    An entry may be an explicit zero (a top-k that found fewer than k positive pre-activations).
+    An entry may be an explicit zero (a top-k that found fewer than k positive pre-activations). `values` may carry a
+    gradient; the pattern (latents, offsets) never does, and what is derived from it is computed once.
     """
 
     values: Float[Tensor, " n_entries"]
     latents: Int[Tensor, " n_entries"]
     offsets: Int[Tensor, " n_tokens_plus_1"]
     d_sae: int
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What was computed from the pattern, shared by all codes on it."""
 
     @property
     def n_tokens(self) -> int:
@@ -36,8 +41,26 @@ class SparseCode(NamedTuple):
     @property
     def rows(self) -> Int[Tensor, " n_entries"]:
         """Token of each entry."""
-        tokens = torch.arange(self.n_tokens, device=self.offsets.device)
-        return torch.repeat_interleave(tokens, self.offsets.diff(), output_size=len(self.values))
+        if "rows" not in self._derived:
+            tokens = torch.arange(self.n_tokens, device=self.offsets.device)
+            counts = self.offsets.diff()
+            self._derived["rows"] = torch.repeat_interleave(tokens, counts, output_size=len(self.latents))
+        return self._derived["rows"]
+
+    @property
+    def by_latent(self) -> "LatentOrder":
+        """The entries sorted by latent, then by token."""
+        if "by_latent" not in self._derived:
+            self._derived["by_latent"] = LatentOrder(self)
+        return self._derived["by_latent"]
+
+    def detached(self) -> "SparseCode":
+        """The same entries without a gradient, on the same pattern."""
+        return self.with_values(self.values.detach())
+
+    def with_values(self, values: Float[Tensor, " n_entries"]) -> "SparseCode":
+        """Other values on the same pattern."""
+        return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived)
 
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
@@ -54,15 +77,31 @@ class SparseCode(NamedTuple):
         values, latents = self.values.index_select(0, at), self.latents.index_select(0, at)
         return SparseCode(values, latents, offsets, self.d_sae), at
 
-    def part(self, first: int, stop: int) -> tuple["SparseCode", Int[Tensor, " n_part"] | slice]:
-        """The code of latents first..stop-1 alone, numbered from 0, and where its entries stand in this one."""
+    def part(self, first: int, stop: int) -> "SparseCode":
+        """The code of latents first..stop-1 alone, numbered from 0."""
         if (first, stop) == (0, self.d_sae):
-            return self, slice(None)
+            return self
         at = ((self.latents >= first) & (self.latents < stop)).nonzero().squeeze(1)
         counts = torch.bincount(self.rows[at], minlength=self.n_tokens)
         offsets = torch.zeros_like(self.offsets)
         offsets[1:] = counts.cumsum(0)
-        return SparseCode(self.values[at], self.latents[at] - first, offsets, stop - first), at
+        return SparseCode(self.values.index_select(0, at), self.latents[at] - first, offsets, stop - first)
+
+
+class LatentOrder:
+    """The entries of a code sorted by latent, computed once and used for every weight's gradient."""
+
+    def __init__(self, code: SparseCode) -> None:
+        self.order = torch.argsort(code.latents, stable=True)
+        self.counts: Int[Tensor, " d_sae"] = torch.bincount(code.latents, minlength=code.d_sae)
+        self._starts = self.counts.cumsum(0) - self.counts
+        self.tokens = code.rows[self.order]
+
+    def weighted_rows(
+        self, values: Float[Tensor, " n_entries"], rows: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, "d_sae d_model"]:
+        """For each latent, the sum over its entries of value times the token's row."""
+        return F.embedding_bag(self.tokens, rows, self._starts, per_sample_weights=values[self.order], mode="sum")
 
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -116,14 +155,11 @@ def threshold_code(
 ) -> SparseCode:
     """JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435): pre-activations above their latent's threshold.
 
-    With a `margin`, entries up to that far below a threshold are explicit zeros (their gradient moves the threshold).
+    With a `margin`, pre-activations up to that far below a threshold are entries too, as they are: their gradient
+    moves the threshold.
     """
     at = _places(pre, threshold - margin)
-    values = pre.view(-1)[at]
-    if margin:
-        limit = threshold.expand(pre.shape[1])[at % pre.shape[1]]
-        values = torch.where(values > limit, values, 0.0)
-    return from_flat(at, values, pre.shape)
+    return from_flat(at, pre.view(-1)[at], pre.shape)
 
 
 def positive_code(activations: Float[Tensor, "n d_sae"]) -> SparseCode:

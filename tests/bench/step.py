@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from tcsae.shared.base.settings import with_settings
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.presets import preset
 from tcsae.train.trainer import Trainer
 
@@ -42,12 +41,12 @@ def batches(n_batches: int = 4) -> list[Batch]:
     return found
 
 
-def ours(name: str, data: list[Batch], workspace: Workspace, *settings: str) -> tuple[Callable[[], int], Trainer]:
+def ours(name: str, data: list[Batch], *settings: str) -> tuple[Callable[[], int], Trainer]:
     """A step of a preset's trainer, in the middle of a long run."""
     config = with_settings(
         preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={LENGTH}", *settings]
     )
-    trainer = Trainer(config, data[0].x, workspace)
+    trainer = Trainer(config, data[0].x)
     state = {"i": 0}
 
     def step() -> int:
@@ -82,7 +81,7 @@ def bare(data: list[Batch], d_sae: int) -> dict[str, Callable[[], int]]:
 
 
 def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
-    data, workspace = batches(), Workspace()
+    data = batches()
     width = f"sae.d_sae={d_sae}"
     found = bare(data, d_sae)
     plain = {
@@ -97,8 +96,8 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
         "matryoshka batchtopk": ("batchtopk", ("sae.groups=0.2,0.8", "group_weights=0.2,0.8")),
     }
     for name, (chosen, settings) in plain.items():
-        found[name], _ = ours(chosen, data, workspace, width, *settings)
-    found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, workspace, width)
+        found[name], _ = ours(chosen, data, width, *settings)
+    found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
     with torch.no_grad():
         dead = torch.arange(d_sae) % 10 == 0
         dying.sae.b_enc[dead] = -100.0
@@ -111,7 +110,7 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     dying.gradients = with_dead  # type: ignore[method-assign]
     for name, chosen in (("relu-l1, 2% active", "relu-l1"), ("jumprelu, 2% active", "jumprelu")):
         settings = ("sparsity.l1=0",) if chosen == "relu-l1" else ("sparsity.l0=0",)
-        found[name], sparse = ours(chosen, data, workspace, width, *settings)
+        found[name], sparse = ours(chosen, data, width, *settings)
         with torch.no_grad():  # a threshold at the quantile, in place of a long training
             pre = sparse.sae.pre_activations(data[0].x[:512] * sparse.scale)
             limit = pre.flatten().kthvalue(int(0.98 * pre.numel())).values

@@ -1,0 +1,25 @@
+"""Losses: pure functions of a code and its batch that return a differentiable scalar, one file a family.
+
+`TEMPORAL` is the registry of temporal.kind. A term gets the code of the latents in its scope, the batch whose segments
+lie end to end, and a seed for what it draws in this step; it returns its value at weight 1, as this process's share.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tcsae.shared.sae.ops import Code
+from tcsae.train.batch import Batch
+from tcsae.train.config import TemporalConfig
+from tcsae.train.losses.contrastive import contrastive
+from tcsae.train.losses.difference import difference, gated, relative
+
+Term = Callable[[TemporalConfig, Code, Batch, int], Float[Tensor, ""]]
+
+TEMPORAL: dict[str, Term] = {
+    "difference": difference,
+    "relative": relative,
+    "gated": gated,
+    "contrastive": contrastive,
+}

@@ -1,0 +1,357 @@
+"""Differentiable operations on codes: what every loss is written in. Closed-form gradients, never a dense matrix where
+the code is sparse; tests/test_gradients.py holds each against autograd on dense tensors.
+
+A code is a SparseCode or, where next to no entry is zero, a matrix [n_tokens, d_sae]; each operation takes both. With
+sparse f, x_hat = f W_dec + b_dec and G = d loss / d x_hat:
+
+    d loss / d f_ij    = G_i . W_dec_j          only at the code's entries
+    d loss / d W_dec_j = sum_i f_ij G_i         and likewise d loss / d W_enc_j = sum_i (d loss / d f_ij) (x - b_dec)_i
+
+Kernels: on a CPU embedding_bag and sampled_addmm (chosen by tests/bench/step.py); elsewhere the same, but on MPS, which
+has no sparse matrices.
+"""
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tcsae.shared.base.device import sum_dtype
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
+
+Code = SparseCode | Float[Tensor, "_n _d_sae"]
+Dense = Literal["relu", "gelu"]
+ENTRIES = 16_384
+"""Of a code, at a time, where rows have to be gathered for each."""
+# Said once a process by torch, to people who never asked for a sparse tensor.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+class Activity(NamedTuple):
+    """How much of a code is active."""
+
+    fired: Bool[Tensor, " d_sae"]
+    """Latents above 0 at some token."""
+    n_active: int | Tensor
+    """Entries above 0."""
+
+
+def attach_entries(code: SparseCode, centred: Float[Tensor, "n d_model"], sae: SparseAutoencoder) -> SparseCode:
+    """The code of selected pre-activations with a gradient: to both biases and to the selected latents' encoder rows.
+
+    `centred` is the encoder's input less b_dec, without a gradient: b_dec's is worked out from b_enc's.
+    """
+    return code.with_values(_AttachEntries.apply(sae.W_enc_rows, sae.b_enc, sae.b_dec, centred, code))
+
+
+class _AttachEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, _b_enc: Tensor, _b_dec: Tensor, centred: Tensor, code: SparseCode) -> Tensor:
+        ctx.save_for_backward(W, centred)
+        ctx.code = code
+        return code.values.view_as(code.values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (W, centred), code = grads, ctx.saved_tensors, ctx.code
+        b_enc = torch.zeros_like(W[:, 0]).index_add_(0, code.latents, grad)
+        return code.by_latent.weighted_rows(grad, centred), b_enc, -(b_enc @ W), None, None
+
+
+def decode_code(
+    code: Code, W_dec: Float[Tensor, "d_sae d_model"], b_dec: Float[Tensor, " d_model"] | None
+) -> Float[Tensor, "n d_model"]:
+    """f W_dec + b_dec (if any), with gradients to the code's entries and both weights."""
+    if isinstance(code, Tensor):
+        return code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
+    return _Decode.apply(code.values, W_dec, b_dec, code)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _values: Tensor, W_dec: Tensor, b_dec: Tensor | None, code: SparseCode) -> Tensor:
+        ctx.code = code.detached()
+        ctx.save_for_backward(W_dec)
+        return decode(ctx.code, W_dec, b_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (W_dec,), grad = ctx.saved_tensors, grads[0].contiguous()
+        entries, weights, bias, _ = ctx.needs_input_grad
+        return (
+            entry_gradients(ctx.code, grad, W_dec) if entries else None,
+            ctx.code.by_latent.weighted_rows(ctx.code.values, grad) if weights else None,
+            grad.sum(0) if bias else None,
+            None,
+        )
+
+
+def entry_gradients(
+    code: SparseCode, grad_x_hat: Float[Tensor, "n d_model"], W_dec: Float[Tensor, "d_sae d_model"]
+) -> Float[Tensor, " n_entries"]:
+    """G_i . W_dec_j for every entry (i, j) of the code, zeros included."""
+    if grad_x_hat.device.type == "mps":
+        pairs = zip(code.rows.split(ENTRIES), code.latents.split(ENTRIES), strict=True)
+        return torch.cat([(grad_x_hat[rows] * W_dec[latents]).sum(1) for rows, latents in pairs])
+    pattern = torch.sparse_csr_tensor(
+        code.offsets,
+        code.latents,
+        torch.zeros_like(code.values),
+        size=(code.n_tokens, code.d_sae),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(pattern, grad_x_hat, W_dec.T, beta=0.0).values()
+
+
+def through_threshold(
+    pre: Float[Tensor, " n_entries"], threshold: Float[Tensor, " n_entries"], width: float
+) -> Float[Tensor, " n_entries"]:
+    """JumpReLU of single entries: pre above its threshold, else 0 (Rajamanoharan et al. 2024, arXiv:2407.14435).
+
+    The threshold learns through a rectangle of this width around it (eq. 11): d f / d threshold = -threshold / width.
+    """
+    return _JumpRelu.apply(pre, threshold, width)
+
+
+class _JumpRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.width = width
+        return torch.where(pre > threshold, pre, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (pre, threshold) = grads, ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.width / 2
+        return grad * (pre > threshold), -threshold / ctx.width * near * grad, None
+
+
+def above_threshold(
+    pre: Float[Tensor, " n_entries"], threshold: Float[Tensor, " n_entries"], width: float
+) -> Float[Tensor, " n_entries"]:
+    """1 where pre exceeds its threshold, else 0; d / d threshold = -1 / width within the rectangle (eq. 12)."""
+    return _Step.apply(pre, threshold, width)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.width = width
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,), (pre, threshold) = grads, ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.width / 2
+        return None, -grad / ctx.width * near, None
+
+
+def activate(
+    kind: Dense, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"], code: Float[Tensor, "n d_sae"]
+) -> tuple[Activity, float]:
+    """Add the bias to `pre`, and write the activation into `code` (a relu's may be `pre` itself); returns sum |f| too.
+
+    By slices of rows that stay in cache: a pass of its own over a code costs 1% of a step, and there would be eight.
+    gelu is the exact one, not tanh's.
+    """
+    n_active, total = 0, 0.0
+    fired, scratch = torch.zeros_like(bias, dtype=torch.bool), torch.empty_like(pre[: row_block(pre)])
+    for z, f in zip(pre.split(row_block(pre)), code.split(row_block(pre)), strict=True):
+        z.add_(bias)
+        if kind == "relu":
+            torch.clamp(z, min=0, out=f)
+            total += float(f.sum())
+        else:
+            torch.ops.aten.gelu.out(z, out=f)
+            total += float(torch.abs(f, out=scratch[: len(f)]).sum())
+        some, n = _positive(z)  # z > 0 where gelu(z) > 0
+        n_active += n
+        fired |= some
+    return Activity(fired, n_active), total
+
+
+def _positive(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " d"], int]:
+    """In which columns entries are above 0, and how many. NumPy is 10 times as fast as torch there, on a CPU."""
+    if x.device.type != "cpu":
+        positive = x > 0
+        return positive.any(0), int(positive.sum())
+    above = x.detach().numpy() > 0
+    return torch.from_numpy(np.logical_or.reduce(above, axis=0)), int(np.count_nonzero(above))
+
+
+def attach_dense(
+    kind: Dense,
+    code: Float[Tensor, "n d_sae"],
+    pre: Float[Tensor, "n d_sae"],
+    total: float,
+    centred: Float[Tensor, "n d_model"],
+    sae: SparseAutoencoder,
+) -> tuple[Float[Tensor, "n d_sae"], Float[Tensor, "n d_sae"], Float[Tensor, ""]]:
+    """(code, tap, sum |f|) of `activate` with a gradient, as `attach_entries`; a relu's `pre` may be its code.
+
+    Code and tap are the same values: decoding reads one, losses of the code the other, so that the two gradients are
+    added in slices that stay in cache.
+    """
+    return _AttachDense.apply(sae.W_enc_rows, sae.b_enc, sae.b_dec, centred, code, pre, total, kind)
+
+
+class _AttachDense(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        W: Tensor,
+        _b_enc: Tensor,
+        _b_dec: Tensor,
+        centred: Tensor,
+        code: Tensor,
+        pre: Tensor,
+        total: float,
+        kind: Dense,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(W, centred, pre)
+        ctx.kind = kind
+        ctx.set_materialize_grads(False)
+        return code.view_as(code), code.view_as(code), code.new_tensor(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (*code_grads, l1), (W, centred, pre) = grads, ctx.saved_tensors
+        out, ones, b_enc = torch.empty_like(pre), pre.new_ones(row_block(pre)), torch.zeros_like(pre[0])
+        parts = [one for one in code_grads if one is not None] or [torch.zeros_like(pre)]
+        for z, to, *gs in zip(*(one.split(row_block(pre)) for one in (pre, out, *parts)), strict=True):
+            g = gs[0] if len(gs) == 1 else gs[0] + gs[1]
+            if ctx.kind == "relu":
+                torch.ops.aten.threshold_backward.grad_input(g if l1 is None else g + l1, z, 0.0, grad_input=to)
+            else:  # gelu(z) has the sign of z
+                g = g if l1 is None else g + torch.sign(z) * l1
+                torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=to)
+            b_enc.addmv_(to.T, ones[: len(to)])  # as a product: several times as fast as sum(0)
+        return out.T @ centred, b_enc, -(b_enc @ W), None, None, None, None, None
+
+
+def row_block(x: Tensor) -> int:
+    """Rows of a slice: on a GPU all, as there launches cost more than passes."""
+    return ROWS if x.device.type == "cpu" else max(1, len(x))
+
+
+def part(code: Code, first: int, stop: int) -> Code:
+    """The code of latents first..stop-1 alone."""
+    return code.part(first, stop) if isinstance(code, SparseCode) else code[:, first:stop]
+
+
+def take(code: Code, tokens: Int[Tensor, " m"]) -> Code:
+    """The code of the given tokens, in that order."""
+    return code.take(tokens)[0] if isinstance(code, SparseCode) else code[tokens]
+
+
+def dense_rows(code: Code, tokens: Int[Tensor, " m"]) -> Float[Tensor, "m d_sae"]:
+    """The code of a few distinct tokens as a matrix."""
+    if isinstance(code, Tensor):
+        return code[tokens]
+    row_of = torch.full_like(code.offsets[1:], -1)
+    row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
+    row = row_of[code.rows]
+    at = (row >= 0).nonzero().squeeze(1)
+    dense = code.values.new_zeros(len(tokens), code.d_sae)
+    return dense.index_put((row[at], code.latents[at]), code.values.index_select(0, at))
+
+
+def square_norms(code: Code) -> Float[Tensor, " n"]:
+    """||f_i||^2 of every token, in the dtype of sums."""
+    if isinstance(code, Tensor):
+        return torch.linalg.vector_norm(code, dim=1).square().to(sum_dtype(code.device))
+    values = code.values.to(sum_dtype(code.values.device))
+    return values.new_zeros(code.n_tokens).index_add(0, code.rows, values.square())
+
+
+def pair_differences(code: Code, lag: int) -> Float[Tensor, " m"]:
+    """||f_{i+lag} - f_i||^2 for every token i that has one so far behind it, in the dtype of sums; m = n - lag or 0."""
+    if isinstance(code, Tensor):
+        return _PairDifferences.apply(code, lag)
+    n = max(0, code.n_tokens - lag)
+    first, second = _matches(code, lag)
+    values = code.values.to(sum_dtype(code.values.device))
+    products = values.index_select(0, first) * values.index_select(0, second)
+    squares = values.new_zeros(code.n_tokens).index_add(0, code.rows, values.square())
+    dots = values.new_zeros(code.n_tokens).index_add(0, code.rows.index_select(0, first), products)
+    return squares[:n] + squares[code.n_tokens - n :] - 2 * dots[:n]
+
+
+def _matches(code: SparseCode, lag: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """Entries (first, second) of one latent at tokens i and i + lag: neighbours in the order by latent, at lag 1."""
+    order, tokens = code.by_latent.order, code.by_latent.tokens
+    key = code.latents[order] * (code.n_tokens + lag) + tokens
+    behind = torch.searchsorted(key, key + lag) if lag > 1 else torch.arange(1, len(key) + 1, device=key.device)
+    behind = behind.clamp_(max=max(0, len(key) - 1))
+    at = (key[behind] == key + lag).nonzero().squeeze(1)
+    return order[at], order[behind[at]]
+
+
+class _PairDifferences(torch.autograd.Function):
+    """Of a matrix, by slices of rows that stay in cache."""
+
+    @staticmethod
+    def forward(ctx: Any, code: Tensor, lag: int) -> Tensor:
+        n = max(0, len(code) - lag)
+        found = code.new_zeros(n, dtype=sum_dtype(code.device))
+        for start in range(0, n, row_block(code)):
+            stop = min(start + row_block(code), n)
+            found[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
+        ctx.save_for_backward(code)
+        ctx.lag = lag
+        return found.square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (code,), lag, n = ctx.saved_tensors, ctx.lag, len(grads[0])
+        if not n:
+            return torch.zeros_like(code), None
+        slope, grad = 2 * grads[0].to(code.dtype)[:, None], torch.empty_like(code)
+        scratch = code.new_empty(row_block(code) + lag, code.shape[1])
+        for start in range(0, len(code), row_block(code)):
+            # d / d f_i = w_{i-lag} - w_i with w_j = slope_j (f_{j+lag} - f_j), 0 where there is no such pair.
+            stop = min(start + row_block(code), len(code))
+            first, last = max(0, start - lag), max(0, start - lag, min(stop, n))
+            w = scratch[: stop - start + lag]
+            skipped, behind = first - start + lag, last - start + lag
+            w[:skipped].zero_()
+            w[behind:].zero_()
+            torch.sub(code[first + lag : last + lag], code[first:last], out=w[skipped:behind]).mul_(slope[first:last])
+            torch.sub(w[:-lag], w[lag:], out=grad[start:stop])
+        return grad, None
+
+
+def group_sums(code: Code, group: Int[Tensor, " n"], n_groups: int) -> Float[Tensor, "n_groups d_sae"]:
+    """Sum of the code over the tokens of each group; no gradient."""
+    if isinstance(code, Tensor):
+        return code.new_zeros(n_groups, code.shape[1]).index_add_(0, group, code.detach())
+    flat = group[code.rows] * code.d_sae + code.latents
+    values = code.values.detach()
+    return values.new_zeros(n_groups * code.d_sae).index_add_(0, flat, values).view(n_groups, code.d_sae)
+
+
+def group_dot(code: Code, table: Float[Tensor, "n_groups d_sae"], group: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """sum_i f_i . table[group_i], with a gradient to the code."""
+    if isinstance(code, Tensor):
+        return (code * table[group]).sum()
+    return (code.values * table.view(-1)[group[code.rows] * code.d_sae + code.latents]).sum()
+
+
+def activity(code: SparseCode) -> Activity:
+    """Of a sparse code's entries."""
+    active = code.values.detach() > 0
+    counts = code.values.new_zeros(code.d_sae).index_add_(0, code.latents, active.to(code.values.dtype))
+    return Activity(counts > 0, active.sum())
