@@ -30,7 +30,7 @@ class FarTensor(torch.Tensor):
         layout = {}
         if held.layout is torch.strided:
             layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=NAME, **layout)
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=f"{NAME}:0", **layout)
 
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held

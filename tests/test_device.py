@@ -20,7 +20,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import metrics_line
@@ -54,7 +53,7 @@ def on(device: torch.device, name: str, settings: tuple[str, ...]) -> tuple[Trai
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, WIDTH, generator=generator) + 0.5
     config = with_settings(preset(name.partition(",")[0], WIDTH), [*SMALL, *settings])
-    trainer = Trainer(config, x.to(device), Workspace(device), n_positions=LENGTH)
+    trainer = Trainer(config, x.to(device), n_positions=LENGTH)
     with torch.no_grad():
         if name == "relu-l1, sparse":
             trainer.sae.b_enc.sub_(3.0)

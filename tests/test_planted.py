@@ -6,7 +6,6 @@ import torch
 
 from tcsae.shared.base.settings import with_settings
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.presets import preset
 from tcsae.train.trainer import Trainer
 
@@ -44,7 +43,7 @@ def recovered(weight: float, seed: int) -> tuple[int, int, float]:
         rates.append((code[:, :N_SLOW] > 0).mean())
         x = torch.from_numpy(code @ directions + 0.05 * rng.normal(size=(len(code), D_MODEL))).float()
         batch = Batch(x, np.full(N_SEGMENTS, LENGTH), np.zeros(N_SEGMENTS, np.int64), np.arange(N_SEGMENTS))
-        trainer = trainer or Trainer(config, x, Workspace())
+        trainer = trainer or Trainer(config, x)
         trainer.step(batch)
     assert trainer is not None
     cosines = torch.from_numpy(directions).float() @ trainer.finished_sae().W_dec.detach().T

@@ -16,7 +16,6 @@ from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, 
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.batch import Batch
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import TrainConfig
 from tcsae.train.initial import geometric_median, initial_sae
 from tcsae.train.plan import Request, plan_runs, run_name
@@ -155,7 +154,8 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
     assert (tmp_path / runs[0].name / "tcsae.json").stat().st_mtime_ns == before
     assert "trained already, reused" in capsys.readouterr().err
     record = json.loads((tmp_path / runs[0].name / "tcsae.json").read_text())
-    del record["train"]["optimizer"]["gradients"]  # as of a version that did not have the setting
+    del record["train"]["data"]["min_sequence_length"]  # as of a version that did not have the setting
+    record["train"]["optimizer"]["gradients"] = "written"  # and that had one which is gone
     (tmp_path / runs[0].name / "tcsae.json").write_text(json.dumps(record))
     train_runs(store, tmp_path, runs)
     assert "trained already, reused" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
 def test_loss_that_is_not_finite_stops_before_any_weight_moves():
     config = with_settings(preset("topk", WIDTH), SMALL)
     sample = torch.randn(100, WIDTH)
-    trainer = Trainer(config, sample, Workspace())
+    trainer = Trainer(config, sample)
     before = {name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()}
     sample[3, 1] = float("inf")
     with pytest.raises(RunError, match=r"step 0: loss (nan|inf).*No weight was touched; lower optimizer.lr"):
@@ -179,7 +179,7 @@ def test_loss_that_is_not_finite_stops_before_any_weight_moves():
 
 
 def test_exploding_loss_stops_too():
-    trainer = Trainer(with_settings(preset("topk", WIDTH), SMALL), torch.randn(100, WIDTH), Workspace())
+    trainer = Trainer(with_settings(preset("topk", WIDTH), SMALL), torch.randn(100, WIDTH))
     for _ in range(3):
         trainer.step(batch_of(torch.randn(50, WIDTH)))
     with pytest.raises(RunError, match=r"100 times that is allowed \(guard.explode\)"):
@@ -188,7 +188,7 @@ def test_exploding_loss_stops_too():
 
 def test_decoder_keeps_unit_rows_and_gets_no_parallel_gradient():
     config = with_settings(preset("topk", WIDTH), SMALL)
-    trainer = Trainer(config, torch.randn(100, WIDTH), Workspace())
+    trainer = Trainer(config, torch.randn(100, WIDTH))
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
     before = trainer.sae.W_dec.detach().clone()
     trainer.step(batch_of(torch.randn(40, WIDTH)))

@@ -82,7 +82,8 @@ def _dense(sae: SparseAutoencoder, centred: Float[Tensor, "n d_model"], _batch: 
         pre = centred @ sae.W_enc_rows.T
         dense = torch.empty_like(pre) if kind == "gelu" else pre
         active, total = activate(kind, pre, sae.b_enc, dense)
-    if kind == "relu" and active.n_active < SPARSE_DENSITY * pre.numel():
+    # On a GPU the count would have to be waited for, and a matrix is fast.
+    if kind == "relu" and pre.device.type == "cpu" and active.n_active < SPARSE_DENSITY * pre.numel():
         code = attach_entries(positive_code(dense), centred, sae)
         return Encoded(centred, code, code, code.values.sum(), active)
     code, tap, size = attach_dense(kind, dense, pre, total, centred, sae)

@@ -68,6 +68,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
+RETIRED = {"optimizer.gradients": "written"}
 RESTORES = 2
 """Instabilities that a run with guard.action=restore survives."""
 
@@ -142,7 +143,13 @@ def _is_finished(store: Store, path: Path, run: Run, fresh: bool, world: int) ->
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is."""
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, and a retired
+    setting at its only value that is left is as good as absent.
+    """
+    settings = {
+        key: {k: v for k, v in value.items() if RETIRED.get(f"{key}.{k}") != v} if isinstance(value, dict) else value
+        for key, value in settings.items()
+    }
     try:
         return to_dict(from_dict(TrainConfig, settings))
     except ConfigError:  # a setting that is gone, or none at all: it differs

@@ -216,7 +216,7 @@ class Trainer:
         """Sums over all processes' parts, read from the device in one go."""
         wide = sum_dtype(self.sample.device)
         scalars = [torch.as_tensor(one, dtype=wide, device=self.sample.device).detach() for one in parts]
-        return batch.group.sum_(torch.stack(scalars)).tolist()
+        return batch.group.sum_(torch.stack(scalars)).cpu().tolist()
 
     def step_seed(self) -> int:
         """Seed of what a run draws for itself in this step."""

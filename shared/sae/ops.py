@@ -159,33 +159,34 @@ class _Step(torch.autograd.Function):
 
 def activate(
     kind: Dense, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"], code: Float[Tensor, "n d_sae"]
-) -> tuple[Activity, float]:
+) -> tuple[Activity, Float[Tensor, ""]]:
     """Add the bias to `pre`, and write the activation into `code` (a relu's may be `pre` itself); returns sum |f| too.
 
     By slices of rows that stay in cache: a pass of its own over a code costs 1% of a step, and there would be eight.
     gelu is the exact one, not tanh's.
     """
-    n_active, total = 0, 0.0
+    n_active: int | Tensor = 0
+    total = bias.new_zeros((), dtype=sum_dtype(bias.device))
     fired, scratch = torch.zeros_like(bias, dtype=torch.bool), torch.empty_like(pre[: row_block(pre)])
     for z, f in zip(pre.split(row_block(pre)), code.split(row_block(pre)), strict=True):
         z.add_(bias)
         if kind == "relu":
             torch.clamp(z, min=0, out=f)
-            total += float(f.sum())
+            total += f.sum()
         else:
             torch.ops.aten.gelu.out(z, out=f)
-            total += float(torch.abs(f, out=scratch[: len(f)]).sum())
+            total += torch.abs(f, out=scratch[: len(f)]).sum()
         some, n = _positive(z)  # z > 0 where gelu(z) > 0
         n_active += n
         fired |= some
     return Activity(fired, n_active), total
 
 
-def _positive(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " d"], int]:
+def _positive(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " d"], int | Tensor]:
     """In which columns entries are above 0, and how many. NumPy is 10 times as fast as torch there, on a CPU."""
     if x.device.type != "cpu":
         positive = x > 0
-        return positive.any(0), int(positive.sum())
+        return positive.any(0), positive.sum()
     above = x.detach().numpy() > 0
     return torch.from_numpy(np.logical_or.reduce(above, axis=0)), int(np.count_nonzero(above))
 
@@ -194,7 +195,7 @@ def attach_dense(
     kind: Dense,
     code: Float[Tensor, "n d_sae"],
     pre: Float[Tensor, "n d_sae"],
-    total: float,
+    total: Float[Tensor, ""],
     centred: Float[Tensor, "n d_model"],
     sae: SparseAutoencoder,
 ) -> tuple[Float[Tensor, "n d_sae"], Float[Tensor, "n d_sae"], Float[Tensor, ""]]:
@@ -216,13 +217,13 @@ class _AttachDense(torch.autograd.Function):
         centred: Tensor,
         code: Tensor,
         pre: Tensor,
-        total: float,
+        total: Tensor,
         kind: Dense,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(W, centred, pre)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
-        return code.view_as(code), code.view_as(code), code.new_tensor(total)
+        return code.view_as(code), code.view_as(code), total.view_as(total)
 
     @staticmethod
     @once_differentiable
@@ -233,9 +234,9 @@ class _AttachDense(torch.autograd.Function):
         for z, to, *gs in zip(*(one.split(row_block(pre)) for one in (pre, out, *parts)), strict=True):
             g = gs[0] if len(gs) == 1 else gs[0] + gs[1]
             if ctx.kind == "relu":
-                torch.ops.aten.threshold_backward.grad_input(g if l1 is None else g + l1, z, 0.0, grad_input=to)
+                torch.ops.aten.threshold_backward.grad_input(g if l1 is None else g + l1.to(g), z, 0.0, grad_input=to)
             else:  # gelu(z) has the sign of z
-                g = g if l1 is None else g + torch.sign(z) * l1
+                g = g if l1 is None else g + torch.sign(z) * l1.to(g)
                 torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=to)
             b_enc.addmv_(to.T, ones[: len(to)])  # as a product: several times as fast as sum(0)
         return out.T @ centred, b_enc, -(b_enc @ W), None, None, None, None, None

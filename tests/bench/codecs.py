@@ -28,7 +28,6 @@ from tcsae.shared.store.codecs import check_codec
 from tcsae.shared.store.format import SPLITS, Shard
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 
@@ -150,7 +149,7 @@ def demand(rounds: int) -> None:
                 creation.append("train", {"h": rng.standard_normal((128, 128, 512)) @ rotation})
             creation.append("eval", {"h": rng.standard_normal((1, 128, 512))})
         stream = iter(SegmentLoader(open_store(location), DataConfig(buffer_sequences=512)))
-        step, _ = ours("topk", batches(), Workspace(), "sae.d_sae=4096")
+        step, _ = ours("topk", batches(), "sae.d_sae=4096")
         loader = "loader, compact"
         times = alternate({loader: lambda: len(next(stream).x), "TopK step 512 -> 4096": step}, rounds, least_s=4.0)
         times.show("token", base=loader)

@@ -22,7 +22,6 @@ import numpy as np
 from alternate import Times, one_core, report
 
 from tcsae.shared.store.reader import open_store
-from tcsae.train.buffers import Workspace
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import read_metrics
 from tcsae.train.plan import Request, plan_runs
@@ -58,7 +57,7 @@ def main() -> None:
     (run,) = plan_runs(store, Request(["topk"], settings))
     loader = SegmentLoader(store, run.config.data)
     # A schedule that does not end, however many rounds there are.
-    trainer = Trainer(replace(run.config, steps=10**9), loader.sample(SAMPLE_TOKENS), Workspace())
+    trainer = Trainer(replace(run.config, steps=10**9), loader.sample(SAMPLE_TOKENS))
     data = [batch._replace(x=batch.x.clone()) for batch in itertools.islice(loader, N_BATCHES)]
 
     def bare() -> float:

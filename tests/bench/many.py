@@ -18,7 +18,6 @@ from loader import synthetic_store
 from step import D_MODEL, LENGTH, K, N
 
 from tcsae.shared.base.settings import with_settings
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.presets import preset
@@ -32,17 +31,17 @@ RUNS = {
 }
 
 
-def trainers(loader: SegmentLoader, d_sae: int, share: bool) -> list[Trainer]:
-    """One trainer a run, in the middle of a long run; `share` gives them one set of buffers."""
+def trainers(loader: SegmentLoader, d_sae: int) -> list[Trainer]:
+    """One trainer a run, in the middle of a long run."""
     settings = [f"sae.k={K}", "steps=1M", f"data.segment_length={LENGTH}", f"sae.d_sae={d_sae}"]
-    sample, workspace = loader.sample(N), Workspace()
+    sample = loader.sample(N)
     configs = [with_settings(preset(name, D_MODEL), [*settings, *own]) for name, own in RUNS.values()]
-    return [Trainer(config, sample, workspace if share else Workspace()) for config in configs]
+    return [Trainer(config, sample) for config in configs]
 
 
 def one_pass(loader: SegmentLoader, d_sae: int) -> Callable[[], int]:
     """A batch from the store, and a step of every run."""
-    stream, together = iter(loader), trainers(loader, d_sae, share=True)
+    stream, together = iter(loader), trainers(loader, d_sae)
 
     def step() -> int:
         batch = next(stream)
@@ -56,7 +55,7 @@ def one_pass(loader: SegmentLoader, d_sae: int) -> Callable[[], int]:
 def single_steps(loader: SegmentLoader, d_sae: int) -> Callable[[], int]:
     """The same steps, each on a batch in memory."""
     data = [batch._replace(x=batch.x.clone()) for batch in itertools.islice(loader, 4 * len(RUNS))]
-    stream, alone = itertools.cycle(data), trainers(loader, d_sae, share=False)
+    stream, alone = itertools.cycle(data), trainers(loader, d_sae)
 
     def step() -> int:
         return sum(len(batch.x) for trainer in alone for batch in [next(stream)] if trainer.step(batch))

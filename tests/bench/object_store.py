@@ -21,7 +21,6 @@ from loader import BATCH_TOKENS, synthetic_store
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.store.copy import copy_store
 from tcsae.shared.store.reader import Store, open_store
-from tcsae.train.buffers import Workspace
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.presets import preset
@@ -48,7 +47,7 @@ def loading(store: Store, config: DataConfig):
 def training(store: Store, config: DataConfig):
     loader = SegmentLoader(store, config)
     run = with_settings(preset("topk", store.d_model(loader.hook)), ["sae.d_sae=4096", "sae.k=32", "steps=1000000"])
-    trainer = Trainer(run, loader.sample(8192), Workspace(), store.sequence_length)
+    trainer = Trainer(run, loader.sample(8192), store.sequence_length)
     stream = iter(loader)
 
     def step() -> int:

@@ -68,13 +68,12 @@ def ours(activation: str, shape: Shape, batches: list[Tensor]) -> Callable[[], o
 
     from tcsae.shared.base.settings import with_settings
     from tcsae.train.batch import Batch
-    from tcsae.train.buffers import Workspace
     from tcsae.train.presets import preset
     from tcsae.train.trainer import Trainer
 
     name = {"relu": "relu-l1"}.get(activation, activation)
     settings = [f"sae.d_sae={shape.d_sae}", f"sae.k={shape.k}", "steps=100000"]
-    trainer = Trainer(with_settings(preset(name, shape.d_model), settings), batches[0], Workspace())
+    trainer = Trainer(with_settings(preset(name, shape.d_model), settings), batches[0])
     lengths = np.full(N // 16, 16)
     stream = cycle([Batch(x, lengths, np.ones_like(lengths), np.arange(N // 16)) for x in batches])
     return lambda: trainer.step(next(stream))

@@ -61,7 +61,6 @@ def sweeping(task: Task, rank: int, world: int) -> Callable[[], None]:
     """This rank's share of two SAEs; one process trains both from one pass."""
     from tcsae.shared.base.settings import with_settings
     from tcsae.shared.store.reader import open_store
-    from tcsae.train.buffers import Workspace
     from tcsae.train.loader import SegmentLoader
     from tcsae.train.presets import preset
     from tcsae.train.processes import deal
@@ -71,11 +70,9 @@ def sweeping(task: Task, rank: int, world: int) -> Callable[[], None]:
     configs = [
         with_settings(preset("topk", store.d_model(store.hook())), ["sae.d_sae=4096", f"init_seed={i}"]) for i in (0, 1)
     ]
-    loader, workspace = SegmentLoader(store, configs[0].data), Workspace()
+    loader = SegmentLoader(store, configs[0].data)
     sample = loader.sample(8192)
-    trainers = [
-        Trainer(one, sample, workspace, store.sequence_length) for one in deal(configs, Ranks(rank, world, rank))
-    ]
+    trainers = [Trainer(one, sample, store.sequence_length) for one in deal(configs, Ranks(rank, world, rank))]
     stream = iter(loader)
     for trainer in trainers:
         trainer.step(next(stream))

@@ -14,17 +14,16 @@ import torch
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.shared.base.distributed import Ranks, start_group
+from tcsae.shared.base.distributed import ALONE, Ranks, start_group
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.commands.group import cli
-from tcsae.train import auxk
-from tcsae.train.buffers import Workspace
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import metrics_line
+from tcsae.train.losses import auxk
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
-from tcsae.train.processes import Peers, check_parallel
+from tcsae.train.processes import check_parallel
 from tcsae.train.run import train_runs, train_together
 from tcsae.train.trainer import Trainer
 
@@ -87,10 +86,9 @@ def make_run(kind: str, *more: str) -> Run:
 def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights, counters, losses and logged figures of 20 steps in float64."""
     store = tcsae.open_store(location)
-    peers = Peers(ours) if ours else Peers()
-    loader = SegmentLoader(store, run.config.data, ours=peers.ranks)
+    loader = SegmentLoader(store, run.config.data, ranks=ours or ALONE)
     torch.set_default_dtype(torch.float64)
-    trainer = Trainer(run.config, loader.sample(1000).double(), Workspace(), LENGTH, adder=peers.adder)
+    trainer = Trainer(run.config, loader.sample(1000).double(), LENGTH)
     told, smallest = [], np.inf
     for batch, _ in zip(loader, range(20), strict=False):
         smallest = min(smallest, len(batch.lengths))
@@ -210,7 +208,6 @@ def test_a_sweep_without_a_rendezvous(location, tmp_path, monkeypatch):
     ("settings", "world", "device", "line"),
     [
         (("data.n_segments=12",), 13, "cpu", "data.n_segments=12 is less than one for each of 13 processes. Raise it"),
-        (("optimizer.gradients=autograd",), 2, "cpu", "optimizer.gradients='autograd' is for one process, this start"),
         (("temporal.weight=1", "temporal.order=batch"), 2, "cpu", "temporal.order='batch' pairs tokens of the whole"),
         ((), 2, "mps", "One run in several processes is not for mps. Give --device cpu, or train in one process."),
     ],
