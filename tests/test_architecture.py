@@ -86,5 +86,6 @@ def test_each_named_path_exists(name):
 
 
 def test_the_parser_reads_every_arrow():
-    page = '```mermaid\nflowchart LR\n  a["harvest<br>x"]\n  b["data"]\n  c["shared/sae"]\n  a --> b & c\n  a -. y .-> b\n```'
+    lines = ['a["harvest<br>x"]', 'b["data"]', 'c["shared/sae"]', "a --> b & c", "a -. y .-> b"]
+    page = "\n".join(["```mermaid", "flowchart LR", *lines, "```"])
     assert picture(page)[1] == {("harvest", "data"), ("harvest", "shared/sae")}
