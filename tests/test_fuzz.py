@@ -72,7 +72,7 @@ def attempt(place: Path, change: Callable[[Path], str], command: tuple[str, ...]
         changed = change(copy)
         note(changed)
         arguments = [argument.replace("{place}", str(copy)) for argument in command]
-        wrong = fuzz.complaint(lambda: toy.call(copy, *arguments, store=store))
+        wrong = fuzz.complaint(lambda: toy.call(copy, *arguments, store=store), "".join(arguments))
     if wrong is not None and FINDINGS:
         with Path(FINDINGS).open("a") as file:
             file.write(json.dumps({"command": command, "changed": changed, "wrong": wrong}) + "\n")

@@ -71,8 +71,8 @@ def bounds() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def complaint(call: Callable[[], Result]) -> str | None:
-    """What is wrong with how a command ended; None if it may end so."""
+def complaint(call: Callable[[], Result], typed: str = "") -> str | None:
+    """What is wrong with how a command ended; None if it may end so. Characters of the command line may come back."""
     try:
         with bounds():
             done = call()
@@ -85,8 +85,8 @@ def complaint(call: Callable[[], Result]) -> str | None:
         return f"exit code {done.exit_code}"
     if "Traceback (most recent call last)" in done.output:
         return f"a traceback is printed: {done.output[-500:]}"
-    if unsafe := UNSAFE.search(done.output):
-        line = next(line for line in done.output.splitlines() if unsafe[0] in line)
+    if unsafe := set(UNSAFE.findall(done.output)) - set(typed):
+        line = next(line for line in done.output.split("\n") if unsafe & set(line))
         return f"control characters reach the terminal: {line[:300]!r}"
     last = done.stderr.strip().splitlines()[-1:]
     if done.exit_code and not (last and last[0].startswith("Error: ")):
