@@ -28,7 +28,7 @@ paper: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
 
 fast: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=fast
 
 torture: .venv/installed-dev
 	$(BIN)/python tests/torture/run.py $(TORTURE)

@@ -13,6 +13,7 @@ import pytest
 
 # How long an example takes says what else the machine does, not whether the promise holds.
 hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=25)  # of `make fast`
 hypothesis.settings.load_profile("no deadline")
 
 # Before torch and the Hub's libraries are imported: tests use one thread, and no network.

@@ -1,7 +1,7 @@
 """Promise: whatever a store, a run, an SAE of another tool or a setting says, a command ends with exit code 0, 1 or 2
 and a line that says why: no traceback, no endless work, no memory beyond measure, no file elsewhere.
 
-TCSAE_FUZZ=2000: number of examples, over all tests (default 100). TCSAE_FUZZ_SEED=7: other examples. A failure prints
+TCSAE_FUZZ=2000: number of examples, over all tests (default 40). TCSAE_FUZZ_SEED=7: other examples. A failure prints
 the example and the seed. TCSAE_FUZZ_FINDINGS=FILE: failures become lines of a file, and the search goes on. Signatures
 are checked here (jaxtyping): a value of a wrong type that passes one is a failure as well.
 """
@@ -32,7 +32,7 @@ def load(name: str):
 
 toy, fuzz = load("toy_place"), load("toy_fuzz")
 FINDINGS = os.environ.get("TCSAE_FUZZ_FINDINGS")
-N_EXAMPLES, SEED = int(os.environ.get("TCSAE_FUZZ", "100")), int(os.environ.get("TCSAE_FUZZ_SEED", "0"))
+N_EXAMPLES, SEED = int(os.environ.get("TCSAE_FUZZ", "40")), int(os.environ.get("TCSAE_FUZZ_SEED", "0"))
 randoms = st.randoms(use_true_random=True)
 
 
