@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -297,34 +298,58 @@ def test_saes_in_pickles(place, name, content, config, command):
 # Settings
 
 
-def setting_names() -> list[str]:
+def known_settings() -> dict[str, str]:
+    """Every setting but `steps`, with the default of the default preset, as text."""
     from tcsae.shared.base.settings import to_settings
     from tcsae.train.presets import preset
 
-    lines = to_settings(preset("temporal-topk", toy.WIDTH))
-    names = [line.partition("=")[0] for line in lines]
-    return sorted({name for name in names if name != "steps"} | {name.partition(".")[0] for name in names} - {"steps"})
+    pairs = [line.partition("=") for line in to_settings(preset("temporal-topk", toy.WIDTH))]
+    return {name: default for name, _, default in pairs if name != "steps"}
 
 
-keys = st.sampled_from([*setting_names(), "sae.activation", "sea.k", "", ".", "sae.", "data.seed.x", "__class__"])
-VALUES = ["0", "1", "-1", "3", "0.5", "1e9", "1e400", "1K", "1G", "10G", "1000G", "nan", "inf", "none", "true", "", ","]
-VALUES += [
-    "relu",
-    "topk",
-    "batchtopk",
-    "jumprelu",
-    "gelu",
-    "linear",
-    "contrastive",
-    "relative",
-    "8,16",
-    "x",
-    "\x1b[31m",
+def is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return text in ("None", "none", "")
+
+
+SETTINGS = known_settings()
+ODD_KEYS = ["sae", "data", "sea.k", "", ".", "sae.", "data.seed.x", "__class__"]
+COUNTS = [
+    "0",
+    "1",
+    "-1",
+    "2",
+    "3",
+    "0.5",
+    "0.99",
+    "1e-9",
+    "1e9",
+    "1e400",
+    "1K",
+    "1M",
+    "1G",
+    "1000G",
+    "nan",
+    "inf",
+    "none",
 ]
-values = st.sampled_from(VALUES) | st.text(max_size=8)
-pairs = st.builds("{}={}".format, keys, values) | st.text(max_size=12)
-toml_values = st.sampled_from([*VALUES, 0, 1, -1, 0.5, 10**12, True, [], [1], {}])
-tomls = st.dictionaries(keys | st.text(max_size=4), toml_values, max_size=3)
+WORDS = ["relu", "topk", "batchtopk", "jumprelu", "gelu", "difference", "gated", "relative", "contrastive", "segment"]
+WORDS += ["batch", "all", "linear", "cosine", "none", "mean", "restore", "end", "xavier", "zero", "true", "false"]
+ODD = ["", ",", "8,16", "0.5,0.5", "x", "\x1b[31m", "é" * 99]
+
+
+def pair(rng: random.Random) -> str:
+    """KEY=VALUE; mostly a known setting, and a value of its kind."""
+    key = rng.choice(sorted(SETTINGS) if rng.random() < 0.95 else ODD_KEYS)
+    likely = COUNTS if is_number(SETTINGS.get(key, "")) else WORDS
+    return f"{key}={rng.choice(likely if rng.random() < 0.9 else COUNTS + WORDS + ODD)}"
+
+
+toml_values = st.sampled_from([*COUNTS, *WORDS, *ODD, 0, 1, -1, 0.5, 10**12, True, [], [1], {}])
+toml_keys = st.sampled_from([*sorted(SETTINGS), *ODD_KEYS, "preset"])
+tomls = st.dictionaries(toml_keys | st.text(max_size=4), toml_values, max_size=3)
 
 
 def to_toml(table: dict[str, object]) -> str:
@@ -333,10 +358,11 @@ def to_toml(table: dict[str, object]) -> str:
 
 
 @share(25)
-@given(st.lists(pairs, max_size=3), st.lists(pairs, max_size=1), st.sampled_from(["0", "1", "2"]), st.booleans())
-def test_settings(place, sets, sweeps, steps, temporal):
-    chosen = [f"--set={one}" for one in sets] + [f"--sweep={one}" for one in sweeps]
-    preset = "temporal-topk" if temporal else "relu-l1"
+@given(randoms)
+def test_settings(place, rng):
+    chosen = [f"--set={pair(rng)}" for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+    chosen += [f"--sweep={pair(rng)}"] * (rng.random() < 0.1)
+    preset, steps = rng.choice(["temporal-topk", "relu-l1", "temporal-matryoshka", "written-run3"]), rng.choice("0112")
     attempt(place, nothing, ("train", "--preset", preset, *toy.TRAIN, *chosen, "--steps", steps))
 
 
