@@ -1,5 +1,6 @@
 # make run    install, then harvest, train, evaluate and report on the embedded model and corpus (FRESH=1 starts anew)
 # make test   install with the development extras, then lint, type check and test
+# make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
@@ -10,7 +11,7 @@ CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval report
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast lint types paper clean
+.PHONY: run test fast torture lint types paper clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -27,7 +28,10 @@ paper: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
 
 fast: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=fast
+
+torture: .venv/installed-dev
+	$(BIN)/python tests/torture/run.py $(TORTURE)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

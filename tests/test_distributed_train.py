@@ -127,7 +127,7 @@ def done(location, tmp_path_factory):
     return find
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_in_float64_are_those_of_one_process(done, kind, world):
     ((weights, lines),) = done(1)[kind]

@@ -52,7 +52,9 @@ def test_no_budget_shrinks_as_more_is_asked_for():
             assert values == sorted(values)
 
 
-@pytest.mark.parametrize("n_tokens", [320, 1111, 2000, 2950])
+@pytest.mark.parametrize(
+    "n_tokens", [320, pytest.param(1111, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.slow), 2950]
+)
 def test_an_extended_store_is_the_one_made_at_once(short, whole, tmp_path, monkeypatch, n_tokens, capfd):
     location = made(tmp_path / "store.zarr", short, n_tokens=n_tokens)
     before = open_store(location)
@@ -155,7 +157,7 @@ def test_an_extension_that_was_killed_early_is_forgotten_by_the_old_recipe(short
 
 
 @pytest.mark.parametrize("codec", ["compact", "int8"])
-@pytest.mark.parametrize("fit_tokens", [256, 2048])
+@pytest.mark.parametrize("fit_tokens", [256, pytest.param(2048, marks=pytest.mark.slow)])
 def test_a_codec_with_parameters(short, tmp_path, monkeypatch, codec, fit_tokens):
     """Fitted to the first tokens: chunks are kept if all of these were there before, else nothing is."""
     for module in ("store.writer", "store.extend"):

@@ -95,7 +95,7 @@ def test_killed_in_every_phase_the_bytes_are_the_same(short, uninterrupted, tmp_
     assert toy.traces(location) == []
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_writes_the_bytes_are_the_same(short, uninterrupted, tmp_path, seed):
     rng, location, n_deaths = random.Random(seed), tmp_path / "store.zarr", 0
     while toy.harvest_in_child(location, short, rng.randint(1, 45), before_rename=rng.random() < 0.5) == 9:
@@ -240,7 +240,8 @@ def killed_after(n_records: int, location, config) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_kills", [3, 20])
 def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path, n_kills):
     location, n = tmp_path / "store.zarr", 0
     for i in range(n_kills):
@@ -253,6 +254,7 @@ def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path,
     assert toy.traces(location) == []
 
 
+@pytest.mark.slow
 def test_a_terminated_process_ends_with_143_and_one_line(short, uninterrupted, tmp_path):
     location = tmp_path / "store.zarr"
     process = subprocess.Popen(command(location, short), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -111,7 +111,9 @@ class KilledError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kills", [[1], [14, 2, 30], [13, 26, 7], [59]])
+@pytest.mark.parametrize(
+    "kills", [[14, 2, 30], *(pytest.param(kills, marks=pytest.mark.slow) for kills in ([1], [13, 26, 7], [59]))]
+)
 def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, monkeypatch, kills):
     real = run_module._Member.step
 

@@ -86,7 +86,7 @@ SAES = {
 }
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["tail", "probes"])
 @pytest.mark.parametrize("sae", SAES)
 def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path, monkeypatch, kind, world, sae):

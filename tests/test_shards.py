@@ -150,7 +150,7 @@ def test_a_wide_model_runs_in_whole_batches(wide, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow_chunks")
-@pytest.mark.parametrize("codec", ["float16", "compact"])
+@pytest.mark.parametrize("codec", [pytest.param("float16", marks=pytest.mark.slow), "compact"])
 def test_killed_between_the_chunks_of_a_shard_and_extended(wide, tmp_path, monkeypatch, codec):
     for module in ("store.writer", "store.extend"):
         monkeypatch.setattr(f"tcsae.shared.{module}.FIT_TOKENS", 512)

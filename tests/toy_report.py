@@ -14,6 +14,8 @@ from tcsae.shared.commands.group import cli
 HOSTILE = "</script><script>hacked=1</script><img/> \u2028 \u202eab\x1b[31m \t é שלום"
 ODD_NAME = "<img src=x onerror=hack()> #1 100%"
 """A run's folder may be called anything that a folder can be."""
+LATENTS = 64
+"""Of the paper's logged runs, in place of 512: their codes are dense, and each latent has a page of contexts."""
 SMALL = ("--set", "sae.d_sae=48", "--set", "sae.k=4", "--set", "data.n_segments=4", "--set", "data.segment_length=16")
 
 
@@ -63,7 +65,7 @@ def make(place: Path, model: Path) -> Path:
             "log_every=5",
             *SMALL,
         ),
-        ("train", "--preset", "logged-run2", "--preset", "logged-run4"),
+        ("train", "--preset", "logged-run2", "--preset", "logged-run4", "--set", f"sae.d_sae={LATENTS}"),
         ("train", "--preset", "relu-l1", "--steps", "0", *SMALL[:2]),
     ]
     for arguments in steps:
@@ -76,6 +78,6 @@ def make(place: Path, model: Path) -> Path:
     unfinished.mkdir()
     done = call(place, "eval")
     assert "0 optimiser steps" in done.stderr
-    done = call(place, "eval", "--run", "logged-run4", "--no-temporal", "--force")
+    done = call(place, "eval", "--run", f"logged-run4-d_sae{LATENTS}", "--no-temporal", "--force")
     assert done.exit_code == 0, done.output
     return place
