@@ -60,7 +60,7 @@ def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, s
             shown = n_tokens(counts)
             now = time.monotonic()
             due = counts["documents_read"] - committed >= COMMIT_DOCUMENTS or now - committed_at >= COMMIT_S
-            if due or stop.number is not None:
+            if due or stop.requested:
                 writer.commit(sequencer.take_rows(), {"counts": counts})
                 committed, committed_at = counts["documents_read"], now
                 stop.check(f"{committed:,} documents are read")
@@ -89,7 +89,7 @@ def write_activations(
     with progress(title, total, done=total - to_do) as advance, ThreadPoolExecutor(1) as pool:
         pending: Future[None] | None = None
         for shard in dealt(writer, ours):
-            if stop.number is not None:
+            if stop.requested:
                 break
             activations = capture.run(writer.tokens(shard), writer.lengths(shard))
             if pending is not None:
