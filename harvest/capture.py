@@ -91,8 +91,8 @@ def through_modules(model: Any, name: str, places: Mapping[str, tuple[str, str]]
     """`places`: hook -> (module, "hook_in" or "hook_out"). Raises AttributeError if there is no such module."""
 
     def call(ids: Tensor, logits: bool) -> Any:
-        found = model(input_ids=ids, use_cache=False)
-        return found.logits if logits else None
+        output = model(input_ids=ids, use_cache=False)
+        return output.logits if logits else None
 
     forward = Forward(model, name, len(places), call, str(model.config._attn_implementation))
     for hook, (path, side) in places.items():
@@ -117,14 +117,14 @@ def module_places(bridge: Any, hooks: Sequence[str]) -> dict[str, tuple[str, str
     places = {}
     for hook in hooks:
         path, _, side = bridge.hook_dict[hook].name.rpartition(".")
-        part, found = bridge, ""
+        part, module = bridge, ""
         for step in path.split("."):
             part = part.get_submodule(step)
-            if (own := getattr(part, "name", None)) is not None:
-                found = f"{found}.{own}" if found else own
-        if side not in ("hook_in", "hook_out") or not found:
+            if (name := getattr(part, "name", None)) is not None:
+                module = f"{module}.{name}" if module else name
+        if side not in ("hook_in", "hook_out") or not module:
             return None
-        places[hook] = (found, side)
+        places[hook] = (module, side)
     return places
 
 
@@ -156,7 +156,10 @@ class Capture:
         """The Hugging Face model, in `dtype` on `device`; None where there is no causal one."""
         with contextlib.suppress(TailError):
             self.plain = load_plain(model, device, dtype)
+        versions = self._weight_versions()
         bridge = load_bridge(model, device, dtype, self.plain)
+        if self._weight_versions() != versions:  # the bridge has worked in place on weights that both hold
+            self.plain = load_plain(model, device, dtype)
         self.n_layers = int(bridge.cfg.n_layers)
         """Blocks of the whole model."""
         points = bridge.hook_dict
@@ -234,6 +237,9 @@ class Capture:
     def _ids(self, tokens: Int[ndarray, "n position"]) -> Int[Tensor, "n position"]:
         return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(self.device)
 
+    def _weight_versions(self) -> list[int]:
+        return [] if self.plain is None else [weight._version for weight in self.plain.parameters()]
+
     def _probe(self, hooks: Sequence[str], n_vocabulary: int) -> tuple[dict[str, int], ndarray, dict[str, Tensor]]:
         """Width of each hook's vectors, from two short passes through the whole model; tokens and activations of the
         second.
@@ -292,12 +298,12 @@ class _OnTheWay:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def into(self, found: dict[str, ndarray]) -> None:
+    def into(self, activations: dict[str, ndarray]) -> None:
         """Wait for the copy, then put each sequence into its row."""
         if self._event is not None:
             self._event.synchronize()
         for name, value in self._values.items():
-            found[name][self._rows, : value.shape[1]] = value.float().numpy()
+            activations[name][self._rows, : value.shape[1]] = value.float().numpy()
 
 
 def check_reads_text(hook: str, bridge: Any, model: str) -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 @click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model. Read it before you do."
+)
+@click.option(
     "--dataset",
     default="pydocs",
     show_default=True,
@@ -159,6 +162,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
             batch_size=options["batch_size"],
             dtype=options["lm_dtype"],
             device=options["device"],
+            trust_remote_code=options["trust_remote_code"],
         ),
         corpus=CorpusChoice(
             name=options["dataset"],
