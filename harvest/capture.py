@@ -2,9 +2,8 @@
 
 import contextlib
 import difflib
-import gc
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.harvest.documents import first_line
+from tcsae.harvest.assumptions import TOLERANCE, is_causal
 from tcsae.harvest.language_model import LanguageModel, load_bridge, load_plain, tail_parameters
+from tcsae.harvest.revisions import first_line
 from tcsae.shared.base.errors import ModelError
 from tcsae.shared.lm.tail import TailError, tail_start
 from tcsae.shared.store.format import HookRecipe
-
-# One forward pass that ends when all hooks have fired: through TransformerLens' bridge, or through the modules of the
-# Hugging Face model that the bridge wraps, which is faster and holds wherever a hook is a module's input or output.
 
 
 class _AllCaughtError(Exception):
@@ -28,7 +25,10 @@ class _AllCaughtError(Exception):
 
 
 class Forward:
-    """A loaded model with its hooks: [n, position] token ids in, one [n, position, d_model] a hook out.
+    """A forward pass that ends when all hooks have fired: [n, position] ids in, one [n, position, d_model] a hook out.
+
+    Through TransformerLens' bridge, or through the modules of the Hugging Face model that the bridge wraps, which is
+    faster and holds wherever a hook is a module's input or output.
 
     Stopping at the last firing, and not at a layer, makes no assumption about where in a block a hook sits: under
     `stop_at_layer=N`, `blocks.N.hook_resid_pre` never fires, silently.
@@ -91,8 +91,8 @@ def through_modules(model: Any, name: str, places: Mapping[str, tuple[str, str]]
     """`places`: hook -> (module, "hook_in" or "hook_out"). Raises AttributeError if there is no such module."""
 
     def call(ids: Tensor, logits: bool) -> Any:
-        found = model(input_ids=ids, use_cache=False)
-        return found.logits if logits else None
+        output = model(input_ids=ids, use_cache=False)
+        return output.logits if logits else None
 
     forward = Forward(model, name, len(places), call, str(model.config._attn_implementation))
     for hook, (path, side) in places.items():
@@ -117,22 +117,20 @@ def module_places(bridge: Any, hooks: Sequence[str]) -> dict[str, tuple[str, str
     places = {}
     for hook in hooks:
         path, _, side = bridge.hook_dict[hook].name.rpartition(".")
-        part, found = bridge, ""
+        part, module = bridge, ""
         for step in path.split("."):
             part = part.get_submodule(step)
-            if (own := getattr(part, "name", None)) is not None:
-                found = f"{found}.{own}" if found else own
-        if side not in ("hook_in", "hook_out") or not found:
+            if (name := getattr(part, "name", None)) is not None:
+                module = f"{module}.{name}" if module else name
+        if side not in ("hook_in", "hook_out") or not module:
             return None
-        places[hook] = (found, side)
+        places[hook] = (module, side)
     return places
 
 
 _FAMILIAR = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 _PROBES = (5, 7)
 """Lengths of the first two passes. What is as long as the sequence must follow both; an attention pattern does not."""
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest difference of two ways through one model, relative to the largest activation: rounding, not another place."""
 
 
 class Capture:
@@ -140,11 +138,11 @@ class Capture:
 
     Hooks are TransformerLens names; aliases are resolved (`blocks.4.hook_resid_post` is `blocks.4.hook_out`). Where all
     hooks are inputs or outputs of modules of the Hugging Face model, that model runs by itself, with the attention that
-    `transformers` prefers (`attention` says which), once its activations have been found equal to the bridge's. Else
-    the bridge runs.
+    `transformers` prefers (`attention` says which), once its activations have proved equal to the bridge's. Else the
+    bridge runs. Either way the weights are loaded once, where `transformers` has a causal model for them.
 
     Raises ModelError if the model cannot be loaded, if a hook is unknown or does not fire exactly once in a forward
-    pass, or if what it sees is not one vector a position.
+    pass, if what it sees is not one vector a position, or if that vector depends on other sequences.
     """
 
     def __init__(
@@ -154,23 +152,34 @@ class Capture:
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
-        bridge = load_bridge(model, device, dtype)
+        self.plain: Any = None
+        """The Hugging Face model, in `dtype` on `device`; None where there is no causal one."""
+        with contextlib.suppress(TailError):
+            self.plain = load_plain(model, device, dtype)
+        versions = self._weight_versions()
+        bridge = load_bridge(model, device, dtype, self.plain)
+        if self._weight_versions() != versions:  # the bridge has worked in place on weights that both hold
+            self.plain = load_plain(model, device, dtype)
         self.n_layers = int(bridge.cfg.n_layers)
         """Blocks of the whole model."""
         points = bridge.hook_dict
         for name in hooks:
             if name not in points:
                 raise ModelError(_unknown_hook(name, model.name, points, self.n_layers))
+            check_reads_text(name, bridge, model.name)
         self._forward = through_bridge(bridge, model.name, hooks)
-        widths, ids, expected = self._probe(hooks, int(bridge.cfg.d_vocab))
+        n_vocabulary = int(bridge.cfg.d_vocab)
+        widths, ids, expected = self._probe(hooks, n_vocabulary)
         self.hooks = tuple(
             HookRecipe(requested=name, canonical=points[name].name, d_model=widths[name]) for name in hooks
         )
-        if places := module_places(bridge, hooks):
-            del bridge, points  # a large model need not be in memory twice
-            self._forward = self._without_bridge(places, ids, expected) or through_bridge(
-                load_bridge(model, device, dtype), model.name, hooks
-            )
+        places = module_places(bridge, hooks)
+        if places and self.plain is not None:
+            self._forward = self._without_bridge(places, ids, expected) or self._forward
+        self.causal = is_causal(
+            lambda ids: self._forward(self._ids(ids), stops=False), model.name, n_vocabulary, batch_size, dtype
+        )
+        """Whether sequences can be padded; else those of one length are a batch."""
 
     @property
     def attention(self) -> str:
@@ -192,20 +201,26 @@ class Capture:
 
         Sequences go through the model in order of length, in equal batches of at most `batch_size`, cut to the longest
         of the batch, so that short documents do not pay for padding. Attention is causal: what is cut off changes
-        nothing. From a GPU, a batch is copied while the next is computed.
+        nothing. Where it is not, no batch holds two lengths. From a GPU, a batch is copied while the next is computed.
         """
-        found = {hook.requested: np.zeros((*tokens.shape, hook.d_model), np.float32) for hook in self.hooks}
-        order = np.argsort(lengths, kind="stable")
+        activations = {hook.requested: np.zeros((*tokens.shape, hook.d_model), np.float32) for hook in self.hooks}
         waiting: _OnTheWay | None = None
-        for rows in np.array_split(order, max(1, -(-len(order) // self.batch_size))):
+        for rows in self._batches(lengths):
             longest = int(lengths[rows].max())
             sent = _OnTheWay(rows, self._batch(tokens[rows, :longest]))
             if waiting is not None:
-                waiting.into(found)
+                waiting.into(activations)
             waiting = sent
         if waiting is not None:
-            waiting.into(found)
-        return found
+            waiting.into(activations)
+        return activations
+
+    def _batches(self, lengths: Int[ndarray, " n"]) -> Iterator[Int[ndarray, " batch"]]:
+        """Rows of sequences that go through the model at once."""
+        order = np.argsort(lengths, kind="stable")
+        groups = [order] if self.causal else np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1)
+        for group in groups:
+            yield from np.array_split(group, max(1, -(-len(group) // self.batch_size)))
 
     def run_whole(
         self, tokens: Int[ndarray, "n position"]
@@ -221,6 +236,9 @@ class Capture:
 
     def _ids(self, tokens: Int[ndarray, "n position"]) -> Int[Tensor, "n position"]:
         return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(self.device)
+
+    def _weight_versions(self) -> list[int]:
+        return [] if self.plain is None else [weight._version for weight in self.plain.parameters()]
 
     def _probe(self, hooks: Sequence[str], n_vocabulary: int) -> tuple[dict[str, int], ndarray, dict[str, Tensor]]:
         """Width of each hook's vectors, from two short passes through the whole model; tokens and activations of the
@@ -248,19 +266,17 @@ class Capture:
         self, places: dict[str, tuple[str, str]], ids: ndarray, expected: dict[str, Tensor]
     ) -> Forward | None:
         """The plain model with hooks at `places`, if it catches what the bridge did."""
-        del self._forward
-        gc.collect()  # modules refer to each other
         try:
-            forward = through_modules(load_plain(self.model, self.device, self.dtype), self.model.name, places)
+            forward = through_modules(self.plain, self.model.name, places)
             caught = forward(self._ids(ids))
-        except (TailError, ModelError, AttributeError, KeyError):  # no causal model, or another structure than guessed
+        except (ModelError, AttributeError, KeyError):  # another structure than guessed
             return None
         for name, value in expected.items():
             scale = float(value.abs().max())
-            ours = caught.get(name)
-            if ours is None or ours.shape != value.shape:
+            other = caught.get(name)
+            if other is None or other.shape != value.shape:
                 return None
-            if not float((ours.float() - value.float()).abs().max()) <= TOLERANCE[self.dtype] * scale:
+            if not float((other.float() - value.float()).abs().max()) <= TOLERANCE[self.dtype] * scale:
                 return None
         return forward
 
@@ -282,21 +298,36 @@ class _OnTheWay:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def into(self, found: dict[str, ndarray]) -> None:
+    def into(self, activations: dict[str, ndarray]) -> None:
         """Wait for the copy, then put each sequence into its row."""
         if self._event is not None:
             self._event.synchronize()
         for name, value in self._values.items():
-            found[name][self._rows, : value.shape[1]] = value.float().numpy()
+            activations[name][self._rows, : value.shape[1]] = value.float().numpy()
+
+
+def check_reads_text(hook: str, bridge: Any, model: str) -> None:
+    """Raises ModelError for a hook in the decoder of an encoder-decoder: its input would have to be made up."""
+    config = getattr(bridge.original_model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and hook.startswith("decoder"):
+        raise ModelError(
+            f"{hook} of {model} is in the decoder of an encoder-decoder model, which reads the answer, not the text. "
+            f"Give a hook of its encoder: {hook.replace('decoder', 'encoder', 1)}."
+        )
 
 
 def _unknown_hook(asked: str, model: str, known: Collection[str], n_layers: int) -> str:
     near = difflib.get_close_matches(asked, list(known), n=1, cutoff=0.5)
-    block = re.match(r"blocks\.(\d+)\.", near[0]) if near else None
-    prefix = block[0] if block else f"blocks.{n_layers - 1}."
-    names = [prefix + name for name in _FAMILIAR if prefix + name in known]
+    blocks = sorted({match[1] for name in known if (match := re.match(r"(\w*blocks)\.\d+\.", name))})
+    block = re.match(r"(\w*blocks)\.\d+\.", near[0]) if near else None
+    stack = block[1] if block else (blocks or ["blocks"])[0]
+    last = max((int(name.split(".")[1]) for name in known if name.startswith(f"{stack}.")), default=n_layers - 1)
+    prefix = block[0] if block else f"{stack}.{last}."
+    inside = [name for name in known if name.startswith(prefix)]
+    names = [name for familiar in _FAMILIAR if (name := prefix + familiar) in known] or inside[:6]
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    called = "blocks" if stack == "blocks" else f"{' and '.join(blocks)}, each with blocks"
     return (
-        f"Unknown hook {asked!r}.{hint} {model} has blocks 0 to {n_layers - 1}, each with, for example, "
+        f"Unknown hook {asked!r}.{hint} {model} has {called} 0 to {last}, each with, for example, "
         f"{', '.join(names)}, and what else TransformerLens names in it ({len(known)} hooks in all)."
     )

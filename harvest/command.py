@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 @click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model. Read it before you do."
+)
+@click.option(
     "--dataset",
     default="pydocs",
     show_default=True,
@@ -159,6 +162,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
             batch_size=options["batch_size"],
             dtype=options["lm_dtype"],
             device=options["device"],
+            trust_remote_code=options["trust_remote_code"],
         ),
         corpus=CorpusChoice(
             name=options["dataset"],
@@ -187,7 +191,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
 def print_plan(plan: "Plan") -> None:
     """What a harvest will hold, and what it will take, on stdout."""
     from tcsae.harvest.cost import is_exact
-    from tcsae.shared.base.console import duration, size, table
+    from tcsae.shared.base.console import duration, echo, size, table
 
     rows = [
         (name, values["train"], values["eval"])
@@ -199,17 +203,17 @@ def print_plan(plan: "Plan") -> None:
     for codec, n_bytes in plan.activations.items():
         chosen = " (chosen)" if codec == plan.recipe.codec else ""
         about = "" if is_exact(codec) else "about "
-        click.echo(f"  {codec:9s} {about}{size(n_bytes)}, {n_bytes / n_tokens:.0f} bytes a token{chosen}")
+        echo(f"  {codec:9s} {about}{size(n_bytes)}, {n_bytes / n_tokens:.0f} bytes a token{chosen}")
     probe = plan.probe
     room = "" if plan.free is None else f"; the disk has {size(plan.free)}"
-    click.echo(f"  still to be written: {size(plan.needed)}, tails included{room}")
-    click.echo(
+    echo(f"  still to be written: {size(plan.needed)}, tails included{room}")
+    echo(
         f"  measured on a batch, per token: the model {probe.model * 1e6:.3g} us, writing {probe.write * 1e6:.3g} us, "
         f"reading {probe.read * 1e6:.3g} us"
     )
-    click.echo(f"  {plan.left:,} tokens to go: {duration(plan.seconds)}")
+    echo(f"  {plan.left:,} tokens to go: {duration(plan.seconds)}")
     ratio = "(model + writing) / (model - reading)"
-    click.echo(
+    echo(
         f"  the store is ahead of running the model again from {probe.break_even} passes over the tokens on, {ratio}; "
         "an SAE trained alone is one"
         if probe.break_even
@@ -219,7 +223,7 @@ def print_plan(plan: "Plan") -> None:
 
 def print_summary(store: "Store") -> None:
     """What the store holds, what was left out, and what it costs on disk."""
-    from tcsae.shared.base.console import size, table
+    from tcsae.shared.base.console import echo, size, table
 
     counts = store.manifest.counts
     title = f"{store.location}: {store.manifest.recipe.model.name} over {store.manifest.recipe.corpus.name}"
@@ -228,14 +232,14 @@ def print_summary(store: "Store") -> None:
     _print_control(store.manifest.recipe)
     n_tokens = counts["train"]["tokens"] + counts["eval"]["tokens"]
     parts = store.n_bytes()
-    click.echo(f"  {size(sum(parts.values()))} on disk, {sum(parts.values()) / n_tokens:.0f} bytes a token")
+    echo(f"  {size(sum(parts.values()))} on disk, {sum(parts.values()) / n_tokens:.0f} bytes a token")
     for hook in store.hooks:
         tail = store.manifest.tails[hook]
         after = (
             tail.get("none") or f"tail saved (layers: {tail['layers']}, off by {tail['max_difference']:g} nats at most)"
         )
-        click.echo(f"  {hook}: {size(parts.get(f'activations {hook}', 0))}, width {store.d_model(hook)}; {after}")
-    click.echo(
+        echo(f"  {hook}: {size(parts.get(f'activations {hook}', 0))}, width {store.d_model(hook)}; {after}")
+    echo(
         f"  read {counts['documents_read']:,} documents; left out {counts['documents_skipped']:,} of a full split, "
         f"{counts['documents_empty']:,} without a sequence, {counts['tokens_dropped_short']:,} tokens in short ends, "
         f"{counts['tokens_beyond_budget']:,} beyond the asked"
@@ -244,4 +248,6 @@ def print_summary(store: "Store") -> None:
 
 def _print_control(recipe: "Recipe") -> None:
     if recipe.control:
-        click.echo(f"  control {recipe.control}")
+        from tcsae.shared.base.console import echo
+
+        echo(f"  control {recipe.control}")

@@ -5,11 +5,8 @@ store, and model + write + n * read with one, in seconds a token. So the store i
 (model + write) / (model - read).
 """
 
-import errno
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from shutil import disk_usage
 
@@ -17,9 +14,9 @@ import google_crc32c
 import numpy as np
 
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.disk import NoRoomError
 from tcsae.harvest.sequences import n_tokens
 from tcsae.shared.base.console import duration, size
-from tcsae.shared.base.errors import StoreError
 from tcsae.shared.base.files import PARTIAL
 from tcsae.shared.store.codecs import CODECS, COMPACT_ERROR, EXACT, representation, stored_width
 from tcsae.shared.store.format import SPLITS, Recipe
@@ -31,10 +28,6 @@ from tcsae.shared.store.writer import StoreWriter
 
 COMPACT_BITS, COMPACT_BITS_PER_DECADE = 3.5, 1.5
 """Of a number at an error of 1e-2 (3.1 to 3.9 on three language models), and more for each tenth of that error."""
-
-
-class NoRoomError(StoreError):
-    """The disk is full, or would be."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +118,16 @@ def activation_bytes(writer: StoreWriter, codec: str) -> int:
     recipe, total = writer.manifest.recipe, 0
     for split in SPLITS:
         counts = writer.manifest.counts[split]
-        its_codec = codec if split == "train" or codec in EXACT else "float16"
+        split_codec = codec if split == "train" or codec in EXACT else "float16"
         for hook in recipe.hooks:
-            if not is_exact(its_codec):
+            if not is_exact(split_codec):
                 error = recipe.codec_error or COMPACT_ERROR
                 bits = max(1.0, COMPACT_BITS + COMPACT_BITS_PER_DECADE * math.log10(COMPACT_ERROR / error))
                 total += math.ceil(counts["tokens"] * hook.d_model * bits / 8)
                 continue
             per_chunk = writer.manifest.layout.sequences_per_chunk
             n_chunks = -(-counts["sequences"] // per_chunk)
-            width = stored_width(its_codec, hook.d_model) * representation(its_codec).dtype.itemsize
+            width = stored_width(split_codec, hook.d_model) * representation(split_codec).dtype.itemsize
             total += n_chunks * (per_chunk * recipe.sequences.length * width + CRC_BYTES)
     return total
 
@@ -146,12 +139,12 @@ def measure(writer: StoreWriter, capture: Capture) -> Probe:
     tokens, lengths = writer.tokens(shard)[:n], writer.lengths(shard)[:n]
     capture.run(tokens, lengths)
     start = time.perf_counter()
-    found = capture.run(tokens, lengths)
+    activations = capture.run(tokens, lengths)
     model = time.perf_counter() - start
     key = f"{FOLDER}/probe{PARTIAL}"  # killed, it goes with the journal
     write = read = 0.0
     try:
-        for x in found.values():
+        for x in activations.values():
             start = time.perf_counter()
             with np.errstate(over="ignore"):
                 writer.objects.put(key, x.astype(np.float16).tobytes())
@@ -176,18 +169,3 @@ def no_room(location: str, needed: int, free: int) -> NoRoomError:
         f"{location} needs {size(needed)} more and its disk has {size(free)}. Make room, ask for fewer --tokens or "
         "another --codec, or begin all the same with --force."
     )
-
-
-@contextmanager
-def clear_when_full(location: str) -> Iterator[None]:
-    """Raises NoRoomError in place of what a full disk raises, whichever library met it."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
-            raise NoRoomError(
-                f"The disk of {location} is full. Make room and start the same harvest again: it goes on from what is "
-                "there."
-            ) from error
-        raise

@@ -1,104 +1,40 @@
-"""Where the text comes from: the embedded corpus, local files and folders, datasets of the Hugging Face Hub.
+"""Documents, in a fixed order: of the embedded corpus, of local files and folders, of datasets of the Hub.
 
 All of them are read through `datasets`, streaming, so that memory stays bounded and any document can be skipped to.
 """
 
-import hashlib
+import codecs
+import gzip
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tcsae.harvest.padding import companion_columns, without_padding
+from tcsae.harvest.revisions import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.errors import ConfigError, DataError, unknown
-from tcsae.shared.base.files import file_digest
 from tcsae.shared.store.format import CorpusRecipe
 
-# What names a model or a corpus exactly: a digest of local files, or a commit on the Hugging Face Hub.
-
-TIMEOUT_S = 10.0
-
-
-class HubError(Exception):
-    """Why the Hub gave no answer, to stand in a message: "is not on the Hugging Face Hub"."""
-
-
-def not_found(kind: str, asked: str, name: str, known: Iterable[str], error: HubError) -> str:
-    """One line on a model or dataset that is nowhere: what was asked, and why the Hub has no `name` for us.
-
-    A name that can only be the Hub's is not called unknown, nor compared with others.
-    """
-    if asked != name or "/" in asked:
-        called = asked if asked == name else f"{asked} ({name})"
-        return f"The {kind} {called} is no file or folder here, and {name} {error}. There is also: {', '.join(known)}."
-    return f"{unknown(kind, asked, known)} No file or folder has this name here, and {name} {error}."
-
-
-def digest_files(files: Iterable[Path], root: Path) -> str:
-    """ "sha256:..." over the files' names (relative to `root`) and bytes."""
-    whole = hashlib.sha256()
-    for file in sorted(files):
-        whole.update(f"{file.relative_to(root).as_posix()}\0{file_digest(file)}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
-
-
-def hub_commit(kind: str, name: str, revision: str | None) -> str:
-    """The commit that `revision` (None: the main branch) of a "model" or "dataset" names now.
-
-    Asks the Hub once, without retries; a model that is in the local cache needs no answer. Raises HubError.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    try:
-        return str(ask(name, revision=revision, timeout=TIMEOUT_S).sha)
-    except HFValidationError as error:
-        raise HubError("can be no name on the Hugging Face Hub") from error
-    except GatedRepoError as error:
-        raise HubError(
-            "asks for its licence to be accepted on the Hugging Face Hub; then log in: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"has no revision {revision!r} on the Hugging Face Hub") from error
-    except RepositoryNotFoundError as error:
-        raise HubError("is not on the Hugging Face Hub (if it is private, log in: hf auth login)") from error
-    except (
-        Exception
-    ) as error:  # no route, offline mode, server faults: the HTTP library's errors change with its versions
-        if kind == "model" and (commit := _cached_commit(name, revision)):
-            return commit
-        raise HubError(f"could not be looked up on the Hugging Face Hub ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough to stand in a message of ours."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _cached_commit(name: str, revision: str | None) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-EMBEDDED = "pydocs"
+PYDOCS = "pydocs"
 ALIASES = {"openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet")}
 """Short name -> dataset and revision; `datasets` refuses the loading script that OpenWebText's main branch has."""
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 MARKUP = (".md", ".rst")
 """Read as text where there is nothing else: beside data they only describe it."""
-LOCAL_READERS = {"text", *READERS.values()}
+SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
+"""Files of a folder that `save_to_disk` wrote: of one dataset, and of a dictionary of them."""
 PACKED = (".gz", ".zst")
+ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""What a text file's first two bytes say; else it is UTF-8."""
+BOM = "\ufeff"
 SHUFFLE_BUFFER = 10_000
+BATCH_DOCUMENTS = 32
+"""Read at a time: 256 would be 2.6 GB of documents of 10 MB."""
 Document = str | list[int]
 """Text, or token ids."""
 
@@ -107,7 +43,7 @@ Document = str | list[int]
 class CorpusChoice:
     """The text that is asked for."""
 
-    name: str = EMBEDDED
+    name: str = PYDOCS
     """"pydocs", "openwebtext", a file, a folder, or a Hub id."""
     revision: str | None = None
     """Of a Hub dataset; None: its main branch."""
@@ -125,14 +61,16 @@ class Corpus:
     """Documents in a fixed order. Use `find_corpus`; nothing is read before `check` or `batches`."""
 
     recipe: CorpusRecipe
-    reader: str
-    """A reader of `datasets` ("json", "text", "parquet"), or a Hub id."""
-    arguments: Callable[[], dict[str, Any]]
-    """What else the reader needs. Called when text is read: the embedded corpus may have to be made first."""
+    load: Callable[[], Any]
+    """The rows, a `datasets.IterableDataset`. Called when text is read: the embedded corpus may have to be made first.
+    """
+    is_local: bool = True
+    pad_id: int | None = None
+    """Of the tokenizer, where token ids may be padded and only labels say so."""
 
     def check(self) -> None:
         """Read one document. Raises DataError if there is none, or if the text's column is missing."""
-        for first in self._guarded(iter(self._load().take(1)), 0, 1):
+        for first in self._guarded(iter(self._rows().take(1)), 0, 1):
             if self.recipe.field not in first:
                 ids = sorted(name for name, value in first.items() if _are_ids(value))
                 hint = f" Token ids, as {ids[0]!r} has, are read by --tokens-field {ids[0]}." if ids else ""
@@ -143,34 +81,61 @@ class Corpus:
             return
         raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
 
-    def batches(self, start: int = 0, size: int = 256) -> Iterator[list[Document]]:
+    def batches(self, start: int = 0, size: int = BATCH_DOCUMENTS) -> Iterator[list[Document]]:
         """Documents `start`, `start + 1`, ..., up to `size` at a time; "" or no ids for an empty one.
 
-        Raises DataError, naming the document, where one cannot be read.
+        Text is without a byte order mark. Token ids are without the padding that an attention mask or labels beside
+        them name. Raises DataError, naming the document, where one cannot be read.
         """
-        dataset = self._load().select_columns([self.recipe.field])
+        rows = self._rows()
+        companions = self._companions(rows)
+        rows = rows.select_columns([self.recipe.field, *companions])
         if self.recipe.seed:
-            dataset = dataset.shuffle(seed=self.recipe.seed, buffer_size=SHUFFLE_BUFFER)
-        number, ids = start, self.recipe.tokenized
-        for batch in self._guarded(dataset.skip(start).iter(batch_size=size), start, size):
-            documents = [("", [])[ids] if one is None else one for one in batch[self.recipe.field]]
-            for i, one in enumerate(documents):
-                if not (one == [] or _are_ids(one)) if ids else not isinstance(one, str):
-                    wanted, option = ("token ids", "--tokens-field") if ids else ("text", "--text-field")
-                    raise DataError(
-                        f"{self.recipe.name}: document {number + i} has {type(one).__name__} in column "
-                        f"{self.recipe.field!r}, not {wanted}. Give another column: {option} NAME."
-                    )
-            number += len(documents)
-            yield documents
+            rows = rows.shuffle(seed=self.recipe.seed, buffer_size=SHUFFLE_BUFFER)
+        number = start
+        for batch in self._guarded(rows.skip(start).iter(batch_size=size), start, size):
+            values = batch[self.recipe.field]
+            masks, labels = (batch.get(name, [None] * len(values)) for name in companion_columns(self.recipe.field))
+            yield [self._document(number + i, *row) for i, row in enumerate(zip(values, masks, labels, strict=True))]
+            number += len(values)
 
-    def _load(self) -> Any:
+    def _document(self, number: int, value: Any, mask: Any, labels: Any) -> Document:
+        ids = self.recipe.tokenized
+        if value is None:
+            return [] if ids else ""
+        if not (value == [] or _are_ids(value)) if ids else not isinstance(value, str):
+            kind, option = ("token ids", "--tokens-field") if ids else ("text", "--text-field")
+            raise DataError(
+                f"{self.recipe.name}: document {number} has {type(value).__name__} in column "
+                f"{self.recipe.field!r}, not {kind}. Give another column: {option} NAME."
+            )
+        if not ids:
+            return value.removeprefix(BOM)
+        try:
+            return without_padding(value, mask, labels, self.pad_id)
+        except ValueError as error:
+            raise DataError(
+                f"{self.recipe.name}: document {number} has an attention mask that is none of its token ids ({error}). "
+                "Repair the data, or leave that column out."
+            ) from error
+
+    def _companions(self, rows: Any) -> list[str]:
+        """Columns beside the token ids that say which of them are padding."""
+        if not self.recipe.tokenized:
+            return []
+        known = rows.column_names
+        if known is None:
+            known = next(self._guarded(iter(rows.take(1)), 0, 1), {})
+        return [name for name in companion_columns(self.recipe.field) if name in known]
+
+    def _rows(self) -> Any:
         import datasets
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors come as one line of ours
-        arguments = self.arguments()
         try:
-            return datasets.load_dataset(self.reader, split=self.recipe.split, streaming=True, **arguments)
+            return self.load()
+        except DataError:
+            raise
         except StopIteration as error:  # it looks at the first record, and there is none
             raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.") from error
         except Exception as error:  # below lie a dozen formats, compressions and protocols, each with its own errors
@@ -182,46 +147,135 @@ class Corpus:
             for item in items:
                 yield item
                 n += step
-        except Exception as error:  # as in `_load`
+        except Exception as error:  # as in `_rows`
             raise DataError(
                 f"{self.recipe.name} cannot be read on from document {n} or soon after ({first_line(error)}). "
                 f"{self._cure()}"
             ) from error
 
     def _cure(self) -> str:
-        if self.reader in LOCAL_READERS:
+        if self.is_local:
             return "Repair the file, or give another --dataset."
         return "If this was the network, start the same harvest again: it goes on where it stopped."
 
 
-def find_corpus(choice: CorpusChoice) -> Corpus:
+def find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None = None) -> Corpus:
     """Find a corpus and name its revision: a digest of local files, or a commit of the Hub. Its text is not parsed.
 
+    `stored` is the corpus of the store that is there: its commit stands where the same dataset is asked for.
     Raises DataError: unknown, unreachable, or of no kind that can be read; ConfigError: options of the Hub for what is
     local.
     """
     path = Path(choice.name).expanduser()
-    if choice.name == EMBEDDED or (choice.name not in ALIASES and path.exists()):
-        _check_local(choice)
-    if choice.name == EMBEDDED:
+    if choice.name == PYDOCS:
         from tcsae.data.pydocs import pydocs_revision
 
-        recipe = _recipe(choice, EMBEDDED, pydocs_revision())
-        return Corpus(recipe, "json", lambda: {"data_files": {choice.split: [str(_embedded_file())]}})
+        _check_local(choice)
+        recipe = _recipe(choice, PYDOCS, pydocs_revision())
+        return Corpus(recipe, lambda: _load("json", choice.split, data_files={choice.split: [str(_embedded_file())]}))
     if choice.name not in ALIASES and path.exists():
+        if path.is_dir() and (saved := _saved_folder(path, choice)):
+            revision = digest_files([file for file in saved.rglob("*") if file.is_file()], saved)
+            return Corpus(_recipe(choice, path.resolve().name, revision), lambda: _load_saved(saved))
+        _check_local(choice)
         reader, files = _local_files(path)
-        root = path if path.is_dir() else path.parent
-        arguments: dict[str, Any] = {"data_files": {choice.split: [str(file) for file in files]}}
-        arguments |= {"sample_by": "document"} if reader == "text" else {}
-        return Corpus(_recipe(choice, path.resolve().name, digest_files(files, root)), reader, lambda: arguments)
+        recipe = _recipe(choice, path.resolve().name, digest_files(files, path if path.is_dir() else path.parent))
+        return Corpus(recipe, lambda: _load_files(reader, files, choice))
     name, revision = ALIASES.get(choice.name, (choice.name, None))
-    revision = choice.revision or revision
+    commit = stored.revision if stored is not None and stored.name == name else None
+    commit = None if commit is not None and commit.startswith(LOCAL) else commit
     try:
-        commit = hub_commit("dataset", name, revision)
+        # The revision of an alias is looked up once a store, as the main branch of others is.
+        asked = choice.revision or (None if commit else revision)
+        commit = pinned_commit("dataset", name, asked, commit)
     except HubError as error:
-        known = [EMBEDDED, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
+        known = [PYDOCS, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
         raise DataError(not_found("dataset", choice.name, name, known, error)) from error
-    return Corpus(_recipe(choice, name, commit), name, lambda: {"name": choice.config, "revision": commit})
+    load = partial(_load, name, choice.split, name=choice.config, revision=commit)
+    return Corpus(_recipe(choice, name, commit), load, is_local=False)
+
+
+def _load(reader: str, split: str, **options: Any) -> Any:
+    """`reader`: one of `datasets` ("json", "parquet"), or a Hub id."""
+    import datasets
+
+    return datasets.load_dataset(reader, split=split, streaming=True, **options)
+
+
+def _load_saved(folder: Path) -> Any:
+    import datasets
+
+    return datasets.load_from_disk(str(folder)).to_iterable_dataset()
+
+
+def _load_files(reader: str, files: list[Path], choice: CorpusChoice) -> Any:
+    """The rows of local files, in order."""
+    if reader == "text":
+        import datasets
+
+        return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs={"files": [str(file) for file in files]})
+    options: dict[str, Any] = {"data_files": {choice.split: [str(file) for file in files]}}
+    if reader == "parquet" and (columns := _shared_columns(files, choice)):
+        options["columns"] = columns
+    return _load(reader, choice.split, **options)
+
+
+def _text_rows(files: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The whole text of each file, without its byte order mark; line ends as in Python's text files."""
+    for file in files:
+        with _unpacked(file) as opened:
+            encoding = ENCODINGS.get(opened.peek(2)[:2], "utf-8-sig")
+            yield {"text": io.TextIOWrapper(opened, encoding=encoding).read()}
+
+
+def _unpacked(file: str) -> Any:
+    """A file's bytes, as a buffered reader."""
+    if file.lower().endswith(".gz"):
+        return gzip.open(file, "rb")
+    if file.lower().endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(file, "rb"))
+    return Path(file).open("rb")
+
+
+def _shared_columns(files: list[Path], choice: CorpusChoice) -> list[str]:
+    """The columns of Parquet files that are read: what else there is may differ from file to file.
+
+    Empty where the first file lacks the field; `Corpus.check` then says what there is. Raises DataError where another
+    one lacks it.
+    """
+    from pyarrow import parquet
+
+    names = [set(parquet.read_schema(file).names) for file in files]
+    if choice.field not in names[0]:
+        return []
+    for file, columns in zip(files, names, strict=True):
+        if choice.field not in columns:
+            raise DataError(
+                f"{file.name} has no column {choice.field!r}, which {files[0].name} has. It has: "
+                f"{', '.join(sorted(columns))}. Leave that file out."
+            )
+    shared = set.intersection(*names)
+    return [choice.field, *(name for name in companion_columns(choice.field) if choice.tokenized and name in shared)]
+
+
+def _saved_folder(path: Path, choice: CorpusChoice) -> Path | None:
+    """The folder of the dataset that `save_to_disk` wrote to `path`, or of its split `choice.split`; None if it wrote
+    none.
+
+    Raises DataError for a split that is not there; ConfigError for options of the Hub.
+    """
+    if all((path / name).is_file() for name in SAVED):
+        _check_local(choice)
+        return path
+    if not (path / SAVED_SPLITS).is_file():
+        return None
+    _check_local(replace(choice, split="train"))
+    splits = sorted(folder.name for folder in path.iterdir() if (folder / SAVED[0]).is_file())
+    if choice.split not in splits:
+        raise DataError(f"{choice.name}: {unknown('split', choice.split, splits)} Give one of these: --split NAME.")
+    return path / choice.split
 
 
 def _check_local(choice: CorpusChoice) -> None:

@@ -1,5 +1,6 @@
-"""Which language model: the embedded one, a local folder, or one of the Hugging Face Hub. No weights are loaded."""
+"""The language model: the embedded one, a local folder, or one of the Hugging Face Hub; its tokenizer and weights."""
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tcsae.harvest.documents import HubError, digest_files, first_line, hub_commit, not_found
+from tcsae.harvest.revisions import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
 from tcsae.shared.base.errors import ConfigError, ModelError
 from tcsae.shared.lm.tail import TailError
+from tcsae.shared.store.format import ModelRecipe
 
 EMBEDDED = "embedded"
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -31,11 +33,14 @@ class LanguageModel:
     """A commit of the Hub, or "sha256:..." of a local folder's files."""
     weights_seed: int | None = None
     """None: the weights that it was trained to. Otherwise weights as they are before training, drawn with this seed."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies beside the weights may run."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of every `from_pretrained`."""
-        return {} if self.revision.startswith("sha256:") else {"revision": self.revision}
+        revision = {} if self.revision.startswith(LOCAL) else {"revision": self.revision}
+        return revision | {"trust_remote_code": self.trust_remote_code}
 
     def config(self) -> Any:
         """The model's Hugging Face config. Raises ModelError if `transformers` does not know it."""
@@ -43,8 +48,17 @@ class LanguageModel:
 
         try:
             return AutoConfig.from_pretrained(self.source, **self.options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"The model {self.name} has no config that can be read ({first_line(error)}).") from error
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"The model {self.name} has no config that can be read ({first_line(error)}).{self._code_hint(error)}"
+            ) from error
+
+    def n_vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below it. Raises ModelError for a model of something else than text."""
+        n = getattr(self.config().get_text_config(), "vocab_size", None)
+        if not isinstance(n, int) or n < 1:
+            raise ModelError(f"The model {self.name} has no vocabulary in its config: no language model. Give another.")
+        return n
 
     def check_length(self, length: int) -> None:
         """Raises ModelError if sequences of `length` positions do not fit into the model's context."""
@@ -70,14 +84,22 @@ class LanguageModel:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
                 f"The model {self.name} has no tokenizer that can be loaded ({first_line(error)}). "
-                "Put its tokenizer files beside config.json."
+                f"Put its tokenizer files beside config.json.{self._code_hint(error)}"
             ) from error
         return tokenizer
 
+    def _code_hint(self, error: Exception) -> str:
+        if self.trust_remote_code or "trust_remote_code" not in str(error):
+            return ""
+        return " It comes with Python code. If you have read that code, run it: --trust-remote-code."
 
-def find_model(name: str, revision: str | None = None) -> LanguageModel:
+
+def find_model(
+    name: str, revision: str | None = None, stored: ModelRecipe | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
     """Find a model and name its revision exactly.
 
+    `stored` is the model of the store that is there: its commit stands where the same model is asked for.
     Raises ModelError: unknown, unreachable, or a folder without a model; ConfigError: a revision of a local folder.
     """
     path = Path(name).expanduser()
@@ -92,37 +114,43 @@ def find_model(name: str, revision: str | None = None) -> LanguageModel:
             raise ModelError(f"{name} is a folder without config.json: no Hugging Face model. Give another --model.")
         files = [file for file in path.iterdir() if file.is_file() and file.suffix in _MODEL_FILES]
         return LanguageModel(
-            EMBEDDED if name == EMBEDDED else path.resolve().name, str(path), digest_files(files, path)
+            EMBEDDED if name == EMBEDDED else path.resolve().name,
+            str(path),
+            digest_files(files, path),
+            trust_remote_code=trust_remote_code,
         )
+    commit = stored.revision if stored is not None and stored.name == name else None
+    commit = None if commit is not None and commit.startswith(LOCAL) else commit
     try:
-        return LanguageModel(name, name, hub_commit("model", name, revision))
+        commit = pinned_commit("model", name, revision, commit)
+        return LanguageModel(name, name, commit, trust_remote_code=trust_remote_code)
     except HubError as error:
         known = [EMBEDDED, "a local folder with config.json", "a Hub id (as in owner/name)"]
         raise ModelError(not_found("model", name, name, known, error)) from error
 
 
-# A language model's weights, loaded: as TransformerLens sees it, or as Hugging Face has it.
+def load_bridge(model: LanguageModel, device: str = "cpu", dtype: str = "float32", plain: Any = None) -> Any:
+    """TransformerLens' bridge around the model, with eager attention. Raises ModelError.
 
-
-def load_bridge(model: LanguageModel, device: str = "cpu", dtype: str = "float32") -> Any:
-    """TransformerLens' bridge around the model, with eager attention. Raises ModelError."""
+    Around a twin of `plain`, which holds the same weights, where the bridge would load a model of that class; else the
+    bridge loads its own.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
+    twin = _twin(plain)
+    if model.weights_seed is not None and twin is None:
+        raise ModelError(f"{model.name} cannot be run with random weights: transformers makes no such model anew.")
     try:
         with quiet():
-            untrained = None
-            if model.weights_seed is not None:
-                untrained = _untrained(model, dtype, {"attn_implementation": "eager"}).to(device)
-            bridge = TransformerBridge.boot_transformers(
+            return TransformerBridge.boot_transformers(
                 model.source,
                 device=device,
                 dtype=getattr(torch, dtype),
                 # Otherwise every layer's attention weights are kept until the pass ends.
                 hf_config_overrides={"output_attentions": False},
-                hf_model=untrained,
+                hf_model=twin,
                 **model.options,
-            )
-            return bridge.eval()
+            ).eval()
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise ModelError(f"TransformerLens cannot load the model {model.name} ({first_line(error)}).") from error
 
@@ -131,35 +159,51 @@ def load_plain(model: LanguageModel, device: str = "cpu", dtype: str = "float32"
     """The Hugging Face model itself, as no bridge has touched it.
 
     Its attention is what `transformers` picks, `sdpa` where that computes what the model asks for. Raises TailError if
-    it is no causal language model.
+    it is no causal language model, alone or inside a model of text and images.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {}
-    if getattr(model.config().get_text_config(), "attn_logit_softcapping", None):
+    config = model.config()
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # sdpa leaves the soft cap out (Gemma 2)
+    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     try:
         with quiet():
             if model.weights_seed is not None:
-                return _untrained(model, dtype, options).to(device)
+                return _untrained(model, kind, dtype, options).to(device)
             options |= {"dtype": getattr(torch, dtype), **model.options}
-            return AutoModelForCausalLM.from_pretrained(model.source, **options).eval().to(device)
-    except (OSError, ValueError) as error:
+            return kind.from_pretrained(model.source, **options).eval().to(device)
+    except (OSError, ValueError, ImportError) as error:
         raise TailError(f"No tail: {model.name} is no causal language model ({first_line(error)}).") from error
 
 
-def _untrained(model: LanguageModel, dtype: str, options: dict[str, Any]) -> Any:
+def _untrained(model: LanguageModel, kind: Any, dtype: str, options: dict[str, Any]) -> Any:
     """The same architecture with the weights that `transformers` begins to train it from, drawn with the model's seed.
 
     Drawn on the CPU in float32, so that every device and dtype gets the same.
     """
-    from transformers import AutoModelForCausalLM
-
     assert model.weights_seed is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.weights_seed)
-        found = AutoModelForCausalLM.from_config(model.config(), dtype=torch.float32, **options)
-    return found.eval().to(getattr(torch, dtype))
+        untrained = kind.from_config(
+            model.config(), dtype=torch.float32, trust_remote_code=model.trust_remote_code, **options
+        )
+    return untrained.eval().to(getattr(torch, dtype))
+
+
+def _twin(plain: Any) -> Any:
+    """A copy of the modules of a Hugging Face model, around the same weights: the bridge rebuilds the modules.
+
+    None where the bridge would load another class, or where the modules cannot be copied.
+    """
+    if plain is None or type(plain).__name__ not in (plain.config.architectures or [type(plain).__name__]):
+        return None
+    weights = [*plain.parameters(), *plain.buffers()]
+    try:
+        return copy.deepcopy(plain, {id(weight): weight for weight in weights})
+    except (TypeError, RuntimeError, AttributeError):
+        return None
 
 
 def tail_parameters(model: Any, start_layer: int) -> int:

@@ -8,17 +8,15 @@ from tcsae.harvest.capture import Capture
 from tcsae.harvest.documents import Corpus, CorpusChoice
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel
 from tcsae.harvest.sequences import check_sequences
+from tcsae.harvest.tokens import TokenReader
 from tcsae.shared.base.device import DEVICES, choose_device
 from tcsae.shared.base.distributed import device_of, ranks
-from tcsae.shared.base.errors import ConfigError, ModelError, unknown
+from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.store.codecs import check_codec
 from tcsae.shared.store.format import CONTROLS, ControlRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe
 
-# All that can be asked of a harvest.
-
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_POSITIONS = 1 << 20
-"""In one forward pass. What a shard takes in memory grows with it, so a slip of the finger has to be refused."""
+MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +34,8 @@ class ModelChoice:
     device: str = "auto"
     """cpu, cuda or mps; auto: that of the store that is there, else the first of cuda, mps and cpu that this machine
     has."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -66,18 +66,13 @@ class HarvestConfig:
     """A null of this harvest in place of it."""
 
     def __post_init__(self) -> None:
-        if self.corpus.seed < 0:
-            raise ConfigError(f"--seed {self.corpus.seed}: 0 for the corpus's own order, or a number above.")
-        if self.model.batch_size * self.sequences.length > MOST_POSITIONS:
-            raise ConfigError(
-                f"--batch-size {self.model.batch_size}: at most {MOST_POSITIONS // self.sequences.length} sequences of "
-                f"{self.sequences.length} in one forward pass."
-            )
+        if not 0 <= self.corpus.seed <= MOST_SEED:
+            raise ConfigError(f"--seed {self.corpus.seed}: 0 for the corpus's own order, or up to {MOST_SEED}.")
         if self.n_sequences is not None and self.n_sequences < 10:
             raise ConfigError(f"--sequences {self.n_sequences}: at least ten.")
         if self.control is not None and self.control.kind not in CONTROLS:
             raise ConfigError(unknown("control", self.control.kind, CONTROLS))
-        check_sequences(self.sequences, self.most_tokens)
+        check_sequences(self.sequences, self.most_tokens, self.model.batch_size)
         check_codec(self.codec, self.codec_error)
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise ConfigError(f"--hook {' '.join(self.hooks)}: give at least one, and each once.")
@@ -94,7 +89,7 @@ LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "dataset
 def resolve(
     config: HarvestConfig, model: LanguageModel, corpus: Corpus, stored: Recipe | None
 ) -> tuple[Recipe, Capture | None]:
-    """The recipe that a config comes to, and the loaded model if it took that to find out.
+    """The recipe that a config comes to, and the loaded model if that was needed for it.
 
     Names and widths of the hooks are the model's to say. A store that asked the same of the same model knows them.
     Raises ConfigError, ModelError or DataError.
@@ -113,16 +108,15 @@ def resolve(
         asked = replace(asked, attention=stored.model.attention)
     else:
         model.check_length(config.sequences.length)
-        tokenizer = model.tokenizer()
-        if config.sequences.prepend_bos and tokenizer.bos_token_id is None:
-            raise ModelError(f"The tokenizer of {model.name} has no BOS token. Leave --prepend-bos out.")
+        reader = TokenReader(model, corpus, config.sequences.prepend_bos)
+        pad_id = reader.pad_id
+        if stored is None:
+            corpus.check()
+            reader.check(corpus)
         capture = load(model, config.hooks, asked)
         hooks = capture.hooks
         _check_places(hooks)
         asked = replace(asked, attention=capture.attention)
-        pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    if stored is None:
-        corpus.check()
     recipe = Recipe(
         model=asked,
         corpus=corpus.recipe,

@@ -5,29 +5,35 @@ The same call, made again after a kill, goes on from what is on disk and ends wi
 
 import contextlib
 import gc
+import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
+
+from numpy import ndarray
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
-from tcsae.harvest.cost import Plan, clear_when_full, free_bytes, make_plan, no_room
+from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
+from tcsae.harvest.disk import disk_errors
 from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
-from tcsae.harvest.phases import sample, write_activations, write_sequences, write_tails, write_tokenizer
+from tcsae.harvest.phases import write_activations, write_sequences, write_tails, write_tokenizer
 from tcsae.harvest.resolve import HarvestConfig, ModelChoice, load, resolve
 from tcsae.harvest.sequences import budgets_of, n_tokens
-from tcsae.harvest.work_stealing import join, seal_once
+from tcsae.harvest.work_stealing import dealt, join, seal_once, write_beside
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import Ranks, ranks
 from tcsae.shared.base.errors import ConfigError, DataError, ModelError, StoreError
 from tcsae.shared.base.settings import differences
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.store.extend import can_extend, extend
-from tcsae.shared.store.format import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Manifest, Recipe
+from tcsae.shared.store.format import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Recipe, Shard
 from tcsae.shared.store.journal import FOLDER, Journal, LockedError
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.places.local import LocalObjects
@@ -46,94 +52,38 @@ def harvest(
     """Make, or finish, the store at `location`, and open it. A sealed store of the same recipe is used as it is, one of
     fewer tokens and else the same recipe is extended.
 
+    One of several processes (RANK of WORLD_SIZE) makes the same store beside the others: see `work_stealing`.
+
     `fresh` deletes an activation store that is there. `exact` refuses a corpus with less text than `n_tokens`, before
     the activations are computed; otherwise the store then holds fewer tokens, and says so. `force` begins even if the
     disk has not the room, and in an object store breaks the lock of a writer that may be dead.
-    Raises ConfigError, ModelError, DataError or StoreError. Wrong names and settings are found before anything is
+    Raises ConfigError, ModelError, DataError or StoreError. Wrong names and settings are refused before anything is
     written; what a later failure leaves behind, the same call goes on from. Raises Stopped after a SIGINT or SIGTERM,
     once the shard at hand is on disk.
     """
-    ours = ranks()
-    if ours.several:
-        return _harvest_together(location, config, ours, fresh=fresh, exact=exact, force=force)
-    start = time.monotonic()
-    found = _prepare(location, config, fresh, force)
-    before = _extend(location, found.recipe, force)
-    writer = open_writer(location, found.recipe, force=force)
-    if writer is None:
-        _say_used(location, found.recipe)
-        return open_store(location)
-    trained = config.model.name == EMBEDDED and found.model.weights_seed is None
-    if before is None and trained and config.sequences.eval_every != EVAL_EVERY:
-        say(
-            f"With --eval-every {config.sequences.eval_every} the embedded model was trained on part of the eval "
-            f"split, and figures on it will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
-        )
-    with writer, clear_when_full(location), stop_on_signals() as stop:
-        capture = _begin(writer, found, stop, exact, force)
-        n_read, seconds = write_activations(writer, capture, stop)
-        del capture
-        _seal(writer, found, _times(start, n_read, seconds), stop)
-        stop.check("the store is sealed, nothing is left to do in it")
-    return open_store(location)
-
-
-def _harvest_together(
-    location: str, config: HarvestConfig, ours: Ranks, *, fresh: bool, exact: bool, force: bool
-) -> Store:
-    """`harvest` by one of several processes; see `several`."""
-    if fresh:
+    processes, start = ranks(), time.monotonic()
+    if processes.several and fresh:
         raise ConfigError(
-            f"--fresh in {ours.world} processes: each would delete what the others write. Start anew with one process, "
-            "harvest --fresh --dry-run, then start all without --fresh."
+            f"--fresh in {processes.world} processes: each would delete what the others write. Start anew with one "
+            "process, harvest --fresh --dry-run, then start all without --fresh."
         )
-    start = time.monotonic()
-    found = _prepare(location, config, fresh)
-    if ours.rank == 0:
-        with contextlib.suppress(LockedError):  # the others are at work
-            _extend(location, found.recipe, force)
-
-    def begin(writer: StoreWriter) -> Capture:
-        capture = _begin(writer, found, stop, exact, force)
-        writer.fit_codec(lambda shard: capture.run(writer.tokens(shard), writer.lengths(shard)))
-        return capture
-
-    with clear_when_full(location), stop_on_signals() as stop:
-        joined = join(location, found.recipe, ours, begin, stop, force)
-        if joined is None:
-            _say_used(location, found.recipe)
-            return open_store(location)
-        writer, capture = joined
-        with writer:
-            capture = capture or found.load()
-            n_read, seconds = write_activations(writer, capture, stop, ours)
-            del capture
-            times = _times(start, n_read, seconds) | {"ranks": ours.world}
-            seal_once(location, lambda: _seal(writer, found, times, stop), stop)
-        stop.check("the store is sealed, nothing is left to do in it")
-    return open_store(location)
-
-
-def _begin(writer: StoreWriter, found: "_Found", stop: StopRequest, exact: bool, force: bool) -> Capture:
-    """Phase 1, and a plan of phase 2; the model that will do it."""
-    write_sequences(writer, found.corpus, found.model, stop)
-    _check_counts(writer, exact)
-    capture = found.load()
-    if writer.missing_shards():
-        plan = make_plan(writer, capture)
-        say(plan.line())
-        plan.check_room(force)
-    return capture
-
-
-def _seal(writer: StoreWriter, found: "_Found", times: dict[str, Any], stop: StopRequest) -> None:
-    few = sample(writer, found.load())
-    found.capture = None  # a large model need not be in memory twice
-    gc.collect()
-    tails, files = write_tails(writer, found.model, few)
-    files += write_tokenizer(writer, found.model)
-    stop.check("all shards are on disk")
-    writer.seal(tails, files, times)
+    with disk_errors(location):
+        job = _prepare(location, config, fresh, force)
+        with stop_on_signals() as stop:
+            writer = _open(location, job, processes, stop, exact, force)
+            if writer is None:
+                _say_used(location, job.recipe)
+                return open_store(location)
+            with writer:
+                shards, write = _share(writer, processes)
+                n_read, seconds = write_activations(writer, job.load(), shards, write, stop, processes.world)
+                seal = partial(_seal, writer, job, _times(start, n_read, seconds, processes), stop)
+                if processes.several:
+                    seal_once(location, seal, stop)
+                else:
+                    seal()
+            stop.check("the store is sealed, nothing is left to do in it")
+        return open_store(location)
 
 
 def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Plan:
@@ -142,23 +92,23 @@ def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, e
     Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
     store, which would have to be opened for writing.
     """
-    if (ours := ranks()).several:
-        raise ConfigError(f"--dry-run in {ours.world} processes: one is enough. Start it without torchrun.")
-    found = _prepare(location, config, fresh)
-    manifest = read_manifest(location)
-    if manifest is not None and manifest.state == SEALED:
-        raise StoreError(f"{location} is sealed, there is nothing to plan. Give another --store, or --fresh.")
-    writer = open_writer(location, found.recipe)
-    assert writer is not None
-    with writer, clear_when_full(location), stop_on_signals() as stop:
-        write_sequences(writer, found.corpus, found.model, stop)
-        _check_counts(writer, exact)
-        return make_plan(writer, found.load())
+    if (processes := ranks()).several:
+        raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
+    with disk_errors(location):
+        job = _prepare(location, config, fresh)
+        manifest = read_manifest(location)
+        if manifest is not None and manifest.state == SEALED:
+            raise StoreError(f"{location} is sealed, there is nothing to plan. Give another --store, or --fresh.")
+        writer = open_writer(location, job.recipe)
+        assert writer is not None
+        with writer, stop_on_signals() as stop:
+            _make_sequences(writer, job, stop, exact)
+            return make_plan(writer, job.load())
 
 
 @dataclass
-class _Found:
-    """What a config names."""
+class _Job:
+    """What a config names; the model, once it is loaded."""
 
     model: LanguageModel
     corpus: Corpus
@@ -166,44 +116,109 @@ class _Found:
     capture: Capture | None
 
     def load(self) -> Capture:
-        capture = self.capture or load(
-            self.model, tuple(hook.requested for hook in self.recipe.hooks), self.recipe.model
-        )
-        if capture.attention != self.recipe.model.attention:
+        if self.capture is None:
+            hooks = tuple(hook.requested for hook in self.recipe.hooks)
+            self.capture = load(self.model, hooks, self.recipe.model)
+        if self.capture.attention != self.recipe.model.attention:
             raise ModelError(
                 f"The store was begun with {self.recipe.model.attention} attention, this program runs "
-                f"{self.model.name} with {capture.attention}. Use --fresh to start anew, or another --store."
+                f"{self.model.name} with {self.capture.attention}. Use --fresh to start anew, or another --store."
             )
-        self.capture = capture
-        return capture
+        return self.capture
+
+    def load_float32(self) -> Capture:
+        """For tails: the model that is loaded already, unless that computes in half precision."""
+        if self.recipe.model.dtype == "float32":
+            return self.load()
+        self.capture = None  # a large model need not be in memory twice
+        gc.collect()  # modules refer to each other
+        return Capture(self.model, [hook.requested for hook in self.recipe.hooks], self.recipe.model.batch_size)
 
 
-def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = False) -> _Found:
+def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = False) -> _Job:
+    """Names to what they name, exactly; nothing is written but for `fresh`, which deletes."""
     if fresh:
         remove_store(location, force=force)
-    if isinstance(objects := objects_at(location), LocalObjects):
-        for leftover in objects.root.absolute().parent.glob(f"{objects.root.name}.*{DELETED}"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    model = find_model(config.model.name, config.model.revision)
+    _clear_deleted(location)
+    manifest = read_manifest(location)
+    stored = manifest.recipe if manifest else None
+    choice = config.model
+    model = find_model(choice.name, choice.revision, stored.model if stored else None, choice.trust_remote_code)
     if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
         model = replace(model, weights_seed=config.control.seed)
-    corpus = find_corpus(config.corpus)
-    stored = read_manifest(location)
-    return _Found(model, corpus, *resolve(config, model, corpus, stored.recipe if stored else None))
+    corpus = find_corpus(config.corpus, stored.corpus if stored else None)
+    return _Job(model, corpus, *resolve(config, model, corpus, stored))
 
 
-def _extend(location: str, recipe: Recipe, force: bool) -> Manifest | None:
-    """Begin an extension if the store at `location` calls for one; returns the manifest that it had then."""
+def _open(
+    location: str, job: _Job, processes: Ranks, stop: StopRequest, exact: bool, force: bool
+) -> StoreWriter | None:
+    """A writer of the store, ready for its first shard; None if the store is sealed."""
+    begin = partial(_begin, job=job, stop=stop, exact=exact, force=force)
+    if processes.several:
+        if processes.rank == 0:
+            with contextlib.suppress(LockedError):  # other processes are at work
+                _extend(location, job.recipe, force)
+        return join(location, job.recipe, processes, begin, stop, force)
+    _extend(location, job.recipe, force)
+    writer = open_writer(location, job.recipe, force=force)
+    if writer is not None:
+        try:
+            begin(writer)
+        except BaseException:
+            writer.close()
+            raise
+    return writer
+
+
+def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force: bool) -> None:
+    """What comes before the first shard: phase 1, a plan of phase 2, and the codec's parameters."""
+    _say_trained_on(writer, job.model)
+    _make_sequences(writer, job, stop, exact)
+    capture = job.load()
+    if writer.missing_shards():
+        plan = make_plan(writer, capture)
+        say(plan.line())
+        plan.check_room(force)
+    if not capture.causal:
+        say(f"{job.model.name} looks at later tokens: each batch holds sequences of one length, without padding.")
+    writer.fit_codec(lambda shard: capture.run(writer.tokens(shard), writer.lengths(shard)))
+
+
+def _make_sequences(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool) -> None:
+    """Phase 1."""
+    write_sequences(writer, job.corpus, job.model, stop)
+    _check_counts(writer, exact)
+
+
+def _share(
+    writer: StoreWriter, processes: Ranks
+) -> tuple[Iterable[Shard], Callable[[Shard, dict[str, ndarray]], None]]:
+    """The shards that are this process's to write, and how it writes one."""
+    if processes.several:
+        return dealt(writer, processes), partial(write_beside, writer)
+    return writer.missing_shards(), writer.write_shard
+
+
+def _seal(writer: StoreWriter, job: _Job, times: dict[str, Any], stop: StopRequest) -> None:
+    tails, files = write_tails(writer, job.load_float32())
+    files += write_tokenizer(writer, job.model)
+    stop.check("all shards are on disk")
+    writer.seal(tails, files, times)
+
+
+def _extend(location: str, recipe: Recipe, force: bool) -> None:
+    """Begin an extension if the store at `location` calls for one."""
     stored = read_manifest(location)
     if stored is None or not can_extend(stored, recipe):
-        return None
+        return
     room = free_bytes(objects_at(location))
     per_token = sum(open_store(location).n_bytes().values()) / max(1, n_tokens(stored.counts))
     needed = int(per_token * (recipe.n_tokens - stored.recipe.n_tokens))
-    if room is not None and needed > room and not force:  # found out here, the sealed store stays as it is
+    if room is not None and needed > room and not force:  # before the sealed store is touched
         raise no_room(location, needed, room)
     say(f"Extending {location} from {stored.recipe.n_tokens:,} to {recipe.n_tokens:,} tokens.")
-    return extend(location, recipe, force=force)
+    extend(location, recipe, force=force)
 
 
 def _say_used(location: str, recipe: Recipe) -> None:
@@ -212,6 +227,17 @@ def _say_used(location: str, recipe: Recipe) -> None:
     others = differences(stored.recipe.libraries, recipe.libraries)
     versions = f" It was written with other versions ({'; '.join(others)})." if others else ""
     say(f"{location} holds this harvest already; it is used as it is (--fresh makes it anew).{versions}")
+
+
+def _say_trained_on(writer: StoreWriter, model: LanguageModel) -> None:
+    """Say, where a store is begun, that the embedded model has read some of its eval split."""
+    every = writer.manifest.recipe.sequences.eval_every
+    trained = model.name == EMBEDDED and model.weights_seed is None
+    if trained and every != EVAL_EVERY and not writer.progress:
+        say(
+            f"With --eval-every {every} the embedded model was trained on part of the eval split, and figures on it "
+            f"will flatter. It has not seen the eval split of --eval-every {EVAL_EVERY}."
+        )
 
 
 def remove_store(location: str, *, force: bool = False) -> None:
@@ -244,6 +270,16 @@ def remove_store(location: str, *, force: bool = False) -> None:
         journal.release()
 
 
+def _clear_deleted(location: str) -> None:
+    """Go on with deletions of `remove_store` that were killed: folders under the names that it gives, no others."""
+    if isinstance(objects := objects_at(location), LocalObjects):
+        root = objects.root.absolute()
+        given = re.compile(rf"{re.escape(root.name)}\.[0-9a-f]{{32}}{re.escape(DELETED)}")
+        for leftover in root.parent.glob(f"*{DELETED}"):
+            if given.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _check_counts(writer: StoreWriter, exact: bool) -> None:
     """Say, or with `exact` refuse, that there is less text than was asked for.
 
@@ -256,18 +292,19 @@ def _check_counts(writer: StoreWriter, exact: bool) -> None:
         remove_store(writer.location)
         raise DataError(f"{name} has no text for the train split. Give another --dataset, or a lower --min-length.")
     if counts["corpus_exhausted"]:
-        wanted, unit = budgets_of(recipe)
-        parts = ", ".join(f"{split} {counts[split][unit]:,} of {wanted[split]:,}" for split in SPLITS)
-        there = sum(counts[split][unit] for split in SPLITS)
-        short = f"{name} is at its end with {there:,} of {sum(wanted.values()):,} {unit} ({parts})."
+        budget, unit = budgets_of(recipe)
+        parts = ", ".join(f"{split} {counts[split][unit]:,} of {budget[split]:,}" for split in SPLITS)
+        held = sum(counts[split][unit] for split in SPLITS)
+        short = f"{name} is at its end with {held:,} of {sum(budget.values()):,} {unit} ({parts})."
         if exact:
             raise DataError(f"{short} Ask for fewer, or leave --exact out.")
         say(f"{short} The store will hold these.")
 
 
-def _times(start: float, n_read: int, seconds: float) -> dict[str, Any]:
+def _times(start: float, n_read: int, seconds: float, processes: Ranks) -> dict[str, Any]:
     return {
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 1),
         "tokens_per_s": round(n_read / seconds) if n_read else None,
+        **({"ranks": processes.world} if processes.several else {}),
     }

@@ -8,14 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
 
 from tcsae.data.model import is_eval
+from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.store.format import SPLITS, Recipe, SequenceRecipe
 from tcsae.shared.store.writer import Rows
 
 MIN_EVAL_TOKENS = 100_000
-"""Wanted in the eval split, if that is at most a tenth of all tokens: enough for confidence intervals."""
+"""Of the eval split, if that is at most a tenth of all tokens: enough for confidence intervals."""
+MOST_POSITIONS = 1 << 20
+"""In one forward pass. What a shard takes in memory grows with it, so a slip of the finger has to be refused."""
+MOST_TOKENS = 10**12
+POSITION_BYTES, TOKEN_BYTES = 4 * 4096, 4
+"""Of one hook's activations at a width of 4096 in float32; of a token id."""
 
 
 def split_of(document: str | Sequence[int], eval_every: int) -> str:
@@ -53,7 +61,7 @@ def cut(n_tokens: int, recipe: SequenceRecipe) -> list[tuple[int, int]]:
     return pieces
 
 
-def permuted(ids: Sequence[int], seed: int, number: int) -> list[int]:
+def permuted(ids: Sequence[int] | Int[ndarray, " n"], seed: int, number: int) -> list[int]:
     """The tokens of document `number` in random order: the same one whenever, and by whomever, it is cut.
 
     The order is that of a bit generator's raw numbers, which NumPy promises to keep from version to version.
@@ -96,9 +104,9 @@ class Sequencer:
     def is_full(self, split: str) -> bool:
         return self.counts[split][self.unit] >= self.budgets[split]
 
-    def add(self, split: str, ids: Sequence[int]) -> None:
+    def add(self, split: str, ids: Sequence[int] | Int[ndarray, " n"]) -> None:
         """Take the next document of the corpus; `ids` is not looked at if its split is full."""
-        counts, ours = self.counts, self.counts[split]
+        counts, of_split = self.counts, self.counts[split]
         before = {name: dict(value) if name in SPLITS else value for name, value in counts.items()}
         number = counts["documents_read"]
         counts["documents_read"] += 1
@@ -117,7 +125,7 @@ class Sequencer:
         else:
             counts["tokens_dropped_short"] += len(tokens) - kept
             counts["pieces_dropped_short"] += len(tokens) > kept
-        ours["documents"] += bool(pieces)
+        of_split["documents"] += bool(pieces)
         counts["documents_empty"] += not pieces
         if counts["first_full"] is None and self.is_full(split):
             counts["first_full"] = before
@@ -148,17 +156,35 @@ class Sequencer:
         )
 
 
-def check_sequences(recipe: SequenceRecipe, n_tokens: int) -> None:
-    """Raises ConfigError for settings under which no sequence, or no train split, could come about."""
+def check_sequences(recipe: SequenceRecipe, n_tokens: int, batch_size: int = 1) -> None:
+    """Raises ConfigError for settings under which no sequence, or no train split, could come about, or whose memory no
+    machine has.
+    """
     problems = []
+    most = MOST_POSITIONS // max(1, min(recipe.length, MOST_POSITIONS))
     if recipe.length < 2:
         problems.append(f"--sequence-length {recipe.length}: at least 2 positions.")
+    elif recipe.length > MOST_POSITIONS:
+        problems.append(
+            f"--sequence-length {recipe.length}: at most {MOST_POSITIONS} positions; at a width of 4096 one sequence "
+            f"of a hook would take {size(recipe.length * POSITION_BYTES)}."
+        )
+    elif batch_size > most:
+        problems.append(
+            f"--batch-size {batch_size}: at most {most} sequences of {recipe.length} in one forward pass; at a width "
+            f"of 4096 one batch of a hook would take {size(batch_size * recipe.length * POSITION_BYTES)}."
+        )
     if not 1 <= recipe.min_length <= recipe.length:
         problems.append(f"--min-length {recipe.min_length}: from 1 to the sequence length, {recipe.length}.")
     if recipe.eval_every < 2:
         problems.append(f"--eval-every {recipe.eval_every}: at least 2, or nothing is left to train on.")
     if n_tokens < 10 * recipe.length:
         problems.append(f"--tokens {n_tokens}: at least ten sequences, {10 * recipe.length}.")
+    elif n_tokens > MOST_TOKENS:
+        problems.append(
+            f"{n_tokens} tokens: at most {MOST_TOKENS}; their ids alone would take {size(n_tokens * TOKEN_BYTES)}. "
+            "Give fewer --tokens or --sequences."
+        )
     if problems:
         raise ConfigError(" ".join(problems))
 

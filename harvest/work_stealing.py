@@ -1,8 +1,8 @@
-"""A harvest by several processes that meet on the store alone: torchrun's, or a scheduler's array without a rendezvous.
+"""Work stealing over shards, by processes that meet on the store alone: torchrun's, or a scheduler's array.
 
-Rank 0 does phase 1 and what has to be there before a shard is written, under the exclusive lock, then lets the others
-in. The shards are dealt out by number; who is done with his own takes over what nobody has finished, from the end. Two
-who meet on one shard write the same bytes. Whoever finds all shards there seals the store.
+Rank 0 does phase 1 and the codec's parameters under the exclusive lock, then lets the others in. Shards are dealt out
+by number. A process that has finished its part goes on with the unfinished shards of others, from the last down. Two
+that meet on one shard write the same bytes. The first that sees every shard written seals the store.
 """
 
 import time
@@ -11,7 +11,6 @@ from typing import Any
 
 from numpy import ndarray
 
-from tcsae.harvest.capture import Capture
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import Ranks
 from tcsae.shared.base.errors import StoreError
@@ -32,40 +31,41 @@ SEAL_LOCK = f"{LOCK}.seal"
 def join(
     location: str,
     recipe: Recipe,
-    ours: Ranks,
-    begin: Callable[[StoreWriter], Capture],
+    processes: Ranks,
+    begin: Callable[[StoreWriter], None],
     stop: StopRequest,
     force: bool = False,
-) -> tuple[StoreWriter, Capture | None] | None:
-    """A writer of the store together with the other ranks, once shards can be written; None if it is sealed.
+) -> StoreWriter | None:
+    """A writer of the store beside other processes', once shards can be written; None if it is sealed.
 
-    Rank 0 runs `begin`, phase 1 and the rest, unless that is done. Raises StoreError for a store of another recipe.
+    Rank 0 runs `begin`, unless that is done: what comes before the first shard. Raises StoreError for a store of
+    another recipe.
     """
     waited = 0.0
     while True:
         stop.check("nothing is lost")
-        if ours.rank == 0:
+        if processes.rank == 0:
             try:
                 writer = open_writer(location, recipe, force=force)
                 if writer is None:
                     return None
                 try:
-                    capture = begin(writer)
+                    begin(writer)
                     writer.share()
                 except BaseException:
                     writer.close()
                     raise
-                return writer, capture
+                return writer
             except LockedError:
-                pass  # the others are at work: join them
+                pass  # other processes are at work: join them
         elif _is_finished(location, recipe):
             return None
         writer = _join_writer(location, recipe)
         if writer is not None:
-            return writer, None
+            return writer
         if waited % SAY_EVERY_S == 0:
-            who = "the other processes" if ours.rank == 0 else "rank 0 to make the sequences"
-            say(f"{location}: rank {ours.rank} waits for {who}.")
+            who = "the other processes" if processes.rank == 0 else "rank 0 to make the sequences"
+            say(f"{location}: rank {processes.rank} waits for {who}.")
         time.sleep(POLL_S)
         waited += POLL_S
 
@@ -82,12 +82,9 @@ def _is_finished(location: str, recipe: Recipe) -> bool:
     return sealed
 
 
-def dealt(writer: StoreWriter, ours: Ranks) -> Iterator[Shard]:
-    """This rank's shards that are missing, then those of others that nobody has finished by then."""
-    if not ours.several:
-        yield from writer.missing_shards()
-        return
-    mine = {shard.name for shard in writer.shards()[ours.rank :: ours.world]}
+def dealt(writer: StoreWriter, processes: Ranks) -> Iterator[Shard]:
+    """The missing shards of this process's part, then those of others that are still missing by then."""
+    part = {shard.name for shard in writer.shards()[processes.rank :: processes.world]}
     given: set[str] = set()
 
     def still_missing(shards: list[Shard]) -> Iterator[Shard]:
@@ -96,15 +93,15 @@ def dealt(writer: StoreWriter, ours: Ranks) -> Iterator[Shard]:
                 given.add(shard.name)
                 yield shard
 
-    yield from still_missing([shard for shard in _missing(writer) if shard.name in mine])
+    yield from still_missing([shard for shard in _missing(writer) if shard.name in part])
     while left := [shard for shard in reversed(_missing(writer)) if shard.name not in given]:
-        # Down from another place each, as whose they are comes up from the first: they meet at one shard only.
-        at = ours.rank * len(left) // ours.world
+        # Each process down from another place, while the shards' owner comes up: they meet at one shard only.
+        at = processes.rank * len(left) // processes.world
         yield from still_missing(left[at:] + left[:at])
 
 
 def write_beside(writer: StoreWriter, shard: Shard, activations: Mapping[str, ndarray]) -> None:
-    """Write a shard that another rank may have written too, and then sealed the store and cleared what it left."""
+    """Write a shard that another process may write too, and then seal the store and clear the journal."""
     try:
         writer.write_shard(shard, activations)
     except (OSError, StoreError):
@@ -113,7 +110,7 @@ def write_beside(writer: StoreWriter, shard: Shard, activations: Mapping[str, nd
 
 
 def _missing(writer: StoreWriter) -> list[Shard]:
-    """The shards nobody has written; none once the store is sealed, when there is no journal to tell."""
+    """The shards without a record; none once the store is sealed, when there is no journal."""
     missing = writer.missing_shards()
     return [] if _sealed(writer.location) else missing
 
@@ -137,7 +134,7 @@ def seal_once(location: str, seal: Callable[[], Any], stop: StopRequest) -> None
                 seal()
         finally:
             lock.release()
-    # Each on leaving: records of shards that two had in hand, files of ranks that were killed.
+    # On leaving: records of shards that two processes wrote, partial files of those that were killed.
     objects.sweep()
     remove_traces(objects)
     objects.delete([SEAL_LOCK])
@@ -149,8 +146,8 @@ def _sealed(location: str) -> bool:
 
 
 def _join_writer(location: str, recipe: Recipe) -> StoreWriter | None:
-    """A writer of shards beside others, of the store that one of them made ready with `StoreWriter.share`; None if that
-    is not done yet, or the store is being sealed or made ready anew.
+    """A writer of shards beside others, of a store that `StoreWriter.share` has opened; None if that is not done yet,
+    or the store is being sealed or prepared anew.
     """
     objects = objects_at(location)
     values = read_attributes(objects)

@@ -141,8 +141,8 @@ def uninterrupted(short, tmp_path_factory):
 
 
 def test_a_sealed_store_is_used_as_it_is(short, uninterrupted, monkeypatch, capfd):
-    monkeypatch.setattr("tcsae.harvest.run.Capture", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("tcsae.harvest.documents.Corpus._load", lambda *_: pytest.fail("the corpus was read"))
+    monkeypatch.setattr("tcsae.harvest.capture.load_bridge", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("tcsae.harvest.documents.Corpus._rows", lambda *_: pytest.fail("the corpus was read"))
     before = toy.files(uninterrupted)
     assert harvest(str(uninterrupted), short).manifest.state == "sealed"
     assert "holds this harvest already" in capfd.readouterr().err
@@ -154,7 +154,7 @@ def test_fresh_starts_anew_and_deletes_activation_stores_only(short, uninterrupt
     location = tmp_path / "store.zarr"
     shutil.copytree(uninterrupted, location)
     (location / "extra").write_text("of the old store")
-    (tmp_path / "store.zarr.0123.deleted").mkdir()  # of a deletion that was killed
+    (tmp_path / f"store.zarr.{'0123' * 8}.deleted").mkdir()  # of a deletion that was killed
     harvest(str(location), short, fresh=True)
     assert toy.files(location) == toy.files(uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
@@ -167,6 +167,27 @@ def test_fresh_starts_anew_and_deletes_activation_stores_only(short, uninterrupt
     with pytest.raises(StoreError, match="a Zarr group of another kind"):
         harvest(str(tmp_path / "thesis"), short, fresh=True)
     assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "store.zarr.backup.deleted",
+        f"other.zarr.{'0123' * 8}.deleted",
+        f"store.zarr.{'0123' * 8}.deleted.old",
+        "deleted",
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_another_made_beside_the_store_stays(short, tmp_path, name, fresh):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / f"store.zarr.{'a' * 32}.deleted").symlink_to(tmp_path / name)
+    with pytest.raises(DataError):
+        harvest(
+            str(tmp_path / "store.zarr"), dataclasses.replace(short, corpus=CorpusChoice(name="no/such")), fresh=fresh
+        )
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_second_harvester_is_refused(short, uninterrupted, tmp_path):

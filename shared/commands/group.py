@@ -7,6 +7,7 @@ import click
 
 from tcsae import __version__
 from tcsae.shared.base.cli import CHAIN, Place
+from tcsae.shared.base.console import legible
 from tcsae.shared.base.errors import Stopped, TcsaeError, unknown
 
 STAGES = {
@@ -49,9 +50,9 @@ class StageGroup(click.Group):
         try:
             return super().invoke(ctx)
         except TcsaeError as error:  # the user can cure it: one line, exit code 1, no traceback
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(legible(" ".join(str(error).split()))) from error
         except Stopped as stop:
-            click.echo(str(stop), err=True)
+            click.echo(legible(str(stop)), err=True)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("\nInterrupted. The same command goes on from what is on disk.", err=True)

@@ -78,21 +78,30 @@ def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:
     if model.get_output_embeddings() is None:
         raise TailError(f"No tail: {kind} has no unembedding; use a causal language model.")
     layers = _layers_name(model)
+    wraps = model.config.get_text_config() is not model.config
     try:
-        config = _tail_config(model.config, start_layer)
+        config = _tail_config(model.config.get_text_config(), start_layer)
         # Random weights are drawn and thrown away: the caller's random numbers must not depend on it.
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             tail = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        tail.load_state_dict(_tail_state(model, layers, start_layer), strict=True)
+        state = _tail_state(model, layers, start_layer)
+        if wraps:
+            state = _text_state(state, layers.rpartition(".")[0], _layers_name(tail).rpartition(".")[0])
+            tail.load_state_dict(state, strict=False, assign=False)
+            missing = sorted(tail.state_dict().keys() - state.keys() - _embedding_keys(tail))
+            if missing:
+                raise ValueError(f"{missing[0]} is not in it")
+        else:
+            tail.load_state_dict(state, strict=True)
     except Exception as error:  # an architecture nobody has tried can fail in any way; the harvest goes on without
         raise TailError(f"No tail: {kind} cannot be cut at layer {start_layer} ({_brief(error)}).") from error
-    if type(tail) is not type(model):
+    if type(tail) is not type(model) and not wraps:
         raise TailError(f"No tail: transformers would load {kind} as {type(tail).__name__}; use a model it has.")
     with torch.no_grad():
         # Tied now: of the model's two matrices, this is the one to keep.
         tail.get_output_embeddings().weight.copy_(model.get_output_embeddings().weight)
         for name, module in tail.named_modules():
-            outside = not name.startswith(f"{layers}.")
+            outside = not name.startswith(f"{_layers_name(tail)}.")
             if isinstance(module, nn.Embedding) and outside and module is not tail.get_input_embeddings():
                 module.weight.zero_()  # positions: added before the hook already
     return tail.eval().requires_grad_(False)
@@ -106,8 +115,9 @@ def verify_tail(
 ) -> float:
     """Largest difference, in nats, between the tail's log-probabilities and the whole model's, at valid positions.
 
-    `activations` at the hook and `logits` come from one forward pass of the whole model over real tokens. Verify the
-    tail as loaded, `Tail.load(path).model`: then the checkpoint itself is known to be good. Raises TailError when the
+    `activations` at the hook and `logits` come from the whole model over real tokens, each sequence unpadded; beyond
+    its length they are anything finite. The tail runs on them together, and on each sequence alone. Verify the tail as
+    loaded, `Tail.load(path).model`: then the checkpoint itself is known to be good. Raises TailError when the
     difference is above TOLERANCE or not a number, or when the tail cannot be run at all.
     """
     valid = _valid_positions(lengths, activations.shape[1])
@@ -117,9 +127,11 @@ def verify_tail(
     try:
         runner = Tail(tail)
         expected = logits[valid.to(logits.device)]
-        for part, (ours,) in runner.slices(runner.hidden(activations)[valid.to(runner.device)]):
-            theirs = expected[part].to(ours.device, torch.float32)
-            worst = torch.maximum(worst, (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().cpu())
+        alone = [runner.hidden(x[None, :n])[0] for x, n in zip(activations, lengths.tolist(), strict=True) if n]
+        for hidden in (runner.hidden(activations)[valid.to(runner.device)], torch.cat(alone)):
+            for part, (repeated,) in runner.slices(hidden):
+                whole = expected[part].to(repeated.device, torch.float32)
+                worst = torch.maximum(worst, (repeated.log_softmax(-1) - whole.log_softmax(-1)).abs().max().cpu())
     except Exception as error:  # as in make_tail
         raise TailError(f"No tail: {type(tail).__name__} cannot run on activations ({_brief(error)}).") from error
     if not worst <= TOLERANCE:  # so that NaN is refused
@@ -171,7 +183,12 @@ class Tail:
         try:
             with _quiet_transformers():
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                    path,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise TailError(f"The tail at {path} cannot be read ({_brief(error)}); harvest it again.") from error
@@ -247,9 +264,11 @@ def _valid_positions(lengths: Int[Tensor, " batch"], n_positions: int) -> Bool[T
 
 def _layers_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers, `gpt_neox.layers` for one: the outermost list with as many entries."""
-    n_layers = getattr(model.config, "num_hidden_layers", None)
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    text = model.get_decoder()  # of a model of text and images, its language model
+    inside = {id(module) for module in (text if isinstance(text, nn.Module) else model).modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and id(module) in inside:
             return name
     raise TailError(f"No tail: {type(model).__name__} has no list of its {n_layers} layers; use a decoder-only model.")
 
@@ -277,6 +296,21 @@ def _tail_state(model: PreTrainedModel, layers: str, start_layer: int) -> dict[s
             key = f"{layers}.{int(index) - start_layer}.{rest}"
         state[key] = value
     return state
+
+
+def _text_state(state: dict[str, Tensor], wrapped: str, owner: str) -> dict[str, Tensor]:
+    """Of a model of text and images, the language model's part: `wrapped` is its name there, `owner` in the tail."""
+    return {
+        f"{owner}.{key.removeprefix(f'{wrapped}.')}": value
+        for key, value in state.items()
+        if key.startswith(f"{wrapped}.")
+    }
+
+
+def _embedding_keys(tail: PreTrainedModel) -> set[str]:
+    """Keys of the tied embeddings, which are set apart."""
+    embeddings = (tail.get_input_embeddings(), tail.get_output_embeddings())
+    return {f"{name}.weight" for name, module in tail.named_modules() if any(module is one for one in embeddings)}
 
 
 @contextmanager
