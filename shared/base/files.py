@@ -57,9 +57,12 @@ def disk_line(error: BaseException, path: Path | str | None = None) -> str | Non
     quoted = re.search(r"\(os error (\d+)\)", str(error))  # Rust's form: safetensors, tokenizers
     if number is None and quoted:
         number = int(quoted[1])
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save's, whatever the reason was
+        number = errno.ENOSPC
     if number is None and not isinstance(error, OSError):
         return None
-    name = getattr(error, "filename", None) or path
+    written = getattr(error, "filename2", None) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else None
+    name = written or getattr(error, "filename", None) or path
     reason = os.strerror(number) if number is not None else " ".join(str(error).split()) or type(error).__name__
     where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes | os.PathLike) else ""
     cure = CURES.get(number, DISK_CURE) if number is not None else DISK_CURE
@@ -121,16 +124,19 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_partials(path)
     temporary = temporary_path(path)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         fill(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         _put_in_place(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None and str(temporary) in str(error.filename):
+            name = str(error.filename).replace(str(temporary), str(path))
+            raise OSError(error.errno, error.strerror, name) from error
         raise
     _fsync_folder(path.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # what was there before

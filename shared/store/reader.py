@@ -219,8 +219,9 @@ class Store:
         Raises StoreError if it is missing, damaged, or not of the shape and dtype that the manifest gives it.
         """
         if path not in self._arrays:
+            checked = self._checked
             try:
-                array = zarr.open_array(self._checked, path=path, mode="r", zarr_format=3)
+                array = zarr.open_array(checked, path=path, mode="r", zarr_format=3)
             except DamagedError as error:
                 if not error.missing:
                     raise
