@@ -18,6 +18,7 @@ from tcsae.shared.store.places import local, objects_at
 from tcsae.shared.store.reader import open_store
 from tcsae.shared.store.verify import find_faults
 
+GOLDEN = str(Path(__file__).parent / "golden" / "store-v1.zarr")
 HOOK = "blocks.2.hook_resid_post"
 
 
@@ -70,6 +71,28 @@ def test_stopped_anywhere_it_goes_on(tiny_store, tmp_path, monkeypatch, number):
     assert contents(target) == contents(tiny_store)
 
 
+@pytest.mark.parametrize("name, options", [("b.zarr", []), ("b.zip", []), ("c.zarr", ["--codec", "int8"])])
+def test_a_finished_copy_says_so(tiny_store, tmp_path, name, options):
+    command = ["copy", "--from", tiny_store, "--to", str(tmp_path / name), *options]
+    for _ in range(2):
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 0, done.output
+    content = open_store(tmp_path / name).content
+    assert done.stdout == f"{tmp_path / name} is that copy already, content {content[:12]}: nothing was written.\n"
+    other = CliRunner().invoke(cli, ["copy", "--from", GOLDEN, "--to", str(tmp_path / name)])
+    assert other.exit_code == 1
+    assert "is there already: another store. Give another --to, or delete it first." in other.stderr
+
+
+def test_what_a_killed_copy_into_a_zip_left_is_swept(tiny_store, tmp_path):
+    left = tmp_path / f"b.zip.{'0' * 32}.partial"
+    left.write_bytes(b"half")
+    other = tmp_path / "bb.zip.partial"
+    other.write_bytes(b"another's")
+    copy_store(tiny_store, str(tmp_path / "b.zip"), nothing)
+    assert {path.name for path in tmp_path.iterdir()} == {"b.zip", other.name}
+
+
 def test_damage_is_not_copied(tiny_store, tmp_path):
     copy_store(tiny_store, str(tmp_path / "b.zarr"), nothing)
     chunk = tmp_path / "b.zarr" / "train" / "activations" / HOOK / "c" / "0" / "0" / "0"
@@ -103,7 +126,7 @@ def test_a_zip_is_read_as_it_is_by_us_and_by_zarr(tiny_store, tmp_path):
     group = zarr.open_group(zarr.storage.ZipStore(target, mode="r"), mode="r")
     np.testing.assert_array_equal(group["train/lengths"][:], local.train.lengths)
     with pytest.raises(StoreError, match="is there already"):
-        copy_store(tiny_store, target, nothing)
+        copy_store(GOLDEN, target, nothing)
     done = CliRunner().invoke(cli, ["--store", str(tmp_path / "b.zip"), "harvest"])
     assert done.exit_code == 1
     assert "can be read only" in done.output

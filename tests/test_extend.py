@@ -12,7 +12,7 @@ import pytest
 from tcsae.harvest.run import harvest, plan_harvest
 from tcsae.harvest.sequences import budgets
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.store.extend import n_kept
+from tcsae.shared.store.extend import n_retained
 from tcsae.shared.store.format import Manifest
 from tcsae.shared.store.reader import open_store
 
@@ -139,7 +139,7 @@ def test_killed_after_new_shards_an_extension_that_kept_none_goes_on(short, tmp_
     toy.small_steps(monkeypatch, 32, 8)
     whole = made(tmp_path / "whole.zarr", short)
     location = made(tmp_path / "store.zarr", short, n_tokens=400)
-    assert not any(n_kept(open_store(location).manifest).values())
+    assert not any(n_retained(open_store(location).manifest).values())
     assert toy.harvest_in_child(location, short, 2, "journal/train-") == 9
     first = location / "train/activations" / toy.RESIDUAL / "c/0/0/0"
     inode = first.stat().st_ino
@@ -228,7 +228,9 @@ def test_a_store_from_before_this_was_recorded_reads_its_text_anew(short, whole,
     location = made(tmp_path / "store.zarr", short, n_tokens=1111)
     root = json.loads((location / "zarr.json").read_text())
     manifest: Manifest = manifest_from_json(root["attributes"]["tcsae"])
-    assert sum(n_kept(manifest).values()) > 5 and not any(n_kept(dataclasses.replace(manifest, version=1)).values())
+    assert sum(n_retained(manifest).values()) > 5 and not any(
+        n_retained(dataclasses.replace(manifest, version=1)).values()
+    )
     del manifest.counts["first_full"]
     (location / "zarr.json").write_bytes(manifest.root_metadata())
     made(location, short)

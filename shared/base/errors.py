@@ -35,6 +35,10 @@ class DeniedError(RemoteError):
     """An object store that does not allow a request."""
 
 
+class DiskError(TcsaeError):
+    """A file or folder that the disk refuses to read or write: full, read-only, not allowed, gone."""
+
+
 class RunError(TcsaeError):
     """A run folder (a trained SAE) that is missing, unfinished, or does not fit the store."""
 

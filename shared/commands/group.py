@@ -1,5 +1,10 @@
-"""The `tcsae` program: one chained group. It names the stages as strings and imports one when it is asked for."""
+"""The `tcsae` program: one chained group. It names the stages as strings and imports one when it is asked for.
 
+Errors that the user can cure end here as one line and exit code 1: `TcsaeError`, and whatever the disk or the memory
+refuses. Any other exception is a bug of ours and keeps its traceback.
+"""
+
+import errno
 import importlib
 import sys
 
@@ -9,6 +14,7 @@ from tcsae import __version__
 from tcsae.shared.base.cli import CHAIN, Place
 from tcsae.shared.base.console import legible
 from tcsae.shared.base.errors import Stopped, TcsaeError, unknown
+from tcsae.shared.base.files import disk_line
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
@@ -23,6 +29,10 @@ STAGES = {
     "export": "tcsae.shared.commands.sae_commands:export",
     "paper": "tcsae.paper.command:paper",
 }
+
+
+def one_line(text: str) -> str:
+    return legible(" ".join(text.split()))
 
 
 class StageGroup(click.Group):
@@ -49,11 +59,23 @@ class StageGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except TcsaeError as error:  # the user can cure it: one line, exit code 1, no traceback
-            raise click.ClickException(legible(" ".join(str(error).split()))) from error
+        except TcsaeError as error:
+            raise click.ClickException(one_line(str(error))) from error
         except Stopped as stop:
             click.echo(legible(str(stop)), err=True)
             sys.exit(stop.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except MemoryError as error:
+            raise click.ClickException(
+                f"Out of memory ({one_line(str(error)) or 'no more could be had'}). Ask for less at a time, or use a "
+                "machine with more."
+            ) from error
+        except Exception as error:
+            line = disk_line(error)
+            if line is None or getattr(error, "errno", None) == errno.EPIPE:  # a closed pipe is click's
+                raise
+            raise click.ClickException(one_line(line)) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted. The same command goes on from what is on disk.", err=True)
             sys.exit(130)

@@ -60,15 +60,18 @@ def copy(source: str, target: str, codec: str | None, codec_error: float | None)
     Interrupted, the same command goes on where it stopped; into a zip, which can be read only, it starts anew.
     """
     from tcsae.shared.base.console import progress, size
-    from tcsae.shared.store.copy import copy_bytes, copy_store
+    from tcsae.shared.store.copy import copy_bytes, copy_store, encodes_anew, finished_copy
     from tcsae.shared.store.reader import open_store
 
     store = open_store(source)
-    anew = codec is not None and (codec != store.manifest.recipe.codec or codec_error is not None)
+    if (done := finished_copy(store, target, codec, codec_error)) is not None:
+        click.echo(f"{target} is that copy already, content {done.content[:12]}: nothing was written.")
+        return
+    anew = encodes_anew(store, codec, codec_error)
     total = store.train.n_tokens + store.eval.n_tokens if anew else copy_bytes(store)
     with progress(f"copy to {target}", total, unit="tokens" if anew else "bytes") as advance:
-        made = copy_store(source, target, advance, codec=codec, error=codec_error)
-    click.echo(f"{target}: {size(copy_bytes(made))}, {made.manifest.recipe.codec}, content {made.content[:12]}")
+        copied = copy_store(source, target, advance, codec=codec, error=codec_error)
+    click.echo(f"{target}: {size(copy_bytes(copied))}, {copied.manifest.recipe.codec}, content {copied.content[:12]}")
 
 
 @click.command(cls=StageCommand)

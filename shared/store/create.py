@@ -1,4 +1,4 @@
-"""A store of anybody's own activations: of other models, of images or sound, from a hook that no library knows."""
+"""Creation of a store from given activations: of other models, of images or sound, from any hook."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +32,8 @@ class StoreCreation:
         self._length = recipe.sequences.length
         self._widths = {hook.requested: hook.d_model for hook in recipe.hooks}
         self._pending: dict[str, list[tuple[Rows, dict[str, ndarray]]]] = {split: [] for split in SPLITS}
+        self._n_pending = dict.fromkeys(SPLITS, 0)
+        """Sequences in `_pending`: adding them up at each append would be quadratic in appends."""
         self._counts = {split: dict.fromkeys(("sequences", "tokens", "documents"), 0) for split in SPLITS}
         self._seen: dict[str, list[ndarray]] = {split: [] for split in SPLITS}
         self._last: dict[str, tuple[int, int]] = {}
@@ -61,6 +63,8 @@ class StoreCreation:
     ) -> None:
         """Add n sequences to "train" or "eval", with the activations of every hook (arrays or tensors, any float).
 
+        All that is given is copied, so a buffer can be used again.
+
         lengths [n]: valid positions of each sequence, left-aligned; default: all. What lies beyond is not looked at.
         tokens [n, sequence_length]: ids, for people who look; default 0.
         documents [n]: a number for each sequence, never falling within a split. Consecutive sequences of one number are
@@ -71,15 +75,15 @@ class StoreCreation:
             raise ConfigError(unknown("split", split, SPLITS))
         if activations.keys() != self._widths.keys():
             raise DataError(f"Activations of {sorted(activations)} were given; the store has {sorted(self._widths)}.")
-        values = {hook: _floats(found) for hook, found in activations.items()}
+        values = {hook: _floats(given) for hook, given in activations.items()}
         n = len(next(iter(values.values())))
         for hook, width in self._widths.items():
             _check_shape(hook, values[hook], (n, self._length, width))
         if n:
             self._pending[split].append((self._rows(split, n, lengths, tokens, documents), values))
+            self._n_pending[split] += n
         if not self._writer.codec.fitted:
-            n_train = sum(len(rows.lengths) for rows, _ in self._pending["train"])
-            if n_train * self._length < FIT_TOKENS:
+            if self._n_pending["train"] * self._length < FIT_TOKENS:
                 return
             self._fit()
         for one in SPLITS:
@@ -102,16 +106,18 @@ class StoreCreation:
 
     def discard(self) -> None:
         """Delete what was written: an unfinished creation cannot be gone on with."""
-        self._writer.objects.delete_below("")
-        self._writer.close()
+        try:
+            self._writer.objects.delete_below("")
+        finally:
+            self._writer.close()
 
     def _rows(self, split: str, n: int, lengths: Any, tokens: Any, documents: Any) -> Rows:
         lengths = np.full(n, self._length) if lengths is None else np.asarray(lengths)
         tokens = np.zeros((n, self._length)) if tokens is None else np.asarray(tokens)
         if documents is None:
-            first = sum(self._counts[one]["sequences"] + _n_rows(self._pending[one]) for one in SPLITS)
+            first = sum(self._counts[one]["sequences"] + self._n_pending[one] for one in SPLITS)
             documents = np.arange(first, first + n)
-        documents = np.asarray(documents, np.int64)
+        documents = np.array(documents, np.int64)  # a copy: kept until a chunk is full
         _check_shape("lengths", lengths, (n,))
         _check_shape("tokens", tokens, (n, self._length))
         _check_shape("documents", documents, (n,))
@@ -134,31 +140,32 @@ class StoreCreation:
 
     def _fit(self) -> None:
         n = -(-FIT_TOKENS // self._length)
-        found: dict[str, list[ndarray]] = {hook: [np.zeros((0, width))] for hook, width in self._widths.items()}
+        samples: dict[str, list[ndarray]] = {hook: [np.zeros((0, width))] for hook, width in self._widths.items()}
         for rows, values in self._pending["train"]:
             valid = np.arange(self._length) < rows.lengths[:, None]
-            for hook, parts in found.items():
+            for hook, parts in samples.items():
                 parts.append(values[hook][:n][valid[:n]])
             n = max(0, n - len(valid))
-        self._writer.codec.fit({hook: np.concatenate(parts).astype(np.float32) for hook, parts in found.items()})
+        self._writer.codec.fit({hook: np.concatenate(parts).astype(np.float32) for hook, parts in samples.items()})
 
     def _flush(self, split: str, *, whole_chunks: bool) -> None:
         """Write what is pending, as far as chunks are full; each is a shard."""
         layout = self._writer.manifest.layout
         assert layout.chunks_per_shard == 1, "no model runs, so no batch has to be filled"
         per_chunk = layout.sequences_per_chunk
-        n = _n_rows(self._pending[split])
+        n = self._n_pending[split]
         if whole_chunks:
             n -= n % per_chunk
         if not n:
             return
         parts = self._pending[split]
         rows = Rows(*(np.concatenate(one) for one in zip(*(vars(rows).values() for rows, _ in parts), strict=True)))
-        values = {hook: np.concatenate([found[hook] for _, found in parts]) for hook in self._widths}
+        values = {hook: np.concatenate([one[hook] for _, one in parts]) for hook in self._widths}
         now, rest = (Rows(*(one[part] for one in vars(rows).values())) for part in (slice(n), slice(n, None)))
         self._pending[split] = (
-            [(rest, {hook: found[n:] for hook, found in values.items()})] if len(rest.lengths) else []
+            [(rest, {hook: one[n:].copy() for hook, one in values.items()})] if len(rest.lengths) else []
         )
+        self._n_pending[split] -= n
         nothing = Rows(*(one[:0] for one in vars(rows).values()))
         self._writer.commit({one: now if one == split else nothing for one in SPLITS}, {})
         counts = self._counts[split]
@@ -169,7 +176,7 @@ class StoreCreation:
         for first in range(0, n, per_chunk):
             stop = min(first + per_chunk, n)
             shard = Shard(split, (start + first) // per_chunk, start + first, start + stop)
-            self._writer.write_shard(shard, {hook: found[first:stop] for hook, found in values.items()})
+            self._writer.write_shard(shard, {hook: one[first:stop] for hook, one in values.items()})
 
 
 def create_store(
@@ -212,14 +219,11 @@ def create_store(
     return StoreCreation(location, writer)
 
 
-def _n_rows(pending: list[tuple[Rows, dict[str, ndarray]]]) -> int:
-    return sum(len(rows.lengths) for rows, _ in pending)
-
-
 def _floats(values: Any) -> ndarray:
+    """A float32 copy: what is given is kept until a chunk is full, and may be a buffer that the caller fills again."""
     if hasattr(values, "detach"):  # a tensor, perhaps of a dtype that NumPy lacks
         values = values.detach().float().cpu().numpy()
-    return np.asarray(values, np.float32)
+    return np.array(values, np.float32)
 
 
 def _check_shape(name: str, values: ndarray, shape: tuple[int, ...]) -> None:

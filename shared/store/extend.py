@@ -1,4 +1,4 @@
-"""A sealed store grows: it becomes an unfinished one of a larger recipe, and keeps what that recipe leaves as it is.
+"""Extension of a sealed store: it becomes an unfinished one of a larger recipe, and retains what that leaves as it is.
 
 Sequences only ever follow those that are there, so shards that are full stay. The last shard of each split, if it is
 not full, is computed anew, statistics go on from the sums over the full ones. An extended store is, byte for byte, what
@@ -9,13 +9,12 @@ import base64
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from tcsae.shared.base.settings import differences
 from tcsae.shared.store.codecs import EXACT, FIT_TOKENS, parameter_shapes
 from tcsae.shared.store.format import HARVESTING, SEALED, SPLITS, Manifest, Recipe, chunk_key, chunks_of, shards_of
-from tcsae.shared.store.journal import CODEC, FOLDER, KEPT, SEQUENCES, Journal
+from tcsae.shared.store.journal import CODEC, FOLDER, RETAINED, SEQUENCES, Journal
 from tcsae.shared.store.places import objects_at
+from tcsae.shared.store.places.base import Objects
 from tcsae.shared.store.reader import Store, check_manifest, read_attributes
 
 
@@ -36,12 +35,13 @@ def extend(location: str, recipe: Recipe, *, force: bool = False) -> Manifest | 
     writes it (`force`: and is not dead).
     """
     objects = objects_at(location)
-    values = read_attributes(objects)
-    manifest = None if values is None else check_manifest(location, values)
-    if manifest is None or not can_extend(manifest, recipe):
+    if _extendable(objects, recipe) is None:
         return None
     journal = Journal(objects, force=force)
     try:
+        manifest = _extendable(objects, recipe)  # again, as another process may have extended it before the lock
+        if manifest is None:
+            return None
         objects.delete_below(FOLDER)  # of an extension that was killed before its last write
         for name, record in _records(Store(objects, manifest)).items():
             journal.write(name, record)
@@ -55,8 +55,15 @@ def extend(location: str, recipe: Recipe, *, force: bool = False) -> Manifest | 
     return manifest
 
 
-def n_kept(manifest: Manifest) -> dict[str, int]:
-    """How many shards of each split an extension keeps: the full ones.
+def _extendable(objects: Objects, recipe: Recipe) -> Manifest | None:
+    """The manifest of the sealed store that can be extended to `recipe`; None if there is none."""
+    values = read_attributes(objects)
+    manifest = None if values is None else check_manifest(objects.location, values)
+    return manifest if manifest is not None and can_extend(manifest, recipe) else None
+
+
+def n_retained(manifest: Manifest) -> dict[str, int]:
+    """How many shards of each split an extension retains: the full ones.
 
     None where the codec's parameters would become others: they are fitted to the first FIT_TOKENS positions. None of a
     store of version 1, which lacks the sums.
@@ -69,27 +76,23 @@ def n_kept(manifest: Manifest) -> dict[str, int]:
 
 
 def _records(store: Store) -> dict[str, dict[str, Any]]:
-    """The journal of a store of which all is known that an extension keeps."""
+    """The journal of a store of which all is known that an extension retains."""
     manifest = store.manifest
     hooks = [hook.requested for hook in manifest.recipe.hooks]
-    rows = np.asarray(store.array("checksums")[:])
-    digests = {key: row.tobytes().hex() for key, row in zip(manifest.objects(), rows, strict=True)}
-    kept = n_kept(manifest)
-    shards = {}
+    retained = n_retained(manifest)
+    shards: dict[str, dict[str, str]] = {}
     for shard in shards_of(manifest):
-        if shard.number < kept[shard.split]:
+        if shard.number < retained[shard.split]:
             numbers = [chunk.number for chunk in chunks_of(shard, manifest.layout)]
             keys = [chunk_key(shard.split, hook, number) for hook in hooks for number in numbers]
-            shards[shard.name] = {key: digests[key] for key in keys}
-    sums = {
-        hook: np.asarray(store.array(f"statistics/{hook}/sums")[:]).tobytes() for hook in hooks * bool(kept["train"])
-    }
-    records: dict[str, dict[str, Any]] = {
-        KEPT: {"shards": shards, "sums": {hook: base64.b64encode(data).decode() for hook, data in sums.items()}}
-    }
-    if manifest.recipe.codec not in EXACT and kept["train"]:
+            shards[shard.name] = {key: store.digests.digest(key) for key in keys}
+    trailers = {key: trailer for keys in shards.values() for key in keys if (trailer := store.digests.trailer(key))}
+    sums = {hook: store.values(f"statistics/{hook}/sums").tobytes() for hook in hooks * bool(retained["train"])}
+    encoded = {hook: base64.b64encode(data).decode() for hook, data in sums.items()}
+    records: dict[str, dict[str, Any]] = {RETAINED: {"shards": shards, "sums": encoded, "trailers": trailers}}
+    if manifest.recipe.codec not in EXACT and retained["train"]:
         objects = {
-            key: digests[key]
+            key: store.digests.digest(key)
             for hook in manifest.recipe.hooks
             for name, shape in parameter_shapes(manifest.recipe.codec, hook.d_model).items()
             for key in [f"codec/{hook.requested}/{name}/c/{'/'.join('0' * len(shape))}"]

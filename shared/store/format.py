@@ -1,8 +1,11 @@
-"""What a store says of itself: attributes["tcsae"] of its root group. data/README.md states the format."""
+"""The format of a store: the manifest (attributes["tcsae"] of its root group), the layout of its arrays in chunks and
+shards, and the sums that its statistics come from. data/README.md states it for other readers.
+"""
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,12 +16,14 @@ from numpy import ndarray
 
 from tcsae.shared.base.files import json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
-from tcsae.shared.store.codecs import parameter_shapes, representation, stored_width
+from tcsae.shared.store.codecs import CODECS, parameter_shapes, representation, stored_width
 
 FORMAT = "tcsae-activations"
 VERSION = 2
 """1: float16 and float32 only, no statistics/<hook>/sums, no checksums_metadata."""
 SPLITS = ("train", "eval")
+MAX_LENGTH, MAX_TOKENS, MAX_CHUNK_NUMBERS = 1 << 31, 1 << 50, 1 << 33
+"""Bounds that no store reaches: of a width, length or number of rows, of a split's tokens, and of a chunk's numbers."""
 HARVESTING, SEALED = "harvesting", "sealed"
 PERMUTED, RANDOM_WEIGHTS = "permuted", "random-weights"
 CONTROLS = {
@@ -173,24 +178,24 @@ class Manifest:
     def arrays(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Every array of the store but `checksums`: path -> (shape, rows per object)."""
         length, layout = self.recipe.sequences.length, self.layout
-        found: dict[str, tuple[tuple[int, ...], int]] = {}
+        arrays: dict[str, tuple[tuple[int, ...], int]] = {}
         for split in SPLITS:
             n = self.counts[split]["sequences"]
             rows = layout.sequences_per_token_chunk
-            found[f"{split}/tokens"] = ((n, length), rows)
+            arrays[f"{split}/tokens"] = ((n, length), rows)
             for name in ("lengths", "documents", "starts"):
-                found[f"{split}/{name}"] = ((n,), rows)
+                arrays[f"{split}/{name}"] = ((n,), rows)
             codec = self.recipe.codec if split == "train" else "float32"  # or float16: an exact one
             for hook in self.recipe.hooks:
                 shape = (n, length, stored_width(codec, hook.d_model))
-                found[f"{split}/activations/{hook.requested}"] = (shape, layout.sequences_per_chunk)
+                arrays[f"{split}/activations/{hook.requested}"] = (shape, layout.sequences_per_chunk)
         for hook in self.recipe.hooks:
             for name, n in statistics_sizes(hook.d_model, self.version).items():
-                found[f"statistics/{hook.requested}/{name}"] = ((n,), n)
+                arrays[f"statistics/{hook.requested}/{name}"] = ((n,), n)
         for hook in self.recipe.hooks:
             for name, sizes in parameter_shapes(self.recipe.codec, hook.d_model).items():
-                found[f"codec/{hook.requested}/{name}"] = (sizes, sizes[0])
-        return found
+                arrays[f"codec/{hook.requested}/{name}"] = (sizes, sizes[0])
+        return arrays
 
     def groups(self) -> list[str]:
         """Every group below the root, parents first."""
@@ -198,6 +203,11 @@ class Manifest:
         splits = [group for split in SPLITS for group in (split, f"{split}/activations")]
         codec = ["codec", *(f"codec/{hook}" for hook in hooks)] if representation(self.recipe.codec).parameters else []
         return [*splits, "statistics", *(f"statistics/{hook}" for hook in hooks), *codec]
+
+    def n_objects(self) -> int:
+        """Length of `objects`, by arithmetic: a manifest may claim more than there is memory for."""
+        n_chunks = sum(1 + -(-shape[0] // rows) for shape, rows in self.arrays().values())
+        return len(self.groups()) + n_chunks + len(self.files)
 
     def objects(self) -> list[str]:
         """Keys of all objects but the root's zarr.json and `checksums`, in the order of the checksum array's rows."""
@@ -212,6 +222,60 @@ class Manifest:
 def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
     """Rebuild a manifest. Raises ConfigError if a field is unknown or missing."""
     return from_dict(Manifest, values)
+
+
+def allowed_dtypes(path: str, codec: str) -> tuple[str, ...]:
+    """The dtypes that an array of a store can have, by its path."""
+    parts = path.split("/")
+    if len(parts) == 2:
+        return ("int64",) if parts[1] == "documents" else ("int32",)
+    if parts[0] in SPLITS:
+        exact = ("float16", "float32")
+        return exact if parts[0] == "eval" and codec not in exact else (representation(codec).dtype.name,)
+    if parts[0] == "codec":
+        return ("float32",)
+    return ("int64",) if parts[-1] == "norm_histogram" else ("float64",) if parts[0] == "statistics" else ("uint8",)
+
+
+def impossible(manifest: Manifest) -> str:
+    """The first thing that a manifest says which cannot be; empty if it can. Nothing is allocated to find out."""
+    recipe, layout = manifest.recipe, manifest.layout
+    names = [hook.requested for hook in recipe.hooks]
+    if not names or len(set(names)) < len(names):
+        return f"{len(names)} hooks, {len(set(names))} of them different"
+    if recipe.codec not in CODECS:
+        return f"recipe.codec {recipe.codec[:40]!r}"
+    numbers = {
+        "layout.sequences_per_chunk": layout.sequences_per_chunk,
+        "layout.chunks_per_shard": layout.chunks_per_shard,
+        "layout.sequences_per_token_chunk": layout.sequences_per_token_chunk,
+        "recipe.sequences.length": recipe.sequences.length,
+        **{f"d_model of {hook.requested}": hook.d_model for hook in recipe.hooks},
+    }
+    for what, number in numbers.items():
+        if not 1 <= number <= MAX_LENGTH:
+            return f"{what} {number}"
+    if manifest.state not in (HARVESTING, SEALED):
+        return f"state {manifest.state[:40]!r}"
+    return _impossible_counts(manifest) if manifest.state == SEALED else ""
+
+
+def _impossible_counts(manifest: Manifest) -> str:
+    length = manifest.recipe.sequences.length
+    for split in SPLITS:
+        counts = manifest.counts.get(split)
+        if not isinstance(counts, Mapping):
+            return f"no counts of {split}"
+        three = [counts.get(name) for name in ("sequences", "tokens", "documents")]
+        if not all(type(n) is int and 0 <= n <= MAX_TOKENS for n in three):
+            return f"counts of {split} {three}"
+        n_sequences, n_tokens, n_documents = (int(n or 0) for n in three)
+        if n_tokens > n_sequences * length or n_documents > n_sequences:
+            return f"{n_tokens} tokens and {n_documents} documents in {n_sequences} {split} sequences of up to {length}"
+    largest = max(
+        math.prod((rows, *shape[1:])) for path, (shape, rows) in manifest.arrays().items() if not path.startswith("c")
+    )
+    return f"a chunk of {largest} numbers" if largest > MAX_CHUNK_NUMBERS else ""
 
 
 def is_intact(values: Mapping[str, Any]) -> bool:

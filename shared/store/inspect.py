@@ -1,6 +1,5 @@
-"""What a store and its runs hold, on one screen. Read-only, and without a language model."""
+"""Summary of a store and its runs on one screen. Read-only, and without a language model."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import click
 
 from tcsae.shared.base.console import size, table
-from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.errors import RunError, StoreError
 from tcsae.shared.lm.token_text import legible
 from tcsae.shared.sae.folder import is_finished, load_evaluation, load_record, run_folders
 from tcsae.shared.store.format import SEALED, SPLITS, Manifest, shards_of
-from tcsae.shared.store.journal import KEPT, SEQUENCES, record_key, recorded
+from tcsae.shared.store.journal import PLAN, RETAINED, SEQUENCES, read_record, recorded
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.places.base import Objects
 from tcsae.shared.store.reader import Store, check_manifest, open_store, read_attributes
@@ -42,7 +41,6 @@ def show(location: str, runs_path: Path, n_sequences: int, split: str) -> None:
 
 def show_runs(runs_path: Path, content: str) -> None:
     """A table of the runs; figures of those whose evaluation is about this `content` and the weights that lie there."""
-
     rows = [_run_row(path, content) for path in run_folders(runs_path)]
     if not rows:
         click.echo(f"No runs in {runs_path}. Train one: tcsae --runs {runs_path} train")
@@ -52,7 +50,6 @@ def show_runs(runs_path: Path, content: str) -> None:
 
 
 def _run_row(path: Path, content: str) -> list[object]:
-
     if not is_finished(path):
         return [path.name, "unfinished", *[None] * 7]
     try:
@@ -85,23 +82,21 @@ def _recipe(manifest: Manifest) -> Iterator[str]:
 
 def _harvested(objects: Objects, manifest: Manifest) -> Iterator[str]:
     """How far an unfinished harvest is, from its journal, which is only read."""
-
-    plan, sequences = _record(objects, record_key("plan")), _record(objects, record_key(SEQUENCES))
+    plan, sequences = read_record(objects, PLAN), read_record(objects, SEQUENCES)
     if plan is None:
         n = (sequences or {}).get("n_sequences", dict.fromkeys(SPLITS, 0))
         yield f"  phase 1 of 2, sequences: {n['train']:,} train and {n['eval']:,} eval written, activations not begun"
         return
     counts = plan["counts"]
     shards = {shard.name for shard in shards_of(replace(manifest, counts=counts))}
-    kept = (_record(objects, record_key(KEPT)) or {"shards": {}})["shards"]
-    left = shards - kept.keys() - recorded(objects)
+    retained = (read_record(objects, RETAINED) or {"shards": {}})["shards"]
+    left = shards - retained.keys() - recorded(objects)
     yield from _splits(counts)
     yield f"  phase 2 of 2, activations: {len(shards) - len(left):,} of {len(shards):,} shards written"
 
 
 def _contents(store: Store) -> Iterator[str]:
     """Counts, dates and sizes."""
-
     counts, parts = store.manifest.counts, store.n_bytes()
     yield from _splits(counts)
     times = [f"{_words(name)} {value}" for name, value in store.manifest.times.items() if value is not None]
@@ -130,7 +125,7 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
     import numpy as np
 
     mean, variance, histogram = (
-        np.asarray(store.array(f"statistics/{hook}/{name}")[:]) for name in ("mean", "variance", "norm_histogram")
+        store.values(f"statistics/{hook}/{name}") for name in ("mean", "variance", "norm_histogram")
     )
     tail = store.manifest.tails.get(hook, {"none": "none was saved"})
     yield f"Hook {hook}"
@@ -177,7 +172,12 @@ def _decoder(store: Store) -> Callable[[list[int]], str]:
         return lambda ids: f"(no tokenizer in the store) {' '.join(map(str, ids))}"
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(store.tokenizer_path, local_files_only=True).decode
+    try:
+        return AutoTokenizer.from_pretrained(
+            store.tokenizer_path, local_files_only=True, trust_remote_code=False
+        ).decode
+    except Exception as error:  # whole bytes that are no tokenizer, of whatever kind
+        raise StoreError(f"{store.tokenizer_path} cannot be loaded as a tokenizer ({error}).") from error
 
 
 def _words(name: str) -> str:
@@ -187,10 +187,6 @@ def _words(name: str) -> str:
 def _short(revision: str) -> str:
     """A digest or commit, cut to what people compare."""
     return revision if len(revision) <= 24 else f"{revision[:19]}…"
-
-
-def _record(objects: Objects, key: str) -> dict[str, Any] | None:
-    return json.loads(objects.get(key)) if objects.has(key) else None
 
 
 def _echo(lines: Iterable[str]) -> None:

@@ -12,18 +12,18 @@ from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store.format import SPLITS
 from tcsae.shared.store.places.base import Lock, Objects
 
-CODEC = "codec"
-
-KEPT = "kept"
-AMOUNTS = ("n_tokens", "n_sequences")
-
-
 LOCK = "harvest.lock"
 FOLDER = "journal"
 SEQUENCES = "sequences"
 """The record of phase 1."""
+PLAN = "plan"
+"""The record that phase 1 is done, with its counts."""
+CODEC = "codec"
+"""The record that the codec's parameters are computed."""
 OPEN = "open"
 """The record that shards can be written, by several processes if need be."""
+RETAINED = "kept"
+"""The record of an extension: the shards of the sealed store that stay as they are."""
 
 
 class LockedError(StoreError):
@@ -34,7 +34,7 @@ class Journal:
     """The records below journal/, and the lock that keeps other writers out (or with `shared`, those who do not share).
 
     Raises LockedError if another process holds the lock, StoreError if nothing can be written there; `force` breaks a
-    lock whose owner may be dead.
+    lock whose holder may be dead, or that cannot be read.
     """
 
     def __init__(self, objects: Objects, *, shared: bool = False, force: bool = False) -> None:
@@ -48,11 +48,8 @@ class Journal:
         self._lock: Lock = lock
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A record, or None if it was not written."""
-        try:
-            return json.loads(self._objects.get(record_key(name)))
-        except FileNotFoundError:
-            return None
+        """A record, or None if it was not written. Raises StoreError, naming it, if it is damaged."""
+        return read_record(self._objects, name)
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write or replace a record, durably."""
@@ -63,7 +60,7 @@ class Journal:
         return self._objects.has(record_key(name))
 
     def names(self) -> set[str]:
-        """Of all records, found at once."""
+        """Of all records, by one listing."""
         return recorded(self._objects)
 
     def share(self) -> None:
@@ -71,12 +68,12 @@ class Journal:
         self._lock.share()
 
     def release(self) -> None:
-        """Let other writers in. Once is enough, twice does no harm."""
+        """Let other writers in. A second call does nothing."""
         self._lock.release()
 
 
 def remove_traces(objects: Objects) -> None:
-    """Delete journal and locks of a store that needs them no longer."""
+    """Delete journal and locks of a store that needs them no longer. Only under the lock."""
     objects.delete_below(FOLDER)
     objects.delete([LOCK])
     objects.delete_below(f"{LOCK}s")
@@ -92,24 +89,60 @@ def record_key(name: str) -> str:
     return f"{FOLDER}/{name}.json"
 
 
-class Kept:
-    """What an extended store keeps of the time before: nothing, if it is a new one."""
+def read_record(objects: Objects, name: str) -> dict[str, Any] | None:
+    """A record of a journal, or None if it was not written.
+
+    Raises StoreError, naming the file, if it is not what a writer writes.
+    """
+    try:
+        data = objects.get(record_key(name))
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(data)
+        missing = [field for field in FIELDS.get(name, SHARD_FIELDS) if not isinstance(record[field], dict)]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(objects, name, f"{type(error).__name__}: {error}") from error
+    if missing:
+        raise _damaged(objects, name, f"{missing[0]} is no object")
+    return record
+
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    SEQUENCES: ("n_sequences",),
+    PLAN: ("counts",),
+    CODEC: ("eval", "objects"),
+    OPEN: (),
+    RETAINED: ("shards", "sums"),
+}
+SHARD_FIELDS = ("objects", "partials")
+
+
+def _damaged(objects: Objects, name: str, why: str) -> StoreError:
+    cure = "Delete it: that shard is then made anew" if name not in FIELDS else "Start anew: --fresh"
+    return StoreError(f"{objects.name(record_key(name))} is damaged ({why}). {cure}.")
+
+
+class Retained:
+    """What an extended store retains of the time before: nothing, if it is a new one."""
 
     def __init__(self, journal: Journal) -> None:
-        record = journal.read(KEPT)
+        record = journal.read(RETAINED)
         self.shards: dict[str, dict[str, str]] = record["shards"] if record else {}
-        """Name of each kept shard -> its objects' keys and digests."""
+        """Name of each retained shard -> its objects' keys and digests."""
+        self.trailers: dict[str, int] = record.get("trailers", {}) if record else {}
+        """Their chunks' crc32c, as far as the store had them."""
         self._sums: dict[str, str] = record["sums"] if record else {}
 
     def sums(self, hook: str, n: int) -> Float[ndarray, " n"]:
-        """float64 sums over the kept train shards, added in order; see `statistics`."""
-        found = self._sums.get(hook)
-        return np.frombuffer(base64.b64decode(found)).copy() if found else np.zeros(n)
+        """float64 sums over the retained train shards, added in order; see `partial_sums`."""
+        encoded = self._sums.get(hook)
+        return np.frombuffer(base64.b64decode(encoded)).copy() if encoded else np.zeros(n)
 
 
 def clear_for_extension(journal: Journal, objects: Objects) -> None:
-    """Delete the shards that an extension does not keep, before the first new one: they may be of another dtype."""
-    record, names = journal.read(KEPT), journal.names()
+    """Delete the shards that an extension does not retain, before the first new one: they may be of another dtype."""
+    record, names = journal.read(RETAINED), journal.names()
     begun = CODEC in names or any(name.startswith(tuple(f"{split}-" for split in SPLITS)) for name in names)
     if record and not record["shards"] and not begun:
         for folder in (*(f"{split}/activations" for split in SPLITS), "codec"):

@@ -1,4 +1,9 @@
-"""Reading an activation store: the manifest, the sequences, their activations. See data/README.md for the format."""
+"""Reading a sealed activation store: its manifest, its sequences, their activations.
+
+Whatever is read is checked against the recorded digests on its first use (`integrity`). Chunks of codecs without a
+compressor go straight from their files into the caller's buffer, several times as fast as through Zarr and without a
+copy; Zarr is the general path. data/README.md states the format.
+"""
 
 import contextlib
 import json
@@ -13,87 +18,41 @@ import zarr
 from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 
-from tcsae.shared.base.errors import DeniedError, RemoteError, StoreError, unknown
-from tcsae.shared.base.files import cache_path, write_folder
+from tcsae.shared.base.errors import ConfigError, DeniedError, StoreError, unknown
 from tcsae.shared.store.codecs import representation
-from tcsae.shared.store.format import FORMAT, SEALED, SPLITS, VERSION, Manifest, is_intact, manifest_from_json
+from tcsae.shared.store.format import (
+    FORMAT,
+    SEALED,
+    SPLITS,
+    VERSION,
+    Manifest,
+    allowed_dtypes,
+    impossible,
+    is_intact,
+    manifest_from_json,
+)
+from tcsae.shared.store.integrity import (
+    CHECKSUMS,
+    CHECKSUMS_METADATA,
+    DIGEST_BYTES,
+    ROOT,
+    CheckedStore,
+    DamagedError,
+    Digests,
+    checked_folder,
+    checksum_rows,
+)
 from tcsae.shared.store.journal import LOCK
 from tcsae.shared.store.places import objects_at
-from tcsae.shared.store.places.base import Objects, is_temporary
-from tcsae.shared.store.places.local import LocalObjects
+from tcsae.shared.store.places.base import CRC_BYTES, Objects, check_digest, check_key, is_temporary
 
 if TYPE_CHECKING:
     import torch
 
     from tcsae.shared.store.codecs import Decoder
 
-
-# Plain chunks straight from their files: the bytes into the caller's buffer, then their crc32c. Zarr is the general
-# path; this one reads several times as fast and makes no copy.
-
-CRC_BYTES = 4
-
-
-def is_plain(array: zarr.Array) -> bool:
-    """Whether a chunk's file is its numbers, little-endian, then their crc32c, as it is without a compressor."""
-    codecs = [codec["name"] for codec in array.metadata.to_dict()["codecs"]]  # type: ignore[index, call-overload, union-attr]
-    return codecs == ["bytes", "crc32c"] and array.dtype.byteorder in "<=|"
-
-
-def read_chunk(objects: Objects, key: str, out: ndarray, chunk_bytes: int) -> None:
-    """Fill `out` (contiguous) with the first bytes of the plain chunk `key`, which holds `chunk_bytes` of numbers.
-
-    Raises StoreError, naming the object, if it is missing, of another size, or its checksum does not fit.
-    """
-    whole = out.reshape(-1).view(np.uint8)
-    if len(whole) < chunk_bytes:  # the last chunk of an array is stored whole, too
-        whole = np.empty(chunk_bytes, np.uint8)
-    trailer = bytearray(CRC_BYTES + 1)
-    try:
-        n_read = objects.read_into(key, whole.data, memoryview(trailer))
-    except OSError as error:
-        why = error.strerror or "it is not there"
-        raise StoreError(
-            f"{objects.name(key)} cannot be read ({why}): the store is damaged. Harvest it again."
-        ) from error
-    if n_read != chunk_bytes + CRC_BYTES:
-        raise StoreError(
-            f"{objects.name(key)} is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long. Harvest the store again."
-        )
-    if google_crc32c.value(whole) != int.from_bytes(trailer[:CRC_BYTES], "little"):
-        raise StoreError(f"{objects.name(key)} is damaged: its checksum does not fit. Harvest the store again.")
-    if len(whole) > out.nbytes:
-        out.reshape(-1).view(np.uint8)[:] = whole[: out.nbytes]
-
-
-# Folders that a library wants to read from a disk: parts of a local store as they are, of others by way of a cache.
-
-
-def local_folder(objects: Objects, prefix: str, manifest: Manifest) -> Path:
-    """The folder of a sealed store's files below `prefix` ("tail/<hook>", "tokenizer"), named by its manifest.
-
-    A store that is no local one is fetched from once; its content names the copy. Raises StoreError if a file is
-    missing.
-    """
-    if isinstance(objects, LocalObjects):
-        return objects.root / prefix
-    path = cache_path() / "stores" / manifest.content[:16] / prefix
-    keys = [key for key in manifest.files if key.startswith(f"{prefix}/")]
-
-    def fill(folder: Path) -> None:
-        for key in keys:
-            file = folder / key.removeprefix(f"{prefix}/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("wb") as out:
-                for block in objects.blocks(key):
-                    out.write(block)
-
-    if not path.is_dir():
-        write_folder(path, fill)
-    return path
-
-
-ROOT, CHECKSUMS, CHECKSUMS_METADATA = "zarr.json", "checksums/c/0/0", "checksums/zarr.json"
+LARGE_BYTES = 256 << 20
+"""A chunk that claims more is held to its file's size before memory is taken for it."""
 
 
 class Split:
@@ -114,19 +73,19 @@ class Split:
 
     @cached_property
     def tokens(self) -> Int[ndarray, "n_sequences sequence_length"]:
-        return np.asarray(self.store.array(f"{self.name}/tokens")[:])
+        return self.store.values(f"{self.name}/tokens")
 
     @cached_property
     def lengths(self) -> Int[ndarray, " n_sequences"]:
-        return np.asarray(self.store.array(f"{self.name}/lengths")[:])
+        return self.store.values(f"{self.name}/lengths")
 
     @cached_property
     def documents(self) -> Int[ndarray, " n_sequences"]:
-        return np.asarray(self.store.array(f"{self.name}/documents")[:])
+        return self.store.values(f"{self.name}/documents")
 
     @cached_property
     def starts(self) -> Int[ndarray, " n_sequences"]:
-        return np.asarray(self.store.array(f"{self.name}/starts")[:])
+        return self.store.values(f"{self.name}/starts")
 
     def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
         """Activations of sequences start..stop-1, float32 whatever they are stored as; zero beyond a length.
@@ -160,10 +119,11 @@ class Split:
             out[:] = self._read_through_zarr(path, array, start, stop)
             return out
         chunk_bytes = per_chunk * out[:1].nbytes if len(out) else 0
+        digests = self.store.digests
 
         def read(first: int) -> None:
             rows = out[first - start : min(first + per_chunk, stop) - start]
-            read_chunk(self.store.objects, f"{path}/c/{first // per_chunk}/0/0", rows, chunk_bytes)
+            read_chunk(self.store.objects, f"{path}/c/{first // per_chunk}/0/0", rows, chunk_bytes, digests)
 
         for _ in self.store.objects.each(read, range(start, stop, per_chunk)):
             pass
@@ -180,22 +140,20 @@ class Split:
 
         codec = self.codec(hook)
         names = representation(codec).parameters
-        parameters = {name: np.asarray(self.store.array(f"codec/{hook}/{name}")[:]) for name in names}
+        parameters = {name: self.store.values(f"codec/{hook}/{name}") for name in names}
         return Decoder(codec, parameters, device)
 
     def _read_through_zarr(self, path: str, array: zarr.Array, start: int, stop: int) -> ndarray:
         where = f"{self.store.location}: {path}, sequences {start}..{stop - 1}"
         try:
-            block = np.asarray(array[start:stop])
-        except RemoteError:
+            return np.asarray(array[start:stop])
+        except DamagedError as error:
+            what = "a chunk is missing" if error.missing else "damaged"
+            raise StoreError(f"{where}: {what} ({error})") from error
+        except StoreError:
             raise
-        except Exception as error:
+        except Exception as error:  # each codec has its own kinds
             raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
-        # A missing chunk reads as the fill value, which is never stored.
-        first = block[..., 0]
-        if (np.isnan(first) if first.dtype.kind == "f" else first == array.fill_value).any():
-            raise StoreError(f"{where}: a chunk is missing. Harvest the store again.")
-        return block
 
 
 class Store:
@@ -207,8 +165,8 @@ class Store:
         self.manifest = manifest
         self.train = Split(self, "train")
         self.eval = Split(self, "eval")
-        self._group = zarr.open_group(objects.zarr_store(read_only=True), mode="r", zarr_format=3)
         self._arrays: dict[str, zarr.Array] = {}
+        self._folders: dict[str, Path] = {}
 
     @property
     def root(self) -> Path:
@@ -250,33 +208,90 @@ class Store:
             raise StoreError(unknown("split", name, SPLITS))
         return self.train if name == "train" else self.eval
 
+    @cached_property
+    def digests(self) -> Digests:
+        """What every object is checked against. Raises StoreError if the checksums themselves are damaged."""
+        return Digests(self.objects, self.manifest)
+
     def array(self, path: str) -> zarr.Array:
-        """A Zarr array of the store by its path. Raises StoreError if it is missing."""
+        """A Zarr array of the store by its path, every chunk of which is checked as it is read.
+
+        Raises StoreError if it is missing, damaged, or not of the shape and dtype that the manifest gives it.
+        """
         if path not in self._arrays:
+            checked = self._checked
             try:
-                array = self._group[path]
-            except KeyError as error:
+                array = zarr.open_array(checked, path=path, mode="r", zarr_format=3)
+            except DamagedError as error:
+                if not error.missing:
+                    raise
                 raise StoreError(f"{self.location} has no {path}: it is damaged. Harvest it again.") from error
-            assert isinstance(array, zarr.Array)
+            except StoreError:
+                raise
+            except FileNotFoundError as error:  # Zarr's, for a path that is none of the store's
+                raise StoreError(f"{self.location} has no {path}.") from error
+            except Exception as error:  # whole bytes that Zarr cannot make an array of
+                name = self.objects.name(f"{path}/zarr.json")
+                raise StoreError(f"{name} describes no array ({error}). Harvest the store again.") from error
+            self._check_array(path, array)
             self._arrays[path] = array
         return self._arrays[path]
 
-    def tail_path(self, hook: str) -> Path:
-        """Folder of the tail after `hook`, fetched if the store is no local one.
+    def values(self, path: str) -> ndarray:
+        """A whole small array. Raises StoreError, naming the object, if it is missing or damaged."""
+        array = self.array(path)
+        try:
+            return np.asarray(array[:])
+        except StoreError:
+            raise
+        except Exception as error:  # each codec has its own kinds
+            raise StoreError(f"{self.objects.name(path)}: damaged ({error}). Harvest the store again.") from error
 
-        Raises StoreError, saying why, if the store has none.
+    def _check_array(self, path: str, array: zarr.Array) -> None:
+        n_objects = self.manifest.n_objects()
+        shape, rows = self.manifest.arrays().get(path, ((n_objects, DIGEST_BYTES), n_objects))
+        name, chunks = self.objects.name(f"{path}/zarr.json"), tuple(max(1, n) for n in (rows, *shape[1:]))
+        if array.shape != shape or array.chunks != chunks or array.shards is not None:
+            raise StoreError(
+                f"{name}: its shape is {list(array.shape)} in chunks of {list(array.chunks)}, not {list(shape)} in "
+                f"chunks of {list(chunks)} as the manifest says. Harvest the store again."
+            )
+        allowed = allowed_dtypes(path, self.manifest.recipe.codec)
+        if array.dtype.name not in allowed:
+            raise StoreError(
+                f"{name}: its dtype is {array.dtype}, not {' or '.join(allowed)}. Harvest the store again."
+            )
+        n_bytes = int(np.prod(chunks, dtype=object)) * array.dtype.itemsize
+        if n_bytes > LARGE_BYTES and is_plain(array) and shape[0]:
+            key = f"{path}/c/{'/'.join('0' * len(shape))}"
+            if self.objects.size(key) not in (None, n_bytes + CRC_BYTES):
+                raise self.digests.damaged(key, f"is damaged: it is not {n_bytes + CRC_BYTES} bytes long")
+
+    @cached_property
+    def _checked(self) -> CheckedStore:
+        return CheckedStore(self.objects, self.digests)
+
+    def tail_path(self, hook: str) -> Path:
+        """Folder of the tail after `hook`, its files checked; fetched if the store is no local one.
+
+        Raises StoreError, saying why, if the store has none, or if it is damaged.
         """
         tail = self.manifest.tails.get(hook, {"none": "none was saved"})
         if "none" in tail:
             raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
-        return local_folder(self.objects, f"tail/{hook}", self.manifest)
+        return self._folder(f"tail/{self.hook(hook)}")
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Folder of the tokenizer, if one was saved; fetched if the store is no local one."""
+        """Folder of the tokenizer, its files checked, if one was saved; fetched if the store is no local one."""
         if not any(key.startswith("tokenizer/") for key in self.manifest.files):
             return None
-        return local_folder(self.objects, "tokenizer", self.manifest)
+        return self._folder("tokenizer")
+
+    def _folder(self, prefix: str) -> Path:
+        if prefix not in self._folders:
+            self._folders[prefix] = checked_folder(self.objects, self.digests, prefix, self.manifest)
+        return self._folders[prefix]
 
     def n_bytes(self) -> dict[str, int]:
         """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest."""
@@ -292,7 +307,8 @@ class Store:
 def open_store(location: str | Path) -> Store:
     """Open a sealed activation store, read-only. Only its manifest is read.
 
-    Raises StoreError if there is none, an unfinished one, something else, or one that a newer version wrote.
+    Raises StoreError if there is none, an unfinished one, something else, one that a newer version wrote, or one whose
+    manifest cannot be.
     """
     location = str(location)
     objects = objects_at(location)
@@ -301,8 +317,19 @@ def open_store(location: str | Path) -> Store:
         raise StoreError(f"No activation store at {location}. Make one: tcsae --store {location} harvest")
     manifest = check_manifest(location, values)
     if manifest.state != SEALED:
-        raise StoreError(f"{location} is unfinished. Start the same harvest again: it goes on where it stopped.")
+        raise StoreError(unfinished(location, manifest))
     return Store(objects, manifest)
+
+
+def unfinished(location: str, manifest: Manifest) -> str:
+    """Why a store that is not sealed cannot be read, and what to do."""
+    before = manifest.history[-1] if manifest.history else {}
+    if "n_tokens" in before:
+        return (
+            f"{location} is being extended from {before['n_tokens']} to {manifest.recipe.n_tokens} tokens and "
+            "is unfinished. Start the same harvest again if no process is at it: it goes on where it stopped."
+        )
+    return f"{location} is unfinished. Start the same harvest again: it goes on where it stopped."
 
 
 def read_manifest(location: str) -> Manifest | None:
@@ -321,18 +348,30 @@ def read_attributes(objects: Objects) -> Mapping[str, Any] | None:
     Raises StoreError if something else is there.
     """
     try:
-        return json.loads(objects.get(ROOT))["attributes"].get("tcsae", {})
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, FileNotFoundError) and objects.is_empty(is_leftover):
+        values = json.loads(objects.get(ROOT))["attributes"].get("tcsae", {})
+    except FileNotFoundError as error:
+        if objects.is_empty(is_leftover):
             return None
-        raise StoreError(
-            f"{objects.location} is not an activation store. Give another --store, or move it away."
-        ) from error
+        raise _foreign(objects, "") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _foreign(objects, f": its {ROOT} is no JSON of a Zarr group with attributes") from error
+    if not isinstance(values, Mapping):
+        raise _foreign(objects, f": its {ROOT} has no manifest")
+    return values
+
+
+def _foreign(objects: Objects, why: str) -> StoreError:
+    return StoreError(f"{objects.location} is not an activation store{why}. Give another --store, or move it away.")
 
 
 def is_leftover(key: str) -> bool:
     """Whether a writer that was killed before its first object left this."""
-    return key.startswith(LOCK) or is_temporary(key)
+    return is_lock(key) or is_temporary(key)
+
+
+def is_lock(key: str) -> bool:
+    """Whether a key is that of a lock, held or left behind."""
+    return key.startswith(LOCK)
 
 
 def object_sizes(objects: Objects, manifest: Manifest) -> dict[str, int]:
@@ -340,17 +379,81 @@ def object_sizes(objects: Objects, manifest: Manifest) -> dict[str, int]:
     if objects.listable:
         with contextlib.suppress(DeniedError):  # a bucket may let everybody read and nobody list
             return objects.listed()
+    checksum_rows(objects, manifest)  # the manifest may claim more objects than there is memory for
     keys = [ROOT, CHECKSUMS, CHECKSUMS_METADATA, *manifest.objects()]
     return {key: size for key, size in zip(keys, objects.each(objects.size, keys), strict=True) if size is not None}
 
 
 def check_manifest(location: str, values: Mapping[str, Any]) -> Manifest:
-    """The manifest, if this version can read it. Raises StoreError otherwise."""
-    found, version = values.get("format"), values.get("version", 0)
-    if found != FORMAT:
-        raise StoreError(f"{location} has format {found!r}; this program reads {FORMAT!r}. Give another --store.")
+    """The manifest, if this version can read it and it can be. Raises StoreError otherwise.
+
+    Nothing of it is used before: its keys become paths, its `content` a name in the cache, its counts sizes in memory.
+    """
+    kind, version = values.get("format"), values.get("version", 0)
+    if kind != FORMAT:
+        raise StoreError(f"{location} has format {kind!r}; this program reads {FORMAT!r}. Give another --store.")
+    if type(version) is not int or version < 1:
+        raise _damaged_manifest(location, f"version {version!r}")
     if version > VERSION:
         raise StoreError(f"{location} has version {version}; this program reads up to {VERSION}. Update tcsae.")
     if not is_intact(values):
-        raise StoreError(f"{location}: the manifest in zarr.json is damaged: its digest does not fit. Harvest again.")
-    return manifest_from_json(values)
+        raise _damaged_manifest(location, "its digest does not fit")
+    try:
+        manifest = manifest_from_json(values)
+    except (ConfigError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged_manifest(location, str(error).rstrip(".")) from error
+    _check_names(location, manifest)
+    if wrong := impossible(manifest):
+        raise _damaged_manifest(location, f"it claims {wrong}")
+    return manifest
+
+
+def _damaged_manifest(location: str, why: str) -> StoreError:
+    return StoreError(f"{location}: the manifest in {ROOT} is damaged: {why}. Harvest again.")
+
+
+def _check_names(location: str, manifest: Manifest) -> None:
+    """Raises StoreError for a name that would lead out of the store, or a digest that is none."""
+    for hook in manifest.recipe.hooks:
+        check_key(hook.requested, location)
+        if "/" in hook.requested:
+            raise _damaged_manifest(location, f"a hook {hook.requested!r}")
+    for key in manifest.files:
+        check_key(key, location)
+        if key.count("/") < 1 or key.split("/")[0] not in ("tail", "tokenizer"):
+            raise _damaged_manifest(location, f"a file {key!r} that is neither of a tail nor of the tokenizer")
+    if manifest.state == SEALED:
+        check_digest(manifest.content, "content", location)
+        if manifest.version > 1:
+            check_digest(manifest.checksums_metadata, "checksums_metadata", location)
+
+
+def is_plain(array: zarr.Array) -> bool:
+    """Whether a chunk's file is its numbers, little-endian, then their crc32c, as it is without a compressor."""
+    codecs = [codec["name"] for codec in array.metadata.to_dict()["codecs"]]  # type: ignore[index, call-overload, union-attr]
+    return codecs == ["bytes", "crc32c"] and array.dtype.byteorder in "<=|"
+
+
+def read_chunk(objects: Objects, key: str, out: ndarray, chunk_bytes: int, digests: Digests) -> None:
+    """Fill `out` (contiguous) with the first bytes of the plain chunk `key`, which holds `chunk_bytes` of numbers.
+
+    Raises StoreError, naming the object, if it is missing, of another size, its checksum does not fit, or it is not the
+    chunk that was written under this key.
+    """
+    whole = out.reshape(-1).view(np.uint8)
+    if len(whole) < chunk_bytes:  # the last chunk of an array is stored whole, too
+        whole = np.empty(chunk_bytes, np.uint8)
+    trailer = bytearray(CRC_BYTES + 1)
+    try:
+        n_read = objects.read_into(key, whole.data, memoryview(trailer))
+    except OSError as error:
+        why = error.strerror or "it is not there"
+        missing = isinstance(error, FileNotFoundError)
+        raise digests.damaged(key, f"cannot be read ({why}): the store is damaged", missing) from error
+    if n_read != chunk_bytes + CRC_BYTES:
+        raise digests.damaged(key, f"is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long")
+    if google_crc32c.value(whole) != int.from_bytes(trailer[:CRC_BYTES], "little"):
+        raise digests.damaged(key, "is damaged: its checksum does not fit")
+    digests.check_chunk(key, whole, bytes(trailer[:CRC_BYTES]))
+    if len(whole) > out.nbytes:
+        out.reshape(-1).view(np.uint8)[:] = whole[: out.nbytes]

@@ -1,31 +1,34 @@
-"""Whether a store is what it was when it was sealed: every byte, and what the bytes say."""
+"""Verification of a sealed store: every byte against what was written, and what the bytes say."""
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
-from tcsae.shared.base.errors import DeniedError, StoreError, TcsaeError
+from tcsae.shared.base.errors import DeniedError, RemoteError, StoreError, TcsaeError
 from tcsae.shared.store.codecs import SCALE_BYTES, parameter_shapes
-from tcsae.shared.store.format import SEALED, SPLITS, Manifest, content_digest, is_intact
+from tcsae.shared.store.format import SEALED, SPLITS, Manifest, is_intact
+from tcsae.shared.store.integrity import (
+    CHECKSUMS,
+    CHECKSUMS_METADATA,
+    DIGEST_BYTES,
+    ROOT,
+    DamagedError,
+    checksum_rows,
+)
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.places.base import Objects
 from tcsae.shared.store.reader import (
-    CHECKSUMS,
-    CHECKSUMS_METADATA,
-    ROOT,
     Split,
     Store,
     check_manifest,
+    is_lock,
     object_sizes,
     open_store,
     read_attributes,
 )
-
-DIGEST_BYTES = 32
 
 
 def stored_bytes(location: str) -> int:
@@ -80,57 +83,49 @@ def _damaged(objects: Objects, manifest: Manifest, values: Any, advance: Callabl
     written = {"zarr_format": 3, "node_type": "group", "attributes": {"tcsae": values}}
     if objects.get(ROOT) != (json.dumps(written, indent=2) + "\n").encode():
         yield f"{ROOT}: its bytes are not those that were written"
-    keys = manifest.objects()
-    own = {*keys, ROOT, CHECKSUMS, CHECKSUMS_METADATA}
-    for key in sorted(set(object_sizes(objects, manifest)) - own):
-        yield f"{key}: it does not belong to the store"
-    digests, fault = _digests(objects, len(keys), manifest)
-    if fault:
-        yield fault
+    try:
+        rows = checksum_rows(objects, manifest)
+    except DamagedError as error:
+        yield f"{error.key}: it {error.reason}"
         return
+    keys = manifest.objects()
+    known = {*keys, ROOT, CHECKSUMS, CHECKSUMS_METADATA}
+    for key in sorted(set(object_sizes(objects, manifest)) - known):
+        if not is_lock(key):  # that of a writer that was killed right after the seal damages nothing
+            yield f"{key}: it does not belong to the store"
     advance(objects.size(CHECKSUMS) or 0)
+    digests = [rows[i : i + DIGEST_BYTES] for i in range(0, len(rows), DIGEST_BYTES)]
     expected = dict(zip(keys, digests, strict=True))
     if manifest.checksums_metadata:  # not in version 1
         expected[CHECKSUMS_METADATA] = bytes.fromhex(manifest.checksums_metadata)
-    for key, (digest, n_bytes) in zip(expected, objects.each(lambda key: _digest(objects, key), expected), strict=True):
-        advance(n_bytes or 0)
-        if n_bytes is None:
-            yield f"{key}: it is missing"
+    stored = objects.each(lambda key: _digest(objects, key), expected)
+    for key, (digest, n_bytes, reason) in zip(expected, stored, strict=True):
+        advance(n_bytes)
+        if reason:
+            yield f"{key}: {reason}"
         elif not n_bytes:
             yield f"{key}: it is empty"
         elif digest != expected[key]:
             yield f"{key}: its {n_bytes:,} bytes are not those that were written"
 
 
-def _digests(objects: Objects, n: int, manifest: Manifest) -> tuple[list[bytes], str]:
-    """The digest of each of `n` objects from the checksum array's chunk; else the fault with that."""
-    try:
-        data = objects.get(CHECKSUMS)
-    except OSError as error:
-        return [], f"{CHECKSUMS}: it cannot be read ({error.strerror or 'it is not there'})"
-    rows, crc = data[: n * DIGEST_BYTES], data[n * DIGEST_BYTES :]
-    if len(rows) < n * DIGEST_BYTES or crc != google_crc32c.value(rows).to_bytes(4, "little"):
-        return [], f"{CHECKSUMS}: its {len(data):,} bytes are not {n:,} digests and their crc32c"
-    if content_digest(rows) != manifest.content:
-        return [], f"{CHECKSUMS}: it does not fit the manifest's content digest"
-    return [rows[i : i + DIGEST_BYTES] for i in range(0, len(rows), DIGEST_BYTES)], ""
-
-
-def _digest(objects: Objects, key: str) -> tuple[bytes, int | None]:
-    """sha256 and size of an object; no size if it is not there."""
+def _digest(objects: Objects, key: str) -> tuple[bytes, int, str]:
+    """sha256 and size of an object, or why it cannot be read."""
     try:
         digest, n_bytes = objects.read_digest(key)
     except FileNotFoundError:
-        return b"", None
-    return bytes.fromhex(digest), n_bytes
+        return b"", 0, "it is missing"
+    except RemoteError:
+        raise
+    except StoreError as error:
+        return b"", 0, f"it cannot be read ({error})"
+    return bytes.fromhex(digest), n_bytes, ""
 
 
 def _nonsense(store: Store) -> Iterator[str]:
     """What whole objects say that cannot be: they were written wrongly."""
-    for path, (shape, _) in store.manifest.arrays().items():
-        if (found := store.array(path).shape) != shape:
-            yield f"{path}: its shape is {list(found)}, not {list(shape)}"
-            return
+    for path in store.manifest.arrays():
+        store.array(path)  # raises if its shape or dtype is not the manifest's
     for name in SPLITS:
         yield from _split(store.split(name))
     both = np.intersect1d(store.train.documents, store.eval.documents)
@@ -182,15 +177,15 @@ def _activations(split: Split, hook: str, valid: np.ndarray) -> Iterator[str]:
 
 def _hook(store: Store, hook: str) -> Iterator[str]:
     """Statistics, codec parameters and tail."""
-    statistics = {name: np.asarray(store.array(f"statistics/{hook}/{name}")[:]) for name in ("mean", "variance")}
+    statistics = {name: store.values(f"statistics/{hook}/{name}") for name in ("mean", "variance")}
     for name, values in statistics.items():
         if not np.isfinite(values).all() or (name == "variance" and (values < 0).any()):
             yield f"statistics/{hook}/{name}: it holds NaN, infinity or a negative variance"
-    counted = int(np.asarray(store.array(f"statistics/{hook}/norm_histogram")[:]).sum())
+    counted = int(store.values(f"statistics/{hook}/norm_histogram").sum())
     if counted != store.train.n_tokens:
         yield f"statistics/{hook}/norm_histogram: {counted:,} tokens, the train split has {store.train.n_tokens:,}"
     for name in parameter_shapes(store.manifest.recipe.codec, store.d_model(hook)):
-        values = np.asarray(store.array(f"codec/{hook}/{name}")[:])
+        values = store.values(f"codec/{hook}/{name}")
         if not np.isfinite(values).all() or (name in ("scale", "step") and (values <= 0).any()):
             yield f"codec/{hook}/{name}: it holds NaN, infinity, or a step that is not above 0"
     tail = store.manifest.tails.get(hook)
@@ -213,5 +208,5 @@ def _tail(store: Store, hook: str) -> Iterator[str]:
             else:
                 with safe_open(store.tail_path(hook) / "model.safetensors", "np") as weights:
                     assert all(weights.get_slice(name).get_dtype() == "F32" for name in weights.keys())  # noqa: SIM118
-        except (ValueError, KeyError, SafetensorError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError, AssertionError) as error:
             yield f"{key}: it cannot be loaded ({error or 'not float32'})"

@@ -1,4 +1,4 @@
-"""Writing an activation store, in two phases, so that it can be killed at any moment and goes on where it stopped.
+"""Writer of an activation store, in two phases, so that it can be killed at any moment and goes on where it stopped.
 
 Phase 1 appends sequences to both splits and commits after every few thousand documents; phase 2 writes shards, each a
 fixed range of whole sequences, in any order. Sealing adds statistics, tails, tokenizer and checksums, then the
@@ -15,15 +15,13 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from zarr.abc.codec import ArrayArrayCodec
-from zarr.abc.store import Store as ZarrStore
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from tcsae.shared.base.errors import DataError, StoreError
 from tcsae.shared.base.settings import differences
-from tcsae.shared.store.codecs import EXACT, FIT_TOKENS, encode, eval_codec, fit, representation, stored_width
+from tcsae.shared.store.arrays import CodecRecord, StoreArrays
+from tcsae.shared.store.codecs import FIT_TOKENS
 from tcsae.shared.store.format import (
     HARVESTING,
     SEALED,
@@ -43,113 +41,22 @@ from tcsae.shared.store.format import (
     partial_sums,
     shards_of,
 )
-from tcsae.shared.store.journal import CODEC, OPEN, SEQUENCES, Journal, Kept, clear_for_extension, remove_traces
+from tcsae.shared.store.integrity import CHECKSUMS_METADATA, ROOT, TRAILERS, encoded_trailers
+from tcsae.shared.store.journal import (
+    FOLDER,
+    LOCK,
+    OPEN,
+    PLAN,
+    SEQUENCES,
+    Journal,
+    Retained,
+    clear_for_extension,
+    record_key,
+    remove_traces,
+)
 from tcsae.shared.store.places import objects_at
-from tcsae.shared.store.places.base import Objects
-from tcsae.shared.store.reader import ROOT, check_manifest, is_leftover, read_attributes
-
-# The arrays of a store that is being written, by path: made on first use, grown when their split grows.
-
-COMPACT_BLOCK_BYTES = 1 << 17
-
-
-class StoreArrays:
-    """Arrays for `layout`, of sequences of `length` positions. The root group has to be there when one is asked for."""
-
-    def __init__(self, store: ZarrStore, layout: Layout, length: int) -> None:
-        self._store = store
-        self._layout = layout
-        self._length = length
-        self._arrays: dict[str, zarr.Array] = {}
-
-    def tokens(self, split: str, name: str) -> zarr.Array:
-        """`tokens`, `lengths`, `documents` or `starts` of a split; new with no rows."""
-        dtype = np.dtype("int64" if name == "documents" else "int32")
-        rows, rest = self._layout.sequences_per_token_chunk, (self._length,) if name == "tokens" else ()
-        fill = np.iinfo(dtype).max
-        return self._array(f"{split}/{name}", (0, *rest), (rows, *rest), dtype, fill, ZstdCodec(level=1))
-
-    def activations(self, split: str, hook: HookRecipe, codec: str, n_sequences: int) -> zarr.Array:
-        """A split's activations of a hook, stored as `codec`, with `n_sequences` rows."""
-        width, stored = stored_width(codec, hook.d_model), representation(codec)
-        shape = (n_sequences, self._length, width)
-        chunks = (self._layout.sequences_per_chunk, self._length, width)
-        codecs = compact_codecs() if codec == "compact" else ()
-        array = self._array(f"{split}/activations/{hook.requested}", shape, chunks, stored.dtype, stored.fill, *codecs)
-        if array.shape != shape:
-            array.resize(shape)
-        return array
-
-    def whole(self, path: str, values: np.ndarray, fill: object = 0) -> None:
-        """Write an array that is one object."""
-        self._array(path, values.shape, values.shape, values.dtype, fill)[:] = values
-
-    def _array(
-        self, path: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype, fill: object, *codecs: Any
-    ) -> zarr.Array:
-        if path not in self._arrays:
-            self._arrays[path] = open_or_create(self._store, path, shape, chunks, dtype, fill, codecs)
-        return self._arrays[path]
-
-
-def compact_codecs() -> tuple[Any, ...]:
-    """One dimension's coefficients side by side, bytes of equal weight side by side; zstd 1 then comes within 3% of
-    the entropy, and higher levels do worse: the data are near random.
-    """
-    blosc = BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="shuffle", blocksize=COMPACT_BLOCK_BYTES)
-    return TransposeCodec(order=(2, 0, 1)), blosc
-
-
-# What the splits of a store that is being written are stored as: the codec's parameters, once they are computed.
-
-
-class CodecRecord:
-    """The journal's record of the codec, and the arrays below codec/; any writer that finds them goes on with them."""
-
-    def __init__(self, recipe: Recipe, objects: Objects, arrays: StoreArrays, journal: Journal) -> None:
-        self._recipe, self._objects, self._arrays, self._journal = recipe, objects, arrays, journal
-        self._parameters: dict[str, dict[str, ndarray]] = {}
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the parameters are recorded, or the codec has none: shards can be written."""
-        return self._recipe.codec in EXACT or self._journal.has(CODEC)
-
-    def fit(self, samples: Mapping[str, Float[ndarray, "n d_model"]]) -> None:
-        """Compute and record the parameters from every hook's tokens."""
-        objects = {}
-        for hook, x in samples.items():
-            for name, values in fit(self._recipe.codec, x, self._recipe.codec_error).items():
-                path = f"codec/{hook}/{name}"
-                self._arrays.whole(path, values, np.nan)
-                key = f"{path}/c/{'/'.join('0' * values.ndim)}"
-                objects[key] = self._objects.digest(key)
-        evals = {hook: eval_codec(self._recipe.codec, x) for hook, x in samples.items()}
-        self._journal.write(CODEC, {"eval": evals, "objects": objects})
-
-    def name(self, split: str, hook: str) -> str:
-        """What a hook of a split is stored as."""
-        if split == "train" or self._recipe.codec in EXACT:
-            return self._recipe.codec
-        record = self._journal.read(CODEC)
-        assert record is not None, "fit comes before the first shard"
-        return record["eval"][hook]
-
-    def encode(self, split: str, hook: str, x: Float[ndarray, "n d_model"]) -> Shaped[ndarray, "n d_stored"]:
-        """Stored rows. Raises DataError where a value does not fit."""
-        codec = self.name(split, hook)
-        names = representation(codec).parameters
-        if names and hook not in self._parameters:
-            assert self.fitted, "fit comes before the first shard"
-            group = zarr.open_group(
-                self._objects.zarr_store(read_only=True), path=f"codec/{hook}", mode="r", zarr_format=3
-            )
-            self._parameters[hook] = {name: np.asarray(group[name][:]) for name in names}  # type: ignore[index]
-        return encode(x, codec, self._parameters.get(hook))
-
-    def objects(self) -> dict[str, str]:
-        """Keys of the parameters' chunks, and their digests as they were written."""
-        return dict((self._journal.read(CODEC) or {}).get("objects", {}))
+from tcsae.shared.store.places.base import HEX, Objects
+from tcsae.shared.store.reader import check_manifest, is_leftover, read_attributes
 
 
 def check_finite(
@@ -178,22 +85,28 @@ class Rows:
 
 
 class StoreWriter:
-    """The one writer of a store: use `open_writer`, and `with`, which releases its lock at the end."""
+    """The one writer of a store, or with `shared` one of several that write shards.
 
-    def __init__(self, objects: Objects, manifest: Manifest, *, shared: bool = False, force: bool = False) -> None:
+    Use `open_writer`, which holds the lock before it reads what is there; and `with`, which releases it at the end.
+    """
+
+    def __init__(
+        self, objects: Objects, manifest: Manifest, journal: Journal | None = None, *, shared: bool = False
+    ) -> None:
         self.location = objects.location
         self.objects = objects
         self.manifest = manifest
-        self._journal = Journal(objects, shared=shared, force=force)
+        self._journal = journal or Journal(objects, shared=shared)
         self._arrays = StoreArrays(objects.zarr_store(), manifest.layout, manifest.recipe.sequences.length)
-        self._lengths: dict[str, ndarray] = {}
+        self._lengths: dict[tuple[str, int], ndarray] = {}
+        """By split and number of the chunk: a shard reads what it needs, not the whole split's."""
         self.codec = CodecRecord(manifest.recipe, objects, self._arrays, self._journal)
         if not shared:
             objects.sweep()
             if not objects.has(ROOT):
                 objects.put(ROOT, manifest.root_metadata())
             clear_for_extension(self._journal, objects)
-        self._kept = Kept(self._journal)
+        self._retained = Retained(self._journal)
         self._load_plan()
 
     def __enter__(self) -> "StoreWriter":
@@ -227,6 +140,9 @@ class StoreWriter:
                 if stop > start:
                     array[start:stop] = values
         self._journal.write(SEQUENCES, {**progress, "n_sequences": after})
+        per_chunk = self.manifest.layout.sequences_per_token_chunk
+        for key in [key for key in self._lengths if key[1] >= before[key[0]] // per_chunk]:
+            del self._lengths[key]  # of a chunk that has grown
 
     def finish_sequences(self, counts: dict[str, Any]) -> None:
         """End phase 1: `counts` has, per split, n sequences, tokens and documents, and whatever was left out."""
@@ -236,19 +152,41 @@ class StoreWriter:
             self.commit(dict.fromkeys(SPLITS, rows), {})
         for split in SPLITS:
             assert self.progress["n_sequences"][split] == counts[split]["sequences"], "counts in = counts out"
-        self._journal.write("plan", {"counts": counts})
+        self._journal.write(PLAN, {"counts": counts})
         self._load_plan()
 
     def tokens(self, shard: Shard) -> Int[ndarray, "n sequence_length"]:
-        """Tokens of a shard's sequences."""
-        return np.asarray(self._arrays.tokens(shard.split, "tokens")[shard.start : shard.stop])
+        """Tokens of a shard's sequences. Raises StoreError if a chunk is missing or damaged."""
+        return self._stored(shard.split, "tokens", shard.start, shard.stop)
 
     def lengths(self, shard: Shard) -> Int[ndarray, " n"]:
-        """Lengths of a shard's sequences."""
-        assert self.planned, "lengths are read once, so phase 1 must be done"
-        if shard.split not in self._lengths:
-            self._lengths[shard.split] = np.asarray(self._arrays.tokens(shard.split, "lengths")[:])
-        return self._lengths[shard.split][shard.start : shard.stop]
+        """Lengths of a shard's sequences. Raises StoreError if a chunk is missing or damaged."""
+        assert self.planned, "lengths are remembered, so phase 1 must be done"
+        per_chunk = self.manifest.layout.sequences_per_token_chunk
+        n = self.manifest.counts[shard.split]["sequences"]
+        first = shard.start // per_chunk
+        parts = []
+        for number in range(first, -(-shard.stop // per_chunk)):
+            key = shard.split, number
+            if key not in self._lengths:
+                start = number * per_chunk
+                self._lengths[key] = self._stored(shard.split, "lengths", start, min(start + per_chunk, n))
+            parts.append(self._lengths[key])
+        lengths = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return lengths[shard.start - first * per_chunk : shard.stop - first * per_chunk]
+
+    def _stored(self, split: str, name: str, start: int, stop: int) -> ndarray:
+        """Rows of phase 1. A missing chunk reads as the fill value, which is never stored."""
+        array, where = self._arrays.tokens(split, name), f"{self.location}: {split}/{name}, sequences {start}.."
+        try:
+            values = np.asarray(array[start:stop])
+        except StoreError:
+            raise
+        except Exception as error:  # each codec has its own kinds
+            raise StoreError(f"{where}{stop - 1}: damaged ({error}). Start anew: --fresh.") from error
+        if (values == array.fill_value).any():
+            raise StoreError(f"{where}{stop - 1}: a chunk is missing. Start anew: --fresh.")
+        return values
 
     # Phase 2: shards
 
@@ -258,12 +196,12 @@ class StoreWriter:
 
     def missing_shards(self) -> list[Shard]:
         """The shards that are not yet recorded."""
-        done = self._kept.shards.keys() | self._journal.names()
+        done = self._retained.shards.keys() | self._journal.names()
         return [shard for shard in self.shards() if shard.name not in done]
 
     def is_written(self, shard: Shard) -> bool:
         """Whether a shard is recorded by now."""
-        return shard.name in self._kept.shards or self._journal.has(shard.name)
+        return shard.name in self._retained.shards or self._journal.has(shard.name)
 
     def fit_codec(self, run: Callable[[Shard], Mapping[str, Float[ndarray, "n sequence_length d_model"]]]) -> None:
         """Record the codec's parameters, unless that is done; no shard is written before. `run` gives a shard's
@@ -274,14 +212,14 @@ class StoreWriter:
         if self.codec.fitted:
             return
         n = -(-FIT_TOKENS // self.manifest.recipe.sequences.length)
-        found = {hook.requested: [np.zeros((0, hook.d_model), np.float32)] for hook in self.manifest.recipe.hooks}
+        samples = {hook.requested: [np.zeros((0, hook.d_model), np.float32)] for hook in self.manifest.recipe.hooks}
         for shard in self.shards():
             if shard.split == "train" and shard.start < n:
                 activations, valid = run(shard), self._valid(shard)
-                for hook, parts in found.items():
+                for hook, parts in samples.items():
                     check_finite(activations[hook], valid, "train", shard.start, hook)
                     parts.append(activations[hook][: n - shard.start][valid[: n - shard.start]])
-        self.codec.fit({hook: np.concatenate(parts) for hook, parts in found.items()})
+        self.codec.fit({hook: np.concatenate(parts) for hook, parts in samples.items()})
 
     def write_shard(self, shard: Shard, activations: Mapping[str, Float[ndarray, "n sequence_length d_model"]]) -> None:
         """Write a shard's activations of every hook (float32; what lies beyond a length is stored as zero).
@@ -289,19 +227,19 @@ class StoreWriter:
         Raises DataError, naming sequence and hook, for NaN, infinity, or a value that the codec cannot hold.
         """
         valid = self._valid(shard)
-        objects, partials = {}, {}
+        digests, trailers, partials = {}, {}, {}
         for hook in self.manifest.recipe.hooks:
             array, sums = self._activations(shard.split, hook), np.zeros(n_sums(hook.d_model))
             write = partial(self._write_chunk, shard, hook.requested, array, activations[hook.requested], valid)
             for key, its_sums in self.objects.each(write, chunks_of(shard, self.manifest.layout)):
-                objects[key] = self.objects.digest(key)
+                digests[key], trailers[key] = self.objects.stamp(key)
                 sums += its_sums
             if shard.split == "train":
                 partials[hook.requested] = base64.b64encode(sums.tobytes()).decode()
-        self._journal.write(shard.name, {"objects": objects, "partials": partials})
+        self._journal.write(shard.name, {"objects": digests, "partials": partials, "trailers": trailers})
 
     def share(self) -> None:
-        """Go on together with other processes (who share its lock): all is there that shards are written into."""
+        """Let other processes write shards, too: every array that these go into exists. They share the lock."""
         self._make_activations()
         self._journal.write(OPEN, {})
         self._journal.share()
@@ -331,14 +269,11 @@ class StoreWriter:
         self._make_activations()
         self._write_statistics()
         manifest = replace(self.manifest, tails=tails, files=tuple(sorted(files)), times=times, state=SEALED)
-        recorded = self.codec.objects()
-        for shard, record in self._records():
-            recorded |= record["objects"] if record else self._kept.shards[shard.name]
-        digests = [recorded.get(key) or self.objects.digest(key) for key in manifest.objects()]
+        digests, trailers = self._digests_and_trailers(manifest)
         checksums = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
         self.objects.delete_below("checksums")  # of the time before an extension
-        self._arrays.whole("checksums", checksums)
-        metadata = self.objects.digest("checksums/zarr.json")
+        self._arrays.whole("checksums", checksums, attributes={TRAILERS: encoded_trailers(trailers)})
+        metadata = self.objects.stamp(CHECKSUMS_METADATA).digest
         self.manifest = replace(manifest, content=content_digest(checksums.tobytes()), checksums_metadata=metadata)
         self.objects.put(ROOT, self.manifest.root_metadata())
         self.close()
@@ -351,6 +286,28 @@ class StoreWriter:
         self._journal.release()
 
     # Within
+
+    def _digests_and_trailers(self, manifest: Manifest) -> tuple[list[str], list[int]]:
+        """Of every object in the manifest's order: as recorded when it was written, else as it lies there.
+
+        Raises StoreError, naming it, if an object is not what was recorded.
+        """
+        digests = self.codec.objects()
+        trailers: dict[str, int] = {}
+        for shard, record in self._records():
+            digests |= record["objects"] if record else self._retained.shards[shard.name]
+            trailers |= (record or {}).get("trailers", {})  # not in a journal of version 0.1.0
+        trailers |= self._retained.trailers
+        others, rows = set(manifest.files), []
+        for key in manifest.objects():
+            is_chunk = key not in others and not key.endswith("/zarr.json")
+            if key not in digests or (is_chunk and key not in trailers):
+                stamp = self.objects.stamp(key)
+                if digests.setdefault(key, stamp.digest) != stamp.digest:
+                    raise StoreError(f"{self.objects.name(key)} is damaged. Start anew: --fresh.")
+                trailers[key] = stamp.trailer
+            rows.append((digests[key], trailers[key] if is_chunk else 0))
+        return [digest for digest, _ in rows], [trailer for _, trailer in rows]
 
     def _write_chunk(
         self, shard: Shard, hook: str, array: zarr.Array, values: Float[ndarray, "n t d"], valid: ndarray, chunk: Chunk
@@ -367,7 +324,7 @@ class StoreWriter:
     def _write_statistics(self) -> None:
         """mean, variance (of the valid train tokens) and norm histogram from the shards' sums, added in shard order."""
         for hook in self.manifest.recipe.hooks:
-            total = self._kept.sums(hook.requested, n_sums(hook.d_model))
+            total = self._retained.sums(hook.requested, n_sums(hook.d_model))
             sums = total.copy()  # over full shards only: what an extension goes on from
             for shard, record in self._records():
                 if shard.split == "train" and record:
@@ -378,16 +335,23 @@ class StoreWriter:
                 self._arrays.whole(f"statistics/{hook.requested}/{name}", values)
 
     def _records(self) -> Iterator[tuple[Shard, dict[str, Any] | None]]:
-        """Every shard in order with its record; none of a kept one."""
+        """Every shard in order with its record; none of a retained one. Raises StoreError for a damaged record."""
         shards, n = self.shards(), self.objects.n_readers
         for i in range(0, len(shards), n):
             part = shards[i : i + n]
-            yield from zip(part, self.objects.each(lambda shard: self._journal.read(shard.name), part), strict=True)
+            for shard, record in zip(
+                part, self.objects.each(lambda shard: self._journal.read(shard.name), part), strict=True
+            ):
+                if record and not all(
+                    isinstance(one, str) and HEX.fullmatch(one) for one in record["objects"].values()
+                ):
+                    name = self.objects.name(record_key(shard.name))
+                    raise StoreError(f"{name} is damaged. Delete it: that shard is then made anew.")
+                yield shard, record
 
     def _load_plan(self) -> None:
-        if plan := self._journal.read("plan"):
+        if plan := self._journal.read(PLAN):
             self.manifest = replace(self.manifest, counts=plan["counts"])
-            self._lengths.clear()
 
     def _valid(self, shard: Shard) -> Bool[ndarray, "n sequence_length"]:
         return np.arange(self.manifest.recipe.sequences.length) < self.lengths(shard)[:, None]
@@ -408,62 +372,49 @@ def open_writer(
     """A writer for a new store, or for an unfinished one of the same recipe; None if it is sealed already.
 
     `layout` is for a new store (default: `layout_for`); an unfinished one keeps its own.
-    `force` breaks a lock in an object store whose owner may be dead.
+    `force` breaks a lock whose holder may be dead, or that cannot be read.
 
     Raises StoreError, naming each difference, if a store of another recipe is there; or if another process writes it.
     """
     objects = objects_at(location)
     if not objects.writable:
         raise StoreError(f"{location} can be read only. Give another --store, then tcsae copy.")
-    values = read_attributes(objects)
+    if _begun(objects, recipe, layout) is None and not _has_traces(objects):
+        return None  # on a disk that may be read-only
+    journal = Journal(objects, force=force)
+    try:
+        manifest = _begun(objects, recipe, layout)  # again, as another process may have sealed it before the lock
+        if manifest is not None:
+            return StoreWriter(objects, manifest, journal)
+        remove_traces(objects)  # of a writer that was killed right after the seal
+    except BaseException:
+        journal.release()
+        raise
+    journal.release()
+    return None
+
+
+def _begun(objects: Objects, recipe: Recipe, layout: Layout | None) -> Manifest | None:
+    """The manifest to go on with, of a new store or the unfinished one of `recipe` that is there; None if it is sealed.
+
+    Raises StoreError if anything else is there.
+    """
+    location, values = objects.location, read_attributes(objects)
     if values is None:
         if stray := [key for key in objects.listed() if not is_leftover(key)]:
             raise StoreError(f"{location} is not an activation store: {stray[0]} lies there. Give another --store.")
-        manifest = Manifest(state=HARVESTING, recipe=recipe, layout=layout or layout_for(recipe))
-        return StoreWriter(objects, manifest, force=force)
+        return Manifest(state=HARVESTING, recipe=recipe, layout=layout or layout_for(recipe))
     manifest = check_manifest(location, values)
     differing = differences(manifest.recipe, recipe)
-    read_only = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
-    if differing and not read_only:  # other versions than it was written with can read it
-        found = "; ".join(differing)
+    usable = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
+    if differing and not usable:  # other versions than it was written with can read it
         raise StoreError(
-            f"{location} was harvested otherwise ({found}). Use --fresh to start anew, or another --store."
+            f"{location} was harvested otherwise ({'; '.join(differing)}). Use --fresh to start anew, or another "
+            "--store."
         )
-    if manifest.state == SEALED:
-        remove_traces(objects)  # of a writer that was killed right after the seal
-        return None
-    return StoreWriter(objects, manifest, force=force)
+    return None if manifest.state == SEALED else manifest
 
 
-def open_or_create(
-    store: ZarrStore,
-    path: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: np.dtype,
-    fill: object,
-    codecs: tuple[Any, ...] = (),
-) -> zarr.Array:
-    """The array at `path`; if not there yet, made with its parent groups.
-
-    Its codecs: those of `codecs` that rearrange an array, little-endian, the other `codecs`, crc32c.
-    """
-    group = zarr.open_group(store, mode="r+", zarr_format=3)
-    if parent := path.rpartition("/")[0]:
-        group.require_group(parent)
-    if path in group:
-        found = group[path]
-        assert isinstance(found, zarr.Array)
-        return found
-    return group.create_array(
-        path,
-        shape=shape,
-        chunks=tuple(max(1, n) for n in chunks),
-        dtype=dtype,
-        serializer=BytesCodec(endian="little") if dtype.itemsize > 1 else BytesCodec(endian=None),
-        filters=tuple(codec for codec in codecs if isinstance(codec, ArrayArrayCodec)),
-        compressors=(*(codec for codec in codecs if not isinstance(codec, ArrayArrayCodec)), Crc32cCodec()),
-        fill_value=fill,
-        # A missing chunk is damage, not a run of fill values.
-        config={"write_empty_chunks": True},
-    )
+def _has_traces(objects: Objects) -> bool:
+    """Whether a sealed store has a lock or a journal: of a writer at work, or of one that was killed after the seal."""
+    return objects.has(LOCK) or bool(objects.listed(FOLDER)) or bool(objects.listed(f"{LOCK}s"))

@@ -1,20 +1,39 @@
-"""Where a store's objects live: named bytes at one location, on a disk or in an object store (see `remote`).
-All that the house reads and writes of a store goes through here.
+"""The objects of a store, named bytes at one location, whatever kind of place that is.
 
 An object is whole or absent: a disk's file is written under a temporary name, fsynced and renamed; an object store's is
-one PUT. Every object written gets its sha256 remembered, so that a digest describes the bytes that were handed over,
-not what a later read of them says.
+one PUT. Of every object written the sha256 is remembered, so that a digest describes the bytes that were handed over
+and not what a later read of them says.
 """
 
+import asyncio
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.base.files import PARTIAL
+
+BLOCK_BYTES = 1 << 22
+CRC_BYTES = 4
+"""At the end of every array's object: the crc32c of what is before it, little-endian."""
+HEX = re.compile(r"[0-9a-f]{64}")
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Stamp(NamedTuple):
+    """What an object's bytes are recognised by."""
+
+    digest: str
+    """sha256, hexadecimal."""
+    trailer: int
+    """The last four bytes as a little-endian number: of an array's chunk, its crc32c."""
 
 
 class Lock(ABC):
@@ -26,17 +45,11 @@ class Lock(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let others in. Once is enough, twice does no harm."""
+        """Let others in. A second call does nothing."""
 
     @abstractmethod
     def share(self) -> None:
-        """Go on holding it together with others who share it."""
-
-
-BLOCK_BYTES = 1 << 22
-
-T = TypeVar("T")
-R = TypeVar("R")
+        """Turn an exclusive lock into one that others can share."""
 
 
 class Objects(ABC):
@@ -49,7 +62,7 @@ class Objects(ABC):
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self.digests: dict[str, str] = {}
+        self._stamps: dict[str, Stamp] = {}
 
     @property
     def root(self) -> Path:
@@ -62,7 +75,7 @@ class Objects(ABC):
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """A whole object. Raises FileNotFoundError."""
+        """A whole object. Raises FileNotFoundError; StoreError if it cannot be read."""
 
     @abstractmethod
     def read_into(self, key: str, *views: memoryview) -> int:
@@ -73,7 +86,7 @@ class Objects(ABC):
 
     @abstractmethod
     def blocks(self, key: str) -> Iterator[bytes | memoryview]:
-        """An object's bytes a few MiB at a time. Raises FileNotFoundError."""
+        """An object's bytes a few MiB at a time. Raises FileNotFoundError; StoreError if it cannot be read."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -84,8 +97,8 @@ class Objects(ABC):
         """Keys below a prefix (a folder: no part of a name) and their sizes. What only reads a store never lists."""
 
     @abstractmethod
-    def zarr_store(self, *, read_only: bool = False) -> Any:
-        """The same place as a Zarr store; what is written through it is written by `put`."""
+    def zarr_store(self) -> Any:
+        """The same place as a Zarr store to write into; what goes through it is written by `put`."""
 
     @abstractmethod
     def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:
@@ -102,7 +115,7 @@ class Objects(ABC):
     def _delete(self, keys: Sequence[str]) -> None: ...
 
     def sweep(self) -> int:
-        """Remove what a killed writer left under temporary names; returns how many. Only the one writer may."""
+        """Remove what killed writers left under temporary names; returns how many. Only the one writer may."""
         return 0
 
     def is_empty(self, is_leftover: Callable[[str], bool]) -> bool:  # noqa: ARG002
@@ -117,28 +130,29 @@ class Objects(ABC):
         return self.size(key) is not None
 
     def put(self, key: str, data: bytes) -> None:
-        """Write one object, durably."""
+        """Write one object, durably. Raises StoreError for a key that leads out of the store, or a full disk."""
+        check_key(key, self.location)
         self._put(key, data)
-        self.digests[key] = hashlib.sha256(data).hexdigest()
+        self._stamps[key] = stamp_of(data)
 
-    def digest(self, key: str) -> str:
-        """sha256 of an object as it is stored now, from memory if this process wrote it."""
-        if key not in self.digests:
-            self.digests[key] = self.read_digest(key)[0]
-        return self.digests[key]
+    def stamp(self, key: str) -> Stamp:
+        """The digest and trailer of an object: as this process wrote it, else as it is read now."""
+        if key not in self._stamps:
+            self._stamps[key] = stamp_of(self.get(key))
+        return self._stamps[key]
 
     def read_digest(self, key: str) -> tuple[str, int]:
         """sha256 of an object's bytes as they are read now, and how many there are. Raises FileNotFoundError."""
-        found, n = hashlib.sha256(), 0
+        digest, n = hashlib.sha256(), 0
         for block in self.blocks(key):
-            found.update(block)
+            digest.update(block)
             n += len(block)
-        return found.hexdigest(), n
+        return digest.hexdigest(), n
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is not there is no fault."""
         for key in keys:
-            self.digests.pop(key, None)
+            self._stamps.pop(key, None)
         self._delete(keys)
 
     def delete_below(self, prefix: str) -> None:
@@ -153,6 +167,45 @@ class Objects(ABC):
             return
         with ThreadPoolExecutor(min(n, len(items)), thread_name_prefix="objects") as pool:
             yield from pool.map(do, items)
+
+
+async def in_thread(n_readers: int, do: Callable[..., T], *arguments: Any) -> T:
+    """`do` in a thread, for Zarr: as many as requests are worth; of a disk asyncio's own, which a fork starts anew."""
+    threads = _threads(n_readers) if n_readers > 1 else None
+    return await asyncio.get_running_loop().run_in_executor(threads, do, *arguments)
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, thread_name_prefix="zarr")
+
+
+def stamp_of(data: bytes) -> Stamp:
+    """The digest and trailer of an object's bytes."""
+    return Stamp(hashlib.sha256(data).hexdigest(), int.from_bytes(data[-CRC_BYTES:], "little"))
+
+
+def check_key(key: str, location: str) -> None:
+    """Raises StoreError unless `key` names an object below `location`: parts of printable characters with / between.
+
+    For every key that a file gives: joined to a folder, an absolute one or one with ".." would name any file.
+    """
+    parts = key.split("/") if isinstance(key, str) else [""]
+    bad = any(part in ("", ".", "..") or not part.isprintable() for part in parts)
+    if bad or "\\" in key or re.match(r"[A-Za-z]:", key):
+        raise StoreError(
+            f"{location}: {key!r} cannot be the key of an object; names of letters, digits and signs with / between "
+            "them can. The store is damaged or forged: harvest it again, or get it anew from where it came."
+        )
+
+
+def check_digest(digest: str, what: str, location: str) -> None:
+    """Raises StoreError unless `digest` is a sha256: 64 digits 0-9a-f. It may name a folder of the cache."""
+    if not isinstance(digest, str) or not HEX.fullmatch(digest):
+        raise StoreError(
+            f"{location}: {what} {str(digest)[:80]!r} is no sha256 (64 digits 0-9a-f). The store is damaged or forged: "
+            "harvest it again, or get it anew from where it came."
+        )
 
 
 def is_remote(location: str) -> bool:

@@ -1,4 +1,4 @@
-"""Locks in an object store: an object that only one can create, renewed while its owner lives.
+"""Locks in an object store: an object that only one process can create, renewed while that process lives.
 
 The exclusive lock NAME is one object; who shares it has an object of its own below NAMEs/ ("harvest.locks/..."). Each
 tries first and looks second, so of two who want what cannot go together at most one gets it. An owner that dies stops
@@ -13,12 +13,13 @@ import threading
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Optional, Protocol, runtime_checkable
 
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store.places.base import Lock
 
 
+@runtime_checkable
 class LeaseObjects(Protocol):
     """What a lease needs of an object store."""
 
@@ -45,6 +46,8 @@ class Holder(NamedTuple):
     tag: dict[str, str]
     left_s: float
     """Until it is taken for dead; renewed, it starts again."""
+    readable: bool = True
+    """Whether the lock says who holds it: a damaged one does not."""
 
 
 def alive(objects: LeaseObjects, name: str) -> list[Holder]:
@@ -55,8 +58,12 @@ def alive(objects: LeaseObjects, name: str) -> list[Holder]:
 
 def describe(holders: list[Holder]) -> str:
     """Who they are, for an error message."""
-    told = [f"process {one.pid} on {one.host}, {one.left_s:.0f} s of its lease left" for one in holders]
-    return f" ({'; '.join(told)}; if it is dead: --force)" if told else ""
+    names = [f"{_who(one)}, {one.left_s:.0f} s of its lease left" for one in holders]
+    return f" ({'; '.join(names)}; if it is dead: --force)" if names else ""
+
+
+def _who(holder: Holder) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder.readable else f"{holder.key} is unreadable"
 
 
 class Lease(Lock):
@@ -104,8 +111,19 @@ class Lease(Lock):
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
-        if not self._lost:
+        if self._is_ours_still():
             self._objects.delete([self._key])
+
+    def _is_ours_still(self) -> bool:
+        """Whether the lock can be deleted: no process has taken it over, nor will until the deletion is done.
+
+        An object store has no deletion on a condition; but a lease that was renewed just now is nobody else's for
+        LEASE_S. A process that was asleep for longer leaves the lock to whoever has it, or to run out.
+        """
+        if self._lost:
+            return False
+        start = time.monotonic()
+        return self._written(self._tag) is not None and time.monotonic() - start < LEASE_S / 2
 
     def share(self) -> None:
         with self._guard:
@@ -123,19 +141,19 @@ class Lease(Lock):
     def _create(self, force: bool) -> bool:
         self._tag = self._written(None)
         if self._tag is None:
-            there = _holder(self._objects, self._key)
-            if there is None:  # released in between
+            holder = _holder(self._objects, self._key)
+            if holder is None:  # released in between
                 self._tag = self._written(None)
-            elif force or there.left_s <= 0:
-                self._tag = self._written(there.tag)
+            elif force or holder.left_s <= 0:
+                self._tag = self._written(holder.tag)
         return self._tag is not None
 
     def _written(self, tag: dict[str, str] | None) -> dict[str, str] | None:
         """The tag of our record, written unless another's is there; None if it is."""
-        found = self._objects.put_if(self._key, self._record(), tag)
-        if found is None and (there := _holder(self._objects, self._key)) and there.token == self._token:
-            return there.tag  # done at the first try, whose answer was lost
-        return found
+        new_tag = self._objects.put_if(self._key, self._record(), tag)
+        if new_tag is None and (holder := _holder(self._objects, self._key)) and holder.token == self._token:
+            return holder.tag  # done at the first try, whose answer was lost
+        return new_tag
 
     def _renew(self) -> None:
         while not self._end.wait(LEASE_S / RENEWALS):
@@ -155,6 +173,9 @@ def _holder(objects: LeaseObjects, key: str) -> Holder | None:
         data, tag, modified = objects.get_with_tag(key)
     except FileNotFoundError:
         return None
-    told = json.loads(data)
-    age = (datetime.now(UTC) - modified).total_seconds()
-    return Holder(key, told["host"], told["pid"], told["token"], tag, LEASE_S - age)
+    left_s = LEASE_S - (datetime.now(UTC) - modified).total_seconds()
+    try:
+        record = json.loads(data)
+        return Holder(key, str(record["host"]), int(record["pid"]), str(record["token"]), tag, left_s)
+    except (ValueError, KeyError, TypeError):
+        return Holder(key, "", 0, "", tag, left_s, readable=False)

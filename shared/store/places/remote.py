@@ -1,14 +1,12 @@
 """Object stores: s3://, gs://, az:// and, to read, http(s)://. Requests, signatures and retries are obstore's."""
 
-import asyncio
 import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from tcsae.shared.base.errors import DeniedError, RemoteError
-from tcsae.shared.store.places.base import BLOCK_BYTES, Lock, Objects, T
+from tcsae.shared.store.places.base import BLOCK_BYTES, Lock, Objects, T, in_thread
 from tcsae.shared.store.places.leases import Lease, alive, describe
 
 if TYPE_CHECKING:
@@ -164,9 +162,8 @@ class RemoteObjects(Objects):
 
         return dict(sorted(self._asked(prefix, ask).items()))
 
-    def zarr_store(self, *, read_only: bool = False) -> Any:
-
-        return RemoteStore(self, read_only=read_only or not self.writable)
+    def zarr_store(self) -> Any:
+        return RemoteStore(self, read_only=not self.writable)
 
     def lock(self, name: str, *, shared: bool = False, force: bool = False) -> Lock | None:
         return Lease.take(self, name, shared, force)
@@ -179,8 +176,8 @@ class RemoteObjects(Objects):
         import obstore
 
         def ask() -> tuple[bytes, Tag, datetime]:
-            found = obstore.get(self.store, key)
-            return bytes(found.bytes()), _tag(found.meta), found.meta["last_modified"]
+            answer = obstore.get(self.store, key)
+            return bytes(answer.bytes()), _tag(answer.meta), answer.meta["last_modified"]
 
         return self._asked(key, ask)
 
@@ -287,10 +284,6 @@ class RemoteStore(ZarrObjectStore):
         super().__init__(objects.store, read_only=read_only)
         self._objects = objects
 
-    async def _waited(self, ask: Callable[..., T], *given: Any) -> T:
-        """`ask` in a thread: as many as requests are worth, where asyncio itself has as many as there are cores."""
-        return await asyncio.get_running_loop().run_in_executor(_threads(self._objects.n_readers), ask, *given)
-
     def with_read_only(self, read_only: bool = False) -> "RemoteStore":
         return type(self)(self._objects, read_only=read_only)
 
@@ -299,20 +292,16 @@ class RemoteStore(ZarrObjectStore):
             with self._objects.explained(key):
                 return await super().get(key, prototype, byte_range)
         try:
-            return prototype.buffer.from_bytes(await self._waited(self._objects.get, key))
+            return prototype.buffer.from_bytes(await in_thread(self._objects.n_readers, self._objects.get, key))
         except FileNotFoundError:
             return None
 
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
-        await self._waited(self._objects.put, key, value.as_numpy_array().tobytes())
+        await in_thread(self._objects.n_readers, self._objects.put, key, value.as_numpy_array().tobytes())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        if not await self._waited(self._objects.has, key):  # a store has one writer of each object
+        if not await in_thread(
+            self._objects.n_readers, self._objects.has, key
+        ):  # a store has one writer of each object
             await self.set(key, value)
-
-
-@cache
-def _threads(n: int) -> ThreadPoolExecutor:
-    """Those that wait for answers to what Zarr asks."""
-    return ThreadPoolExecutor(n, thread_name_prefix="zarr")
