@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
-from tcsae.evaluate.batches import Settings
-from tcsae.evaluate.candidates import EvalOptions, Loaded, Request, evaluable, sort_out
+from tcsae.evaluate.batches import Settings, check_counted
+from tcsae.evaluate.candidates import Loaded, Request, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
@@ -26,7 +28,7 @@ from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.sae.folder import writing
-from tcsae.shared.store.reader import Split, Store
+from tcsae.shared.store.reader import Store
 
 
 class Evaluated(NamedTuple):
@@ -68,11 +70,11 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     """One pass for all runs of a group; their evaluations, written and returned in the same order (by rank 0)."""
     store, options = group.store, group.options
     split = store.split(options.split)
-    _check_not_empty(store, split, options)
+    check_counted(split, options.skip_first)
     part = part_of(split, options.skip_first, group.ours)
     tail, no_tail = _tail(store, options.hook)
     _check_agreed(part, no_tail)
-    mean = torch.from_numpy(store.array(f"statistics/{options.hook}/mean")[:]).double()
+    mean = train_mean(store, options.hook)
     settings = Settings(hook=options.hook, skip_first=options.skip_first, splice_all=options.splice == "all", mean=mean)
     reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
     if not all(part.all_gather(reference is not None)):
@@ -80,7 +82,8 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     constant = baselines.constant_baselines(mean.float())
     sized = _sized_baselines(group) if options.baselines else {}
     systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
-    observer = TemporalObserver(split, options.skip_first, mean, len(group.runs)) if options.temporal else None
+    centre = mean.nan_to_num()  # of no influence on a measure but by rounding
+    observer = TemporalObserver(split, options.skip_first, centre, len(group.runs)) if options.temporal else None
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):
         measured = measure(split, settings, systems, tail, reference, observer, advance, part)
@@ -137,17 +140,15 @@ def check_writable(folders: Iterable[Path]) -> None:
             file.flush()
 
 
+def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
+    """The mean of x over the train split; NaN if that is empty, so that no figure around it looks like one."""
+    mean = torch.from_numpy(store.array(f"statistics/{hook}/mean")[:]).double()
+    return mean if store.train.n_tokens else torch.full_like(mean, torch.nan)
+
+
 def _system(loaded: Loaded) -> System | SmoothedOutput:
     smooth = loaded.run.options.smooth
     return SmoothedOutput(loaded.sae, parse_smoothing(smooth)) if smooth else SaeOutput(loaded.sae)
-
-
-def _check_not_empty(store: Store, split: Split, options: EvalOptions) -> None:
-    if not (split.lengths > options.skip_first).any():
-        raise StoreError(
-            f"{store.location}: its {options.split} split has no position from {options.skip_first} on in "
-            f"{split.n_sequences} sequences. Harvest more tokens, or a larger share for it (--eval-every)."
-        )
 
 
 def _check_agreed(part: Part, no_tail: str | None) -> None:

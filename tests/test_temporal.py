@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tcsae.evaluate import batches
 from tcsae.evaluate.measures import code_ops
 from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
-from tcsae.evaluate.measures.temporal import N_LAGS, Collector, no_sums
+from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, no_sums
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
     MIN_FIRINGS,

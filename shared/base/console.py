@@ -7,11 +7,24 @@ from contextlib import contextmanager
 PLAIN_EVERY_S = 30.0
 
 
+LEGIBLE = {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0x2028: "⏎", 0x2029: "⏎"}
+
+
+def legible(text: str) -> str:
+    """Text as one line that a terminal cannot take for commands: line ends and tabs as signs, control codes escaped.
+
+    Names of files, runs and tokens may hold anything; bidirectional marks are escaped, too.
+    """
+    return "".join(
+        LEGIBLE.get(ord(one)) or (one if one.isprintable() else one.encode("unicode_escape").decode()) for one in text
+    )
+
+
 def say(text: str) -> None:
     """One line about what is going on, on stderr."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(legible(text), markup=False)
 
 
 @contextmanager
@@ -22,7 +35,7 @@ def progress(title: str, total: int, unit: str = "tokens", done: int = 0) -> Ite
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console, title = Console(stderr=True), legible(title)
     manager = _bar(console, title, total, unit, done) if console.is_terminal else _lines(title, total, unit, done)
     with manager as advance:
         yield advance
@@ -80,9 +93,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=legible(title), title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        grid.add_column(legible(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*map(_cell, row))
     # A pipe has no width: never cut a column there. Names are data, not markup.
@@ -108,7 +121,7 @@ def _cell(value: object) -> str:
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return legible(str(value))
 
 
 def _si(value: float) -> str:

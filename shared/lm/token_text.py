@@ -5,20 +5,15 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tcsae.shared.base.console import legible
+from tcsae.shared.base.errors import StoreError
+
 if TYPE_CHECKING:
     from tcsae.shared.store.reader import Store
 
 
-LEGIBLE = {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0x2028: "⏎", 0x2029: "⏎"}
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes part of a character to."""
-
-
-def legible(text: str) -> str:
-    """Text as one line that a terminal cannot take for commands: line ends and tabs as signs, control codes escaped."""
-    return "".join(
-        LEGIBLE.get(ord(one)) or (one if one.isprintable() else one.encode("unicode_escape").decode()) for one in text
-    )
 
 
 class TokenTexts:
@@ -45,7 +40,12 @@ class TokenTexts:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of a damaged file, anything the library meets
+            what = " ".join(str(error).split())[:200]
+            message = f"The tokenizer at {self.path} cannot be read ({what}). Harvest the store again."
+            raise StoreError(message) from error
 
     def _text(self, token: int) -> str:
         if self.path is None:

@@ -35,9 +35,9 @@ TRAIN_AGAIN = "Train that run again."
 
 def run_folders(runs_path: Path) -> list[Path]:
     """Every run's folder, finished or not, by name. Empty if there is no such folder of runs."""
-    if not runs_path.is_dir():
-        return []
     try:
+        if not runs_path.is_dir():
+            return []
         return sorted(path for path in runs_path.iterdir() if path.is_dir() and _is_run_name(path.name))
     except OSError as error:
         raise RunError(f"{runs_path} cannot be read ({reason(error)}). Allow it, or give another --runs.") from error
@@ -152,7 +152,9 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
         except OSError as error:
             raise RunError(f"{file} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
         if differs:
-            raise RunError(f"{file} is damaged or of another run: its digest is not that in {RECORD}. {TRAIN_AGAIN}")
+            raise RunError(
+                f"{file} is damaged or of another run: its digest is not that in {RECORD}. Copy it again, or train that run again."
+            )
     if _digests(record):
         _check_agreement(path, record)
 
@@ -239,15 +241,16 @@ def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
 def _metrics_line(text: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(text.decode())
-    except (ValueError, RecursionError):
+        figures = line.values() if "event" not in line else [line["step"]]
+        is_step = math.isfinite(line["step"]) and all(value is None or _is_number(value) for value in figures)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    if not isinstance(line, dict) or not _is_number(line.get("step")) or not math.isfinite(line["step"]):
-        return None
-    return line if "event" in line or all(value is None or _is_number(value) for value in line.values()) else None
+    return line if is_step else None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Raises OverflowError for an integer that no float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isinstance(float(value), float)
 
 
 @contextmanager
