@@ -152,9 +152,7 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
         except OSError as error:
             raise RunError(f"{file} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
         if differs:
-            raise RunError(
-                f"{file} is damaged or of another run: its digest is not that in {RECORD}. Copy it again, or train that run again."
-            )
+            raise RunError(f"{file} is damaged or of another run: its digest is not that in {RECORD}. {TRAIN_AGAIN}")
     if _digests(record):
         _check_agreement(path, record)
 
