@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store.reader import Split
 
 
@@ -94,6 +95,16 @@ def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int,
     """First sequence and end of every batch."""
     piece = document_numbers(split)[1][: n_sequences(split, max_tokens)]
     return list(_ranges(piece, max(1, BATCH_TOKENS // split.store.sequence_length)))
+
+
+def check_counted(split: Split, skip_first: int, n_sequences: int | None = None) -> None:
+    """Raises StoreError if no position is counted, of the first `n_sequences` or of all: no figure would be one."""
+    lengths = split.lengths[:n_sequences]
+    if not (lengths > skip_first).any():
+        raise StoreError(
+            f"{split.store.location}: its {split.name} split has no position from {skip_first} on in {len(lengths)} "
+            "sequences. Harvest more tokens, or a larger share for it (--eval-every)."
+        )
 
 
 def n_sequences(split: Split, max_tokens: int | None) -> int:

@@ -1,8 +1,9 @@
 """Which folders below --runs are evaluated, with which options, and what of that is done already."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 from tcsae.evaluate.measures import core as metrics
@@ -12,7 +13,9 @@ from tcsae.shared.base.errors import RunError, TcsaeError
 from tcsae.shared.base.files import file_digest
 from tcsae.shared.base.settings import to_dict
 from tcsae.shared.sae.folder import (
+    CONFIG,
     EVALUATION,
+    METRICS,
     RECORD,
     WEIGHTS,
     find_runs,
@@ -20,9 +23,10 @@ from tcsae.shared.sae.folder import (
     load_evaluation,
     load_record,
     load_sae,
+    reason,
 )
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign
+from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
 from tcsae.shared.store.reader import Store
 
 UNTRAINED = "logged-"
@@ -89,6 +93,8 @@ class Candidate(NamedTuple):
     record: dict[str, Any]
     """tcsae.json, or for a foreign SAE the little that is known."""
     options: EvalOptions
+    differences: tuple[str, ...] = ()
+    """What a foreign SAE says of its training data that is otherwise in the store."""
 
     @property
     def name(self) -> str:
@@ -105,68 +111,133 @@ class Loaded(NamedTuple):
     """sha256 of the file that the SAE was loaded from."""
 
 
+UNFINISHED = f"has no {RECORD}: its training is unfinished"
+
+
 def evaluable(runs_path: Path, names: Collection[str]) -> list[Path]:
-    """Folders with a finished run or a foreign SAE. Raises RunError if there is none, or a named one is unfinished."""
+    """Folders with a finished run or a foreign SAE. Raises RunError if there is none, or a named one is neither."""
     folders = find_runs(runs_path, names)
-    unfinished = [path for path in folders if not is_finished(path) and not is_foreign(path)]
-    if unfinished and (names or len(unfinished) == len(folders)):
-        raise RunError(
-            f"{unfinished[0]} has no {RECORD}: its training is unfinished. Go on: tcsae --runs {runs_path} train"
-        )
-    for path in unfinished:
-        say(f"{path.name}: skipped, its training is unfinished (no {RECORD}).")
-    return [path for path in folders if path not in unfinished]
+    unusable = {path: why for path in folders if (why := why_not_evaluable(path))}
+    if unusable and (names or len(unusable) == len(folders)):
+        path, why = next(iter(unusable.items()))
+        go_on = f" Go on: tcsae --runs {runs_path} train" if why == UNFINISHED else ""
+        raise RunError(f"{path} {why}.{go_on}")
+    for path, why in unusable.items():
+        what = f"its training is unfinished (no {RECORD})" if why == UNFINISHED else f"it {why}"
+        say(f"{path.name}: skipped, {what}.")
+    return [path for path in folders if path not in unusable]
+
+
+def why_not_evaluable(path: Path) -> str | None:
+    """What a run's folder lacks or is, as "has no ...": unfinished, or an SAE in a format that is not read."""
+    if is_finished(path) or is_foreign(path):
+        return None
+    if form := other_format(path):
+        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS})"
+    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    if len(missing) == 1 and not (path / METRICS).is_file():
+        there = WEIGHTS if missing == [CONFIG] else CONFIG
+        return f"has {there} but no {missing[0]}: copy the whole folder"
+    return UNFINISHED
 
 
 def candidate(store: Store, path: Path, request: Request) -> Candidate:
     """The run at `path`. Raises RunError if it was never trained or does not fit the store, StoreError for its hook."""
-    record = _foreign_record(store, path) if is_foreign(path) else load_record(path)
-    try:
-        preset, hook, width = record["preset"], record["hook"], record["sae"]["d_model"]
-        steps, skip_first = record["steps"], record["train"]["data"]["skip_first"]
-        _ = record["tokens"], record["store"]["content"]
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path / RECORD} lacks {error}: it is damaged, or no run of ours. Train it again.") from error
-    if steps == 0 and not preset.startswith(UNTRAINED):
+    if is_foreign(path):
+        config = foreign_config(path)
+        record, differences = _foreign_record(store, config), foreign_differences(store, config, request.skip_first)
+    else:
+        record, differences = load_record(path), []
+    check_record(path, record)
+    if record["steps"] == 0 and not record["preset"].startswith(UNTRAINED):
         raise RunError(f"no figures: its SAE has taken 0 optimiser steps. Train it, or use a {UNTRAINED}* preset.")
+    hook, width = record["hook"], record["sae"]["d_model"]
     d_store = store.d_model(hook)
     if width != d_store:
         raise RunError(
             f"its SAE reads d_model {width}, but {hook} in {store.location} has d_model {d_store}. "
             "Evaluate it on a store of its own model, or name the runs that fit with --run."
         )
-    skip_first = skip_first if request.skip_first is None else request.skip_first
-    return Candidate(
-        path,
-        record,
-        EvalOptions(
-            hook=hook,
-            skip_first=skip_first,
-            splice=request.splice,
-            temporal=request.temporal,
-            baselines=request.baselines,
-        ),
+    skip_first = record["train"]["data"]["skip_first"] if request.skip_first is None else request.skip_first
+    options = EvalOptions(
+        hook=hook,
+        skip_first=skip_first,
+        splice=request.splice,
+        temporal=request.temporal,
+        baselines=request.baselines,
     )
+    return Candidate(path, record, options, tuple(differences))
 
 
-def _foreign_record(store: Store, path: Path) -> dict[str, Any]:
+RECORD_VALUES: dict[str, type | UnionType] = {
+    "preset": str,
+    "hook": str,
+    "sae.d_model": int,
+    "train.data.skip_first": int,
+    "steps": int | None,
+    "tokens": int | None,
+    "store.content": str | None,
+}
+"""What an evaluation reads of tcsae.json, and what it may be."""
+
+
+def check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises RunError if tcsae.json lacks a value that an evaluation needs, or has one of another type."""
+    for name, kind in RECORD_VALUES.items():
+        value: Any = record
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise RunError(
+                    f"{path / RECORD} lacks {key!r}: it is damaged, or no run of ours. Train it again, or remove it."
+                )
+            value = value[key]
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise RunError(f"{path / RECORD} has {name}={value!r:.80}: it is damaged. Train it again, or remove it.")
+
+
+def _foreign_record(store: Store, config: Mapping[str, Any]) -> dict[str, Any]:
     """What tcsae.json would say, as far as cfg.json says it."""
-    config = foreign_config(path)
     hook = config["hook_name"]
     names = {one.canonical: one.requested for one in store.manifest.recipe.hooks}
     return {
         "preset": f"SAELens {config['architecture']}",
         "hook": names.get(hook, hook) or store.hook(),
-        "sae": {"d_model": config.get("d_in"), "d_sae": config.get("d_sae")},
+        "sae": {"d_model": config.get("d_in") or store.d_model(names.get(hook, hook) or store.hook())},
         "steps": None,
         "tokens": None,
-        "train": {"data": {"skip_first": FOREIGN_SKIP_FIRST}},
+        "train": {"data": {"skip_first": max(FOREIGN_SKIP_FIRST, trained_positions(config).start or 0)}},
         "store": {"content": None},
     }
 
 
+def foreign_differences(store: Store, config: Mapping[str, Any], skip_first: int | None = None) -> list[str]:
+    """What an SAE of others says of its training data that is otherwise in the store, or here; a line each.
+
+    `skip_first`: as given on the command line; by default nothing that its seqpos_slice leaves out is counted.
+    """
+    found, sequences = [], store.manifest.recipe.sequences
+    bos = config.get("prepend_bos")
+    if bos is not None and bos != sequences.prepend_bos:
+        found.append(
+            f"prepend_bos={str(bos).lower()} in its training, but the store has "
+            f"{'a' if sequences.prepend_bos else 'no'} BOS: early positions are not what it was trained on"
+        )
+    positions = trained_positions(config)
+    first = positions.start or 0
+    if positions.stop is not None or positions.step not in (None, 1) or first < 0 or first > (skip_first or first):
+        found.append(
+            f"seqpos_slice={config['seqpos_slice']} in its training, but all positions from the first counted on are "
+            f"scored, up to {sequences.length}: also some that it was not trained on"
+        )
+    model, theirs = store.manifest.recipe.model.name, config.get("model_name")
+    ours_short, theirs_short = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (model, theirs))
+    if theirs and not (ours_short.startswith(theirs_short) or theirs_short.startswith(ours_short)):
+        found.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
+    return found
+
+
 def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
-    """What an earlier evaluation found, if nothing that it depends on has changed.
+    """The earlier evaluation, if nothing that it depends on has changed.
 
     One that measured more (temporal, baselines) than is asked for now will do.
     """
@@ -183,15 +254,14 @@ def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
 
 
 def load(run: Candidate) -> Loaded:
-    """Load a run's SAE. Raises RunError, naming the tensor, if a weight is NaN or infinite."""
+    """Load a run's SAE. Raises RunError if it does not fit its config, or a weight is NaN or infinite."""
     sae = load_foreign(run.path) if is_foreign(run.path) else load_sae(run.path)
-    for name, tensor in sae.tensors().items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise RunError(f"{bad} values of {name} in {WEIGHTS} are NaN or infinite. Train it again.")
     if sae.config.d_model != run.record["sae"]["d_model"]:
         raise RunError(f"{WEIGHTS} is of d_model {sae.config.d_model}, its config says {run.record['sae']['d_model']}.")
-    return Loaded(run, sae, file_digest(run.path / WEIGHTS))
+    try:
+        return Loaded(run, sae, file_digest(run.path / WEIGHTS))
+    except OSError as error:
+        raise RunError(f"{run.path / WEIGHTS} cannot be read ({reason(error)}). Start again once it can.") from error
 
 
 class Work(NamedTuple):

@@ -9,10 +9,14 @@ import safetensors.torch
 from torch import Tensor
 
 from tcsae.evaluate.candidates import smoothed_file
+from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import interval, jackknife, point
-from tcsae.evaluate.run import REPLICATES
 from tcsae.shared.base.console import table
 from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.files import file_digest
+from tcsae.shared.sae.folder import reason
+
+AGAIN = "Evaluate again: tcsae eval --force"
 
 
 def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -28,11 +32,10 @@ def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> 
                 "paired. Give both the same: tcsae eval --force, with --skip-first if that is what differs."
             )
     found = {}
-    rows = [_rows(_replicates(runs_path, evaluation)) for evaluation in (one, other)]
+    rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
     for name in sorted(rows[0].keys() & rows[1].keys()):
         a, b = rows[0][name], rows[1][name]
-        figures = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
-        found[name] = figures
+        found[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
     return found | _temporal_differences(one, other)
 
 
@@ -69,14 +72,14 @@ def _comparable(evaluation: dict[str, Any], key: str) -> Any:
     return {name: evaluation["options"][name] for name in ("hook", "skip_first", "splice", "split")}
 
 
-def _replicates(runs_path: Path, evaluation: dict[str, Any]) -> Path:
+def _rows(runs_path: Path, evaluation: dict[str, Any]) -> dict[str, Tensor]:
+    """Every figure on each resampling. Raises RunError unless the file is the one written with the evaluation."""
     smooth = evaluation["options"].get("smooth")
-    run = evaluation["name"].removesuffix(f"+{smooth}")
-    return runs_path / run / smoothed_file(REPLICATES, smooth)
-
-
-def _rows(path: Path) -> dict[str, Tensor]:
+    file = smoothed_file(REPLICATES, smooth)
+    path = runs_path / evaluation["name"].removesuffix(f"+{smooth}") / file
     try:
+        if evaluation["files"][file] != file_digest(path):
+            raise RunError(f"{path} is of another evaluation than the figures beside it. {AGAIN}")
         return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({error}). Evaluate again: tcsae eval --force") from error
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}). {AGAIN}") from error

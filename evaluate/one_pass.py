@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import Batch, Settings, batches, document_numbers
+from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
     COLUMNS,
@@ -47,16 +48,20 @@ class Observer(Protocol):
 
 
 class Measured(NamedTuple):
-    """What a pass found, summed per document."""
+    """Sums of a pass: of `counted` and `skipped` a row for each resampling, of losses a row for each document.
+
+    So memory grows with documents by a few numbers for each system, not by d_model.
+    """
 
     counted: list[Sums]
     """One for each system, over the counted positions."""
     skipped: list[Sums]
     firings: list[Int[Tensor, "2 d_sae"] | None]
-    """`activity.firing_counts` over the counted positions; None for a system without latents."""
+    """`core.firing_counts` over the counted positions; None for a system without latents."""
     losses: list[Losses]
     """One for each system; empty without a tail."""
     reference: Reference | None
+    resamplings: Resamplings
 
 
 @torch.inference_mode()
@@ -77,7 +82,9 @@ def measure(
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
-    sums = _Accumulator(len(systems), n_documents, len(settings.mean))
+    n_predictions, n_positions = _counts(split, settings.skip_first, n_documents)
+    resamplings = Resamplings(n_documents, int((n_positions > 0).sum()))
+    sums = _Accumulator(len(systems), resamplings, len(settings.mean))
     losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64)
     plain = torch.zeros(4, 2, n_documents, dtype=torch.float64)
     if observer is not None:
@@ -86,6 +93,7 @@ def measure(
         x_counted, x_skipped = batch.x[batch.counted], batch.x[batch.skipped]
         counted = _Positions(batch, batch.counted, widen(x_counted, settings.mean))
         skipped = _Positions(batch, batch.skipped, widen(x_skipped, settings.mean))
+        sums.begin(batch.document)
         sums.add_inputs(counted, skipped)
         if observer is not None:
             observer.begin(batch, x_counted)
@@ -111,10 +119,13 @@ def measure(
     sums.add_up(part)
     part.add_up((losses, plain))
     if tail is not None and reference is None:
-        reference = Reference(*_counts(split, settings.skip_first, n_documents), *(Losses(*one) for one in plain))
-    return Measured(*sums.result(), [Losses(*one) for one in losses] if tail is not None else [], reference)
+        reference = Reference(n_predictions, n_positions, *(Losses(*one) for one in plain))
+    of_systems = [Losses(*one) for one in losses] if tail is not None else []
+    return Measured(*sums.result(), of_systems, reference, resamplings)
 
 
+OPEN_DOCUMENTS = 1024
+"""Documents with rows of their own, at most (or as many as a batch has): 8 MB at d_model 512."""
 CLEAN, ABLATION, ZERO, MEAN = -4, -3, -2, -1
 """Where the losses that no SAE changes stand, counted from the end."""
 
@@ -133,43 +144,85 @@ class _Positions(NamedTuple):
 
 
 class _Accumulator:
-    """Sums per document for all systems."""
+    """Sums on every resampling of the documents, for all systems.
 
-    def __init__(self, n_systems: int, n_documents: int, d_model: int) -> None:
-        double = torch.float64
-        self.n = torch.zeros(2, n_documents, dtype=double)
-        self.x = torch.zeros(2, n_documents, d_model, dtype=double)
-        self.columns = torch.zeros(2, n_systems, n_documents, len(COLUMNS), dtype=double)
+    Documents come in order, so only those of the last few batches have rows of their own: once there are more than
+    OPEN_DOCUMENTS, the finished ones are added to each resampling as often as it draws them.
+    """
+
+    def __init__(self, n_systems: int, resamplings: Resamplings, d_model: int) -> None:
+        self.resamplings = resamplings
+        self.first = 0
+        """The document of the first open row."""
+        self.n = torch.zeros(2, resamplings.n_documents, dtype=torch.float64)
+        self.x, self.columns = self._zeros(n_systems, resamplings.n_rows, d_model)
+        self.open_x, self.open_columns = self._zeros(n_systems, 0, d_model)
         self.firings: list[Tensor | None] = [None] * n_systems
+
+    @staticmethod
+    def _zeros(n_systems: int, n_rows: int, d_model: int) -> tuple[Tensor, Tensor]:
+        """Of x, and of what is summed for each system; the first axis: counted, skipped."""
+        shapes = (2, n_rows, d_model), (2, n_systems, n_rows, len(COLUMNS))
+        return torch.zeros(shapes[0], dtype=torch.float64), torch.zeros(shapes[1], dtype=torch.float64)
+
+    def begin(self, document: Int[Tensor, " batch"]) -> None:
+        """Open rows for the documents of the next batch."""
+        low, high = int(document[0]), int(document[-1])
+        n_open = self.open_x.shape[1]
+        if not n_open:
+            self.first = low
+        elif high - self.first >= OPEN_DOCUMENTS:
+            self._close(low)
+            n_open = self.open_x.shape[1]
+        if (missing := high + 1 - self.first - n_open) > 0:
+            wide = max(missing, min(n_open, OPEN_DOCUMENTS))  # doubled, so that rows are seldom copied
+            more_x, more_columns = self._zeros(len(self.firings), wide, self.x.shape[2])
+            self.open_x = torch.cat((self.open_x, more_x), 1)
+            self.open_columns = torch.cat((self.open_columns, more_columns), 2)
+
+    def _close(self, stop: int) -> None:
+        """Add the documents before `stop` to the resamplings."""
+        for start, end in self.resamplings.blocks(self.first, stop):
+            weights, rows = self.resamplings.weights(start, end), slice(start - self.first, end - self.first)
+            for kind in (0, 1):
+                self.x[kind].addmm_(weights, self.open_x[kind, rows])
+                for i in range(len(self.firings)):
+                    self.columns[kind, i].addmm_(weights, self.open_columns[kind, i, rows])
+        done = stop - self.first
+        self.open_x, self.open_columns = self.open_x[:, done:].clone(), self.open_columns[:, :, done:].clone()
+        self.first = stop
 
     def add_inputs(self, *parts: _Positions) -> None:
         for kind, part in enumerate(parts):
             documents = part.batch.document[part.sequence]
             self.n[kind] += torch.bincount(documents, minlength=self.n.shape[1])
-            self.x[kind].index_add_(0, documents, part.inputs.x)
+            self.open_x[kind].index_add_(0, documents - self.first, part.inputs.x)
 
     def add(self, i: int, counted: _Positions, output: Output, skipped: _Positions, rest: Output) -> None:
-        for kind, (part, made) in enumerate(((counted, output), (skipped, rest))):
-            batch_columns = token_columns(part.inputs, made)
+        for kind, (part, of_part) in enumerate(((counted, output), (skipped, rest))):
+            batch_columns = token_columns(part.inputs, of_part)
             first, last = int(part.batch.document[0]), int(part.batch.document[-1])
             documents = part.batch.document[part.sequence] - first
-            self.columns[kind, i, first : last + 1] += sum_rows(batch_columns, documents, last + 1 - first)
+            rows = slice(first - self.first, last + 1 - self.first)
+            self.open_columns[kind, i, rows] += sum_rows(batch_columns, documents, last + 1 - first)
         if output.code is not None:
-            found = firing_counts(output.code, counted.sequence, len(counted.batch.tokens))
+            counts = firing_counts(output.code, counted.sequence, len(counted.batch.tokens))
             before = self.firings[i]
-            self.firings[i] = found if before is None else before + found
-            assert found.shape[1] == n_latents(output.code)
+            self.firings[i] = counts if before is None else before + counts
+            assert counts.shape[1] == n_latents(output.code)
 
     def add_up(self, part: Part) -> None:
         """The sums of all parts, in rank 0."""
+        self._close(min(self.first + self.open_x.shape[1], self.resamplings.n_documents))
         part.add_up((self.n, self.x, self.columns))
         for i, one in enumerate(zip(*part.gather(self.firings), strict=True)):
             seen = [firings for firings in one if firings is not None]
             self.firings[i] = torch.stack(seen).sum(0) if seen else None
 
     def result(self) -> tuple[list[Sums], list[Sums], list[Tensor | None]]:
+        n = self.resamplings.sums(self.n.T)
         counted, skipped = (
-            [Sums(self.n[kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
+            [Sums(n[:, kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
         )
         return counted, skipped, self.firings
 

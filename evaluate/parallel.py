@@ -52,13 +52,13 @@ class Part(NamedTuple):
         dist.gather_object(found, gathered)
         return gathered or []
 
-    def told(self, word: Any) -> list[Any]:
-        """What each process says, told to all."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of each process, in order, in all."""
         if not self.ours.several:
-            return [word]
-        words = [None] * self.ours.world
-        dist.all_gather_object(words, word)
-        return words
+            return [value]
+        values = [None] * self.ours.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 def part_of(split: Split, skip_first: int, ours: Ranks) -> Part:

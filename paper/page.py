@@ -17,9 +17,11 @@ from tcsae.paper.sections import SECTIONS, TABLE, TABLE_ARMS, Section, arms_of
 from tcsae.paper.stores import squared_norm
 from tcsae.paper.tables import LEGEND, markdown, table
 from tcsae.shared.base.files import write_atomic, write_json
+from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
 PAGE, DATA = "README.md", "results.json"
+CURE = "Free some space, or give another --out; what is trained and evaluated stays."
 STAGES = ("harvest", "train", "eval")
 TABLE_TITLE = "The paper's table"
 TABLE_QUESTION = (
@@ -53,11 +55,12 @@ class Made(NamedTuple):
 
 def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> Path:
     """Write the page about the questions `keys`, which are complete, into the folder `out`; returns the page."""
-    out.mkdir(parents=True, exist_ok=True)
     chosen = [section for section in SECTIONS if section.key in keys]
-    for section in chosen:
-        if section.picture:
-            draw(section.picture, results, out / f"{section.picture}.svg")
+    with writing(out, CURE):
+        out.mkdir(parents=True, exist_ok=True)
+        for section in chosen:
+            if section.picture:
+                draw(section.picture, results, out / f"{section.picture}.svg")
     shown = [_section(section, results, made) for section in chosen]
     if TABLE in keys:
         body = {
@@ -76,8 +79,9 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> 
     )
     about = _about(results, keys, made)
     text = environment.get_template("page.md.j2").render(sections=shown, cut=CUT, **about)
-    write_json(out / DATA, _data(chosen, results, keys))
-    write_atomic(out / PAGE, text.encode())
+    with writing(out, CURE):
+        write_json(out / DATA, _data(chosen, results, keys))
+        write_atomic(out / PAGE, text.encode())
     return out / PAGE
 
 

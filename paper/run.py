@@ -10,6 +10,7 @@ from typing import Any
 
 from tcsae.evaluate.candidates import Request as Evaluation
 from tcsae.evaluate.candidates import smoothed_file
+from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
 from tcsae.paper.page import Made, title_of, write_page
@@ -19,7 +20,7 @@ from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Asked, Place, natural_segmen
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import ranks, wait_for_all
 from tcsae.shared.base.errors import ConfigError, unknown
-from tcsae.shared.sae.folder import EVALUATION, is_finished, load_evaluation, load_record
+from tcsae.shared.sae.folder import EVALUATION, is_finished, load_evaluation, load_record, reason, writing
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.plan import Request, Run, plan_runs
 from tcsae.train.run import train_runs, train_together
@@ -88,9 +89,10 @@ def timed(place: Place, key: str, stage: str) -> Iterator[None]:
     yield
     spent = time.process_time() - start
     if spent > 1:
-        place.work.mkdir(parents=True, exist_ok=True)
-        with (place.work / TIMES).open("a") as file:
-            file.write(json.dumps({"key": key, "stage": stage, "processor_s": round(spent, 1)}) + "\n")
+        with writing(place.work / TIMES, "Free some space, or give another --work."):
+            place.work.mkdir(parents=True, exist_ok=True)
+            with (place.work / TIMES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "stage": stage, "processor_s": round(spent, 1)}) + "\n")
 
 
 def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
@@ -167,7 +169,7 @@ def _load(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results:
         return False
     file = smoothed_file(EVALUATION, arm.smooth or None)
     found = [load_evaluation(folder, store.content, file) for folder in folders]
-    if any(one is None for one in found):
+    if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in found):
         return False
     results.evaluations[arm] = [one for one in found if one is not None]
     results.records[arm] = [load_record(folder) for folder in folders]
@@ -175,5 +177,23 @@ def _load(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results:
 
 
 def _times(place: Place) -> list[dict[str, Any]]:
+    """The lines of times.jsonl; those that are damaged are left out, and how many is said."""
     path = place.work / TIMES
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        texts = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        say(f"{path} cannot be read ({reason(error)}): the page leaves the times out.")
+        return []
+    lines = [line for line in map(_time, texts) if line is not None]
+    if n_bad := len(texts) - len(lines):
+        say(f"{path}: {n_bad} of {len(texts)} lines are damaged and left out.")
+    return lines
+
+
+def _time(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+        spent = float(line["processor_s"])
+        return {"key": str(line["key"]), "stage": str(line["stage"]), "processor_s": spent}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import Request
 from tcsae.evaluate.compare import differences
+from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import N_RESAMPLINGS, resamplings
 from tcsae.evaluate.measures.cross_entropy import sequence_losses
 from tcsae.evaluate.measures.saebench import FILE, max_cosines
-from tcsae.evaluate.run import REPLICATES, evaluate_runs
+from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import Tail
@@ -103,8 +104,9 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     assert call(store, tmp_path, "--compare", "a").exit_code == 2
 
 
-def test_probes_are_compared_on_the_same_documents(store, tmp_path, monkeypatch):
-    """The toy's sequences are too short for the usual gap."""
+def test_probes_are_compared_on_the_same_documents(tmp_path_factory, tmp_path, monkeypatch):
+    """The toy's sequences are too short for the usual gap, and its documents too few to test every other one on."""
+    store = toy.write_store(tmp_path_factory.mktemp("more") / "a.zarr", toy.make_model(), {"train": 30, "eval": 60})
     monkeypatch.setattr("tcsae.evaluate.measures.probes.GAP", 2)
     monkeypatch.setattr("tcsae.evaluate.measures.probes.MIN_TOKENS", 6)
     for name, seed in (("a", 0), ("b", 0), ("other", 4)):

@@ -214,12 +214,14 @@ def test_what_is_evaluated_is_kept_until_something_differs(store, model, tmp_pat
     assert redone()
     assert not redone()
     assert redone(force=True)
-    weights, evaluation = (path / "sae_weights.safetensors").read_bytes(), (path / "eval.json").read_bytes()
+    names = ("sae_weights.safetensors", "tcsae.json", "eval.json")
+    weights, record, evaluation = ((path / name).read_bytes() for name in names)
 
     make_run(tmp_path, "one", make_sae(seed=5), store)
     (path / "eval.json").write_bytes(evaluation)
     assert redone(), "other weights"
     (path / "sae_weights.safetensors").write_bytes(weights)
+    (path / "tcsae.json").write_bytes(record)
     assert redone(), "the first weights again"
 
     for damage in (b"", b"[]", evaluation.replace(b'"skip_first": 1', b'"skip_first": 2')):

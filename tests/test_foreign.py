@@ -98,7 +98,7 @@ def test_configs_from_before_saelens_6(tmp_path):
         ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu' is not supported"),
         ({"metadata": {"hook_head_index": 3}}, "hook_head_index=3 is not supported"),
         ({"architecture": "jumprelu"}, "does not hold the weights that cfg.json speaks of"),
-        ({"architecture": "topk", "k": None}, "does not hold the weights"),
+        ({"architecture": "topk", "k": None}, "k=None is no value of an SAE in SAELens' layout"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, config, message):

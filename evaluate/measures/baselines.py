@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tcsae.evaluate.measures.core import Output
 from tcsae.evaluate.systems import SaeOutput, System
+from tcsae.shared.base.errors import StoreError
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.reader import Store
 
@@ -77,13 +78,16 @@ def sized_baselines(store: Store, hook: str, skip_first: int, like: SaeConfig) -
 def sample_moments(
     store: Store, hook: str, skip_first: int
 ) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, "d_model d_model"]]:
-    """Mean and covariance of x over about PCA_TOKENS counted positions, from evenly spaced train chunks."""
+    """Mean and covariance of x over about PCA_TOKENS counted positions, from evenly spaced train chunks.
+
+    Raises StoreError if the train split has none.
+    """
     split, step = store.train, store.sequences_per_chunk
     chunks = range(0, split.n_sequences, step)
-    wanted = max(1, math.ceil(PCA_TOKENS / (step * store.sequence_length)))
+    n_chunks = max(1, math.ceil(PCA_TOKENS / (step * store.sequence_length)))
     n, total = 0, torch.zeros(store.d_model(hook), dtype=torch.float64)
     second = torch.zeros(len(total), len(total), dtype=torch.float64)
-    for i in np.unique(np.linspace(0, len(chunks) - 1, min(wanted, len(chunks))).astype(int)):
+    for i in np.unique(np.linspace(0, len(chunks) - 1, min(n_chunks, len(chunks))).astype(int)):
         start = chunks[i]
         stop = min(start + step, split.n_sequences)
         position = np.arange(store.sequence_length)
@@ -91,5 +95,10 @@ def sample_moments(
         x = torch.from_numpy(split.read(hook, start, stop)[counted]).double()
         n, total = n + len(x), total + x.sum(0)
         second += x.T @ x
-    mean = total / max(n, 1)
-    return mean, second / max(n, 1) - torch.outer(mean, mean)
+    if not n:
+        raise StoreError(
+            f"{store.location}: its train split has no position from {skip_first} on, so there are no principal "
+            "components of it. Evaluate without --baselines."
+        )
+    mean = total / n
+    return mean, second / n - torch.outer(mean, mean)

@@ -1,5 +1,6 @@
 """Cross-entropy and KL divergence through the tail: what the language model loses when it reads xhat instead of x."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import Settings
+from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.shared.base.files import json_digest, write_atomic
 from tcsae.shared.lm.tail import Tail
@@ -48,9 +50,6 @@ class Losses(NamedTuple):
 
     ce: Float64[Tensor, " rows"]
     kl: Float64[Tensor, " rows"]
-
-    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Losses":
-        return Losses(weights @ self.ce, weights @ self.kl)
 
 
 def splice(
@@ -151,9 +150,18 @@ class Reference(NamedTuple):
     mean: Losses
     """The mean of the train split at the replaced positions."""
 
-    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Reference":
-        n_predictions, n_positions = weights @ self.n_predictions, weights @ self.n_positions
-        return Reference(n_predictions, n_positions, *(one.weighted(weights) for one in self[2:]))
+
+def resampled(
+    resamplings: Resamplings, reference: Reference, losses: Sequence[Losses]
+) -> tuple[Reference, list[Losses]]:
+    """Losses per document as sums with a row for each resampling."""
+    rows = [reference.clean, reference.ablation, reference.zero, reference.mean, *losses]
+    per_document = torch.stack(
+        (reference.n_predictions, reference.n_positions, *(one for row in rows for one in row)), 1
+    )
+    n_predictions, n_positions, *columns = resamplings.sums(per_document).unbind(1)
+    summed = [Losses(*pair) for pair in zip(columns[::2], columns[1::2], strict=True)]
+    return Reference(n_predictions, n_positions, *summed[:4]), summed[4:]
 
 
 def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[str, Float64[Tensor, " rows"]]:
@@ -203,9 +211,10 @@ def load_reference(runs_path: Path, store: Store, split: str, settings: Settings
     path = reference_path(runs_path, store, split, settings)
     try:
         with safetensors.safe_open(path, "pt") as file:
-            if file.metadata() != _identity(store, split, settings):
-                return None
+            identity = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        if identity != _identity(store, split, settings) | {"digest": _digest(tensors)}:
+            return None
         losses = [Losses(*tensors[name]) for name in LOSSES]
         return Reference(tensors["n_predictions"], tensors["n_positions"], *losses)
     except (OSError, KeyError, safetensors.SafetensorError):  # worked out again, then replaced
@@ -216,5 +225,13 @@ def save_reference(runs_path: Path, store: Store, split: str, settings: Settings
     """Keep the losses, per document."""
     tensors = {name: torch.stack(tuple(getattr(reference, name))) for name in LOSSES}
     tensors |= {name: getattr(reference, name).contiguous() for name in ("n_predictions", "n_positions")}
-    data = safetensors.torch.save(tensors, _identity(store, split, settings))
-    write_atomic(reference_path(runs_path, store, split, settings), data)
+    identity = _identity(store, split, settings) | {"digest": _digest(tensors)}
+    write_atomic(reference_path(runs_path, store, split, settings), safetensors.torch.save(tensors, identity))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names and values: safetensors itself has no checksum."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from tcsae.evaluate.measures.temporal import TemporalSums
-from tcsae.evaluate.measures.temporal_figures import FAR, pool
+from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
+from tcsae.evaluate.measures.temporal_sums import TemporalSums
 
 MEASURES = {
     "density": "share of the counted tokens at which the latent is active (f > 0)",
@@ -38,7 +38,7 @@ def latent_figures(sums: TemporalSums) -> LatentFigures:
     """The measures of each latent, from sums with one row (`TemporalSums.without(None)`)."""
     pooled, p = pool(sums), sums.active[0] / sums.n[0]
     alive = torch.where(sums.active[0] > 0, 1.0, torch.nan)
-    first, both, n_1 = sums.active_first[0], sums.both[0], sums.n_pairs[0, 0].clamp(min=1)
+    first, both, n_1 = sums.active_first[0], sums.both[0], pair_counts(sums)[0]
     moved = 2 * sums.squares[0] - sums.edge_squares[0] - 2 * sums.products[0, 0]
     rho = alive * pooled.covariance_within / pooled.variance_within
     between = sums.between[0] - sums.f[0].square() / pooled.n
@@ -66,4 +66,4 @@ def _shares(by_label: Tensor, n_by_label: Tensor, squares: Tensor) -> Float64[Te
 
 
 def _corrected(share: Tensor, n: Tensor, n_labels: Tensor) -> Tensor:
-    return 1 - (1 - share) * (n - 1) / (n - n_labels) if n > n_labels else torch.full_like(share, torch.nan)
+    return 1 - (1 - share) * (n - 1) / (n - n_labels) if n > n_labels > 1 else torch.full_like(share, torch.nan)

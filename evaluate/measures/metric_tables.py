@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from tcsae.evaluate.measures.temporal_tables import show_temporal
-from tcsae.shared.base.console import table
+from tcsae.shared.base.console import legible, table
 
 COLUMNS = ("", "EV", "cos", "L2 ratio", "L0", "dead %", "CE", "CE score", "KL score")
 
@@ -26,7 +26,7 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         click.echo(_legend(first))
         show_temporal(group, details)
     if evaluations:
-        click.echo(f"All figures, intervals and definitions: {runs}/NAME/eval.json")
+        click.echo(f"All figures, intervals and definitions: {legible(runs)}/NAME/eval.json")
     for rule in dict.fromkeys(one["smoothing"] for one in evaluations if "smoothing" in one):
         click.echo(f"Smoothed codes: {rule}.")
 
@@ -36,7 +36,9 @@ def _row(name: str, figures: dict[str, Any], intervals: dict[str, Any]) -> list[
         value, interval = figures[key], intervals.get(key)
         if value is None:
             return None
-        return f"{value:.4f}" if not interval else f"{value:.4f} ±{(interval[1] - interval[0]) / 2:.4f}"
+        if interval:
+            return f"{value:.4f} ±{(interval[1] - interval[0]) / 2:.4f}"
+        return f"{value:.4f} ±-" if key in intervals else f"{value:.4f}"
 
     dead = None if figures["dead_fraction"] is None else f"{100 * figures['dead_fraction']:.1f}"
     cosine, ratio, kl = (None if figures[key] is None else f"{figures[key]:.4f}" for key in SHARES)
@@ -53,7 +55,7 @@ def _legend(one: dict[str, Any]) -> str:
     ev = f"EV: centred, pooled explained variance over {counted}. ±: half the interval ({one['interval_rule']})."
     figures = one["metrics"]
     if one["no_tail"]:
-        return f"{ev}\nNo tail, so no cross-entropies: {one['no_tail']}"
+        return f"{ev}\nNo tail, so no cross-entropies: {legible(one['no_tail'])}"
     if figures["ce_loss_without_sae"] is None:
         return f"{ev}\nNo cross-entropies: no counted position has a next token."
     clean, zero = figures["ce_loss_without_sae"], figures["ce_loss_with_ablation"]

@@ -212,6 +212,9 @@ def _scored(
     Also the share on every resampling of the documents.
     """
     known = classes[test] >= 0
+    if not known.any():  # no class to name: no tested token is of a frequent id
+        nothing: dict[str, float | list[float] | None] = dict.fromkeys(("value", "null", "difference", "interval"))
+        return nothing, torch.full((1,), torch.nan, dtype=torch.float64)
     document, truth, named = plan.document[test][known], classes[test][known], guesses[known]
     commonest = torch.bincount(truth).argmax()
 

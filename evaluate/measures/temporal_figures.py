@@ -1,4 +1,4 @@
-"""Temporal and position measures, each with its null, from the sums of `temporal`."""
+"""Temporal and position measures, each with its null, from the sums of `temporal_sums`."""
 
 from dataclasses import fields, replace
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from tcsae.evaluate.measures.positions import N_LABELS
-from tcsae.evaluate.measures.temporal import N_BINS, N_LAGS, TemporalSums
+from tcsae.evaluate.measures.temporal_sums import N_BINS, N_LAGS, TemporalSums
 
 FAR = 8
 """A lag that is a measure of its own, with an interval."""
@@ -102,8 +102,8 @@ class Pooled(NamedTuple):
 
 
 def pool(sums: TemporalSums) -> Pooled:
-    """Moments per latent from sums with one row (`TemporalSums.without`)."""
-    n, n_pairs = sums.n[0], sums.n_pairs[0].clamp(min=1)[:, None]
+    """Moments per latent from sums with one row (`TemporalSums.without`); NaN at a lag at which there is no pair."""
+    n, n_pairs = sums.n[0], pair_counts(sums)[:, None]
     mean = sums.f[0] / n
     around = mean * (2 * sums.f[0] - sums.edges[0].cumsum(0))
     around_m = 2 * sums.between[0] - sums.edges_m[0].cumsum(0)
@@ -122,9 +122,14 @@ def pool(sums: TemporalSums) -> Pooled:
     )
 
 
+def pair_counts(sums: TemporalSums) -> Float64[Tensor, " n_lags"]:
+    """Pairs at each lag; NaN for none, as a mean over no pair would come out as a figure that looks like any other."""
+    return torch.where(sums.n_pairs[0] > 0, sums.n_pairs[0], torch.nan)
+
+
 def slowness(sums: TemporalSums, which: Bool[Tensor, " d_sae"]) -> tuple[float, float]:
     """Sum of E(f' - f)^2 over twice the sum of variances, for adjacent tokens and for permuted ones."""
-    pooled, n_1 = pool(sums), sums.n_pairs[0, 0].clamp(min=1)
+    pooled, n_1 = pool(sums), pair_counts(sums)[0]
     adjacent = 2 * sums.squares[0] - sums.edge_squares[0] - 2 * sums.products[0, 0]
     permuted = 2 * (sums.permuted_squares[0] - sums.permuted_products[0])
     total = 2 * n_1 * pooled.variance[which].sum()
@@ -198,7 +203,8 @@ def _share(by_label: Tensor, n_by_label: Tensor, squares: Tensor, which: Tensor)
 
 
 def _corrected(share: Tensor, n: Tensor, n_labels: Tensor) -> float:
-    return float(1 - (1 - share) * (n - 1) / (n - n_labels)) if n > n_labels else torch.nan
+    """NaN with one label, which no variance lies between, or as many as tokens."""
+    return float(1 - (1 - share) * (n - 1) / (n - n_labels)) if n > n_labels > 1 else torch.nan
 
 
 def token_measures(sums: TemporalSums) -> Measures:

@@ -29,7 +29,7 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
     from pathlib import Path
 
     from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
-    from tcsae.shared.base.console import say, size
+    from tcsae.shared.base.console import legible, say, size
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.store.reader import open_store
 
@@ -43,7 +43,8 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
     n = len(written.included)
-    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {folder / 'index.html'}")
+    place_of_report = legible(str(folder / "index.html"))
+    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")
 
 
 @click.command(cls=StageCommand)

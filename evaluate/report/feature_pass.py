@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tcsae.evaluate.batches import batches, n_sequences
+from tcsae.evaluate.batches import batches, check_counted, n_sequences
 from tcsae.evaluate.measures.core import join_codes
 from tcsae.evaluate.measures.latent_figures import LatentFigures, latent_figures
 from tcsae.evaluate.measures.positions import Layout
-from tcsae.evaluate.measures.temporal import Collector, TemporalSums
+from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.contexts import ContextCollector
 from tcsae.evaluate.report.neighbours import FiringSample
 from tcsae.evaluate.systems import code_parts
@@ -63,7 +63,11 @@ class Part(NamedTuple):
 
 @torch.inference_mode()
 def collect_features(part: Part, saes: Sequence[SparseAutoencoder], advance: Callable[[int], None]) -> list[Features]:
-    """Run every SAE over the part, each batch read once; memory depends on latents and sequence length alone."""
+    """Run every SAE over the part, each batch read once; memory depends on latents and sequence length alone.
+
+    Raises StoreError if no position of the part is counted.
+    """
+    check_counted(part.split, part.skip_first, part.n_sequences)
     length, layout = part.split.store.sequence_length, Layout(part.split, part.skip_first)
     makers = [_Maker(sae, layout, length, part.n_tokens) for sae in saes]
     n_tokens = 0

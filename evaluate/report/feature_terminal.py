@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcsae.evaluate.candidates import Candidate, Request, candidate, evaluable, load
+from tcsae.evaluate.measures.temporal_figures import FAR
 from tcsae.evaluate.report.contexts import Context
 from tcsae.evaluate.report.feature_data import LABELS, label_tokens, latent_measures, token_rarity
 from tcsae.evaluate.report.feature_pass import Features, Part, collect_features
 from tcsae.evaluate.report.lens import Lenses
 from tcsae.evaluate.report.neighbours import Nearest, nearest_by_decoder
-from tcsae.shared.base.console import progress, sparkline
+from tcsae.shared.base.console import legible, progress, say, sparkline
 from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.signals import stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
+from tcsae.shared.sae.folder import CONFIG
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.store.reader import Split, Store
 
@@ -59,8 +62,15 @@ def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Foun
         raise RunError(f"Latent {request.latent}: {folders[0].name} has latents 0 to {sae.config.d_sae - 1}.")
     split = store.split(request.split)
     part = Part(split, run.options.hook, run.options.skip_first, request.max_tokens)
-    with progress(f"feature {request.latent}", total=part.n_tokens) as advance:
-        (features,) = collect_features(part, [sae], advance)
+    with stop_on_signals() as stop, progress(f"feature {request.latent}", total=part.n_tokens) as advance:
+
+        def after_batch(n_tokens: int) -> None:
+            advance(n_tokens)
+            stop.check("nothing is shown yet")
+
+        (features,) = collect_features(part, [sae], after_batch)
+    for difference in run.differences:
+        say(f"{run.name}: {CONFIG} says {difference}.")
     return Found(run, sae, request.latent, part, features)
 
 
@@ -71,18 +81,12 @@ def show_feature(store: Store, found: Found, n_contexts: int) -> None:
 
     console, texts, latent = Console(highlight=False), TokenTexts(store), found.latent
     features = found.features
-    console.print(Text(f"Latent {latent} of {found.run.path.name}", style="bold"))
+    console.print(Text(f"Latent {latent} of {legible(found.run.path.name)}", style="bold"))
     if not features.alive[latent]:
         console.print(f"It is active at none of the {features.n_tokens:,} counted {found.split.name} tokens.")
         return
     console.print(_measures(found))
-    rho = [max(0.0, value) for value in features.figures.rho[:, latent].nan_to_num().tolist()]
-    null = float(features.figures.rho_null[latent])
-    console.print(
-        f"persistence       {sparkline([*rho, 0.0], 33)[:-1]} autocorrelation within documents, lags 1 to {len(rho)}: "
-        f"{rho[0]:.3f}, {rho[7]:.3f} at 8; permuted {null:.3f}",
-        soft_wrap=True,
-    )
+    console.print(_persistence(features, latent), soft_wrap=True)
     tokens = label_tokens(features.contexts.kept(latent), found.part.tokens, token_rarity(found.part.tokens))
     console.print(_chips("fires on", [(texts[token], None) for token in tokens]), soft_wrap=True)
     for line in _lens(store, found, texts):
@@ -95,6 +99,18 @@ def show_feature(store: Store, found: Found, n_contexts: int) -> None:
         console.print()
         for line in _context(one, found, texts, console.is_terminal):
             console.print(line, soft_wrap=True)
+
+
+def _persistence(features: Features, latent: int) -> str:
+    """The autocorrelation over lags; a dash where no pair of tokens tells it."""
+    rho, null = features.figures.rho[:, latent].tolist(), float(features.figures.rho_null[latent])
+    shown = [f"{value:.3f}" if np.isfinite(value) else "-" for value in (rho[0], rho[FAR - 1], null)]
+    known = [max(0.0, value) for value in rho if np.isfinite(value)]
+    curve = f"{sparkline([*known, 0.0], len(known) + 1)[:-1]} " if known else ""
+    return (
+        f"persistence       {curve}autocorrelation within documents, lags 1 to {len(rho)}: "
+        f"{shown[0]}, {shown[1]} at {FAR}; permuted {shown[2]}"
+    )
 
 
 def _measures(found: Found) -> str:

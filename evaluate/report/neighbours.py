@@ -72,7 +72,7 @@ class FiringSample:
             both = torch.zeros(stop - first, self.d_sae)
             low, high = torch.searchsorted(by_latent, torch.tensor([first, stop])).tolist()
             # Each firing of a latent of the block meets all that fire at its token.
-            step = max(1, PAIR_BLOCK // max(1, int(counts.max())))
+            step = max(1, PAIR_BLOCK // max(1, int(counts.max()) if len(counts) else 1))
             for at in range(low, high, step):
                 entries = order[at : min(at + step, high)]
                 n = counts[token[entries]]

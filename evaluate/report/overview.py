@@ -114,7 +114,12 @@ def _tail(store: Store, hook: str) -> str:
 
 def _results(evaluation: dict[str, Any]) -> dict[str, Cell]:
     figures, intervals = evaluation["metrics"], evaluation["intervals"]
-    return {name: {"value": figures[name], "interval": intervals.get(name)} for name in RESULTS}
+    return {name: cell(figures[name], intervals, name) for name in RESULTS}
+
+
+def cell(value: float | None, intervals: dict[str, Any], name: str) -> Cell:
+    """A figure with its interval; `no_interval` where it should have one and there are too few documents."""
+    return {"value": value, "interval": intervals.get(name), "no_interval": intervals.get(name, 0) is None}
 
 
 def temporal_cells(evaluation: dict[str, Any], group: str = "all") -> dict[str, Cell]:

@@ -1,7 +1,6 @@
 """The files of a report: pages from templates, data as classic scripts, and the marks that make a folder a report."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ from urllib.parse import quote
 
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import write_json
+from tcsae.shared.sae.folder import read_object, reason, writing
 
 HERE = Path(__file__).parent / "page"
 STATIC = ("style.css", "theme.js", "table.js", "browser.js")
 MARK = "report.json"
 FORMAT, VERSION = "tcsae-report", 1
+CURE = "The report that was there stays. Free some space, or give another --out."
 PER_FILE = 32
 """Sequences whose tokens one file holds."""
 
@@ -42,9 +43,8 @@ class Pages:
             lstrip_blocks=True,
         )
         self.templates.filters |= {"number": number, "path": lambda name: quote(name, safe="")}
-        (folder / "page").mkdir()
         for name in STATIC:
-            shutil.copyfile(HERE / name, folder / "page" / name)
+            self._write(f"page/{name}", (HERE / name).read_text(encoding="utf-8"))
 
     def page(self, path: str, template: str, **values: Any) -> None:
         """A page from a template; `values` are data: markup in them shows as text."""
@@ -65,8 +65,9 @@ class Pages:
 
     def _write(self, path: str, text: str) -> None:
         file = self.folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        with writing(file, CURE):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", newline="")
 
 
 def number(value: Any) -> str:
@@ -82,7 +83,8 @@ def number(value: Any) -> str:
 
 def mark(folder: Path, made_of: Mapping[str, Any]) -> None:
     """Say that `folder` is a report, and of what."""
-    write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": made_of})
+    with writing(folder / MARK, CURE):
+        write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": made_of})
 
 
 def made_of(folder: Path) -> dict[str, Any] | None:
@@ -90,12 +92,16 @@ def made_of(folder: Path) -> dict[str, Any] | None:
 
     Raises RunError if something else is there: nothing but a report is ever replaced.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
     try:
-        found = json.loads((folder / MARK).read_text())
-        if found["format"] == FORMAT:
-            return found["made_of"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read ({reason(error)}). Allow it, or give another --out.") from error
+    try:
+        held = read_object(folder / MARK, "")
+    except RunError:
+        held = {}
+    if held.get("format") == FORMAT:
+        identity = held.get("made_of")
+        return identity if isinstance(identity, dict) else {}
     raise RunError(f"{folder} is there, and it is no report. Give another --out, or move it away.")

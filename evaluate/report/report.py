@@ -17,10 +17,12 @@ from tcsae.evaluate.report.report_runs import Excluded, Included, choose_runs
 from tcsae.evaluate.report.sae_page import sae_page
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import file_digest, write_folder
+from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
-from tcsae.shared.sae.folder import EVALUATION
+from tcsae.shared.sae.folder import EVALUATION, writing
 from tcsae.shared.store.reader import Store
 
+UNWRITTEN = "the report that was there, if any, stays"
 PASS_LATENTS = 65_536
 """Latents of all SAEs that go through the store together: some 40 KB each at sequences of 128."""
 
@@ -50,7 +52,7 @@ class Written(NamedTuple):
 def write_report(store: Store, runs_path: Path, out: Path, request: ReportRequest | None = None) -> Written:
     """Write the report of the runs asked for to `out`, whole or not at all; nothing is done if it is there already.
 
-    Raises RunError if `out` is something else, or no run has figures.
+    Raises RunError if `out` is something else or cannot be written, or no run has figures; Stopped for a signal.
     """
     request = request or ReportRequest()
     before = page_files.made_of(out)
@@ -58,7 +60,8 @@ def write_report(store: Store, runs_path: Path, out: Path, request: ReportReques
     identity = _identity(store, request, included, excluded)
     if before == identity and not request.force:
         return Written(out, included, excluded, False)
-    write_folder(out, lambda folder: _Report(store, request, included, excluded).write(folder, identity))
+    with stop_on_signals() as stop, writing(out, page_files.CURE):
+        write_folder(out, lambda folder: _Report(store, request, included, excluded, stop).write(folder, identity))
     return Written(out, included, excluded, True)
 
 
@@ -80,9 +83,14 @@ class _Report:
     """One report in the making."""
 
     def __init__(
-        self, store: Store, request: ReportRequest, included: list[Included], excluded: list[Excluded]
+        self,
+        store: Store,
+        request: ReportRequest,
+        included: list[Included],
+        excluded: list[Excluded],
+        stop: StopRequest,
     ) -> None:
-        self.store, self.request = store, request
+        self.store, self.request, self.stop = store, request, stop
         self.split = store.split(request.split)
         self.included, self.excluded = included, excluded
         self.texts = TokenTexts(store)
@@ -97,11 +105,17 @@ class _Report:
         with progress(
             "report", total=sum(self._part(one.hook, one.skip_first).n_tokens for one, *_ in passes)
         ) as advance:
-            for together in passes:
-                part = self._part(together[0].hook, together[0].skip_first)
-                found = collect_features(part, [one.loaded.sae for one in together], advance)
-                for one in together:
-                    self._sae(pages, one, part, found.pop(0))
+
+            def after_batch(n_tokens: int) -> None:
+                advance(n_tokens)
+                self.stop.check(UNWRITTEN)
+
+            for runs in passes:
+                part = self._part(runs[0].hook, runs[0].skip_first)
+                features = collect_features(part, [one.loaded.sae for one in runs], after_batch)
+                for one in runs:
+                    self.stop.check(UNWRITTEN)
+                    self._sae(pages, one, part, features.pop(0))
         self._shared(pages)
         values = overview(self.store, self.included, self.excluded)
         pages.page("index.html", "overview.html", **values, generator=f"tcsae {__version__}")
@@ -114,11 +128,11 @@ class _Report:
         """Runs that can share a pass: of one hook and one set of counted positions, and not too many latents."""
         passes: list[list[Included]] = []
         for one in self.included:
-            for together in passes:
-                latents = sum(other.loaded.sae.config.d_sae for other in [*together, one])
-                alike = (together[0].hook, together[0].skip_first) == (one.hook, one.skip_first)
+            for runs in passes:
+                latents = sum(other.loaded.sae.config.d_sae for other in [*runs, one])
+                alike = (runs[0].hook, runs[0].skip_first) == (one.hook, one.skip_first)
                 if alike and latents <= PASS_LATENTS:
-                    together.append(one)
+                    runs.append(one)
                     break
             else:
                 passes.append([one])

@@ -4,11 +4,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tcsae.evaluate.candidates import Loaded, Request, candidate, load
+from tcsae.evaluate.candidates import UNFINISHED, Loaded, Request, candidate, load, why_not_evaluable
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.shared.base.errors import RunError, TcsaeError
-from tcsae.shared.sae.folder import EVALUATION, RECORD, find_runs, is_finished, load_evaluation, read_metrics
-from tcsae.shared.sae.saelens import is_foreign
+from tcsae.shared.base.files import file_digest
+from tcsae.shared.sae.folder import EVALUATION, RECORD, WEIGHTS, find_runs, load_evaluation, read_metrics, read_object
 from tcsae.shared.store.reader import Store
 
 
@@ -59,16 +59,29 @@ def choose_runs(store: Store, runs_path: Path, names: Collection[str] = ()) -> t
     return included, excluded
 
 
+def _why_not_evaluated(path: Path, store: Store) -> str:
+    """What is wrong with an evaluation that does not hold."""
+    if not (path / EVALUATION).exists():
+        return "Not evaluated on this store"
+    try:
+        found = read_object(path / EVALUATION, "")
+        content, weights = found["store"]["content"], found["weights"]
+        if found["definition_version"] != DEFINITION_VERSION:
+            return "Evaluated by the definitions of another version"
+        if content != store.content or weights != file_digest(path / WEIGHTS):
+            return "Its evaluation is of other weights, or of another store"
+    except (RunError, OSError, KeyError, TypeError):
+        pass
+    return f"{EVALUATION} is damaged, or a file written with it is missing or of another evaluation"
+
+
 def _included(store: Store, path: Path, number: int) -> Included:
-    if not is_finished(path) and not is_foreign(path):
-        raise RunError(f"Its training is unfinished (no {RECORD}). Go on: tcsae train")
+    if (why := why_not_evaluable(path)) is not None:
+        unfinished = f"Its training is unfinished (no {RECORD}). Go on: tcsae train"
+        raise RunError(unfinished if why == UNFINISHED else f"It {why}.")
     run = candidate(store, path, Request())
     evaluation = load_evaluation(path, store.content)
-    if evaluation is None:
-        there = (path / EVALUATION).exists()
-        why = "Its evaluation is of other weights, or of another store" if there else "Not evaluated on this store"
-        raise RunError(f"{why}: tcsae eval --run {path.name}")
-    if evaluation.get("definition_version") != DEFINITION_VERSION:
-        raise RunError(f"Evaluated by the definitions of another version: tcsae eval --run {path.name}")
+    if evaluation is None or evaluation.get("definition_version") != DEFINITION_VERSION:
+        raise RunError(f"{_why_not_evaluated(path, store)}: tcsae eval --run {path.name}")
     history = [line for line in read_metrics(path) if "event" not in line]
     return Included(number, load(run), evaluation | {"name": path.name}, history)

@@ -11,6 +11,8 @@ from tcsae.evaluate.measures.temporal_run import matched
 from tcsae.evaluate.measures.temporal_tables import SUMMARY
 from tcsae.evaluate.report.feature_data import LABELS, FeatureData
 from tcsae.evaluate.report.feature_pass import Features
+from tcsae.evaluate.report.overview import cell
+from tcsae.evaluate.report.page_files import number
 from tcsae.evaluate.report.plots import Series, histogram, lines
 from tcsae.evaluate.report.report_runs import Included
 from tcsae.shared.base.settings import to_settings
@@ -45,13 +47,14 @@ def sae_page(one: Included, features: Features, data: FeatureData) -> dict[str, 
     groups = _groups(one, features)
     settings = to_settings(config)
     return {
+        "differences": evaluation.get("differences", []),
         "n_latents": config.d_sae,
         "n_alive": len(data.latents),
         "dense": [int(latent) for latent in dense[np.argsort(-density[dense], kind="stable")]],
         "dense_from": DENSE,
         "settings": settings,
         "figures": {
-            name: {"value": value, "interval": evaluation["intervals"].get(name), "about": about.get(name, "")}
+            name: cell(value, evaluation["intervals"], name) | {"about": about.get(name, "")}
             for about in (DEFINITIONS | TAIL_DEFINITIONS,)
             for name, value in evaluation["metrics"].items()
         },
@@ -116,7 +119,10 @@ def _rho(one: Included) -> list[dict[str, str]]:
             curves.append(Series(label, range(1, len(curve) + 1), curve))
             if null is not None:
                 nulls.append((null, f"null of {label}"))
-                told.append(f"{label}: {curve[0]:.3g} at lag 1, {curve[7]:.3g} at lag 8, null {null:.3g}")
+                told.append(
+                    f"{label}: {number(found['curves'][name][0])} at lag 1, "
+                    f"{number(found['curves'][name][7])} at lag 8, null {null:.3g}"
+                )
         labels = ("lag, in tokens", "autocorrelation")
         made.append(
             {"title": f"Autocorrelation {around}", "svg": lines(curves, labels, nulls[:1]), "told": "; ".join(told)}

@@ -32,9 +32,10 @@ def export(place: Place, form: str, name: str, out: str | None) -> None:
     from pathlib import Path
     from typing import cast
 
+    from tcsae.shared.base.console import legible
     from tcsae.shared.sae.export import Format, export_run
     from tcsae.shared.sae.folder import find_runs
 
     path = find_runs(Path(place.runs), [name])[0]
     folder = export_run(path, cast(Format, form), None if out is None else Path(out))
-    click.echo(f"{name} as {form}: {folder}")
+    click.echo(legible(f"{name} as {form}: {folder}"))

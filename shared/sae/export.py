@@ -1,8 +1,8 @@
 """A trained SAE in the file format of another library, with the same codes and reconstructions there."""
 
+import io
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from tcsae.shared.base.errors import RunError
-from tcsae.shared.base.files import write_folder, write_json
-from tcsae.shared.sae.folder import CONFIG, WEIGHTS, load_record, load_sae
+from tcsae.shared.base.files import write_atomic, write_folder
+from tcsae.shared.sae.folder import (
+    CONFIG,
+    RECORD,
+    TRAIN_AGAIN,
+    WEIGHTS,
+    load_record,
+    load_sae,
+    read_object,
+    reason,
+    writing,
+)
 from tcsae.shared.sae.module import SparseAutoencoder
 
 Format = Literal["dictionary_learning", "saelens"]
@@ -37,22 +47,40 @@ def export_run(run_path: Path, form: Format, out: Path | None = None) -> Path:
     sae = load_sae(run_path)
     _check_form(run_path.name, sae, form)
     out = (out or run_path / f"export-{form}").resolve()
-    _check_place(out, FILES[form])
-    metadata = json.loads((run_path / CONFIG).read_text())["metadata"]
+    files = _saelens_files(run_path) if form == "saelens" else _dictionary_files(run_path, sae, record)
 
     def fill(folder: Path) -> None:
-        if form == "saelens":
-            for name in FILES[form]:
-                shutil.copyfile(run_path / name, folder / name)
-        else:
-            torch.save(dictionary_tensors(sae), folder / DICTIONARY)
-            write_json(folder / DICTIONARY_CONFIG, dictionary_config(sae, record, metadata))
+        for name, data in files.items():
+            write_atomic(folder / name, data)
 
-    try:
+    with writing(out, "Free some space, or give another --out."):
+        _check_place(out, FILES[form])
         write_folder(out, fill)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written ({error}). Give another --out.") from error
     return out
+
+
+def _saelens_files(run_path: Path) -> dict[str, bytes]:
+    """The run's own. Raises RunError for one that cannot be read or is no config."""
+    read_object(run_path / CONFIG, TRAIN_AGAIN)
+    try:
+        return {name: (run_path / name).read_bytes() for name in FILES["saelens"]}
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
+
+
+def _dictionary_files(run_path: Path, sae: SparseAutoencoder, record: dict[str, Any]) -> dict[str, bytes]:
+    """Raises RunError for a damaged cfg.json, or a record that lacks a setting."""
+    config = read_object(run_path / CONFIG, TRAIN_AGAIN)
+    try:
+        values = dictionary_config(sae, record, config["metadata"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run_path / RECORD} or {CONFIG} lacks {reason(error)}, which config.json says. {TRAIN_AGAIN}"
+        ) from error
+    tensors = io.BytesIO()  # torch.save itself raises RuntimeError where a disk is full
+    torch.save(dictionary_tensors(sae), tensors)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return {DICTIONARY: tensors.getvalue(), DICTIONARY_CONFIG: text.encode()}
 
 
 def dictionary_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:

@@ -1,26 +1,46 @@
-"""The folder of runs: which trained SAEs it has, and what their evaluations say."""
+"""The folder of runs: finding trained SAEs, saving and loading them, reading what lies beside their weights.
+
+    tcsae.json               our record, written last: a folder without it holds no finished SAE
+    cfg.json                 SAELens' config
+    sae_weights.safetensors  SAELens' weights
+    metrics.jsonl            a line every few training steps
+    eval.json                the last evaluation
+
+A run's files come from anywhere (a colleague, a full disk, a newer version), so nothing read here is trusted: whatever
+is damaged is named in one line, and no code of a folder is ever run.
+"""
 
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
+from torch import Tensor
 
-from tcsae.shared.base.errors import RunError, unknown
-from tcsae.shared.base.files import PARTIAL, file_digest, write_atomic, write_json
+from tcsae.shared.base.console import say
+from tcsae.shared.base.errors import ConfigError, RunError, unknown
+from tcsae.shared.base.files import PARTIAL, file_digest, json_digest, write_atomic, write_json
 from tcsae.shared.base.settings import from_dict, to_dict
 from tcsae.shared.sae.module import SAELENS_LAYOUT, SaeConfig, SparseAutoencoder
 
 EVALUATION = "eval.json"
 METRICS = "metrics.jsonl"
+WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
+TRAIN_AGAIN = "Train that run again."
 
 
 def run_folders(runs_path: Path) -> list[Path]:
     """Every run's folder, finished or not, by name. Empty if there is no such folder of runs."""
-    if not runs_path.is_dir():
-        return []
-    return sorted(path for path in runs_path.iterdir() if path.is_dir() and _is_run_name(path.name))
+    try:
+        if not runs_path.is_dir():
+            return []
+        return sorted(path for path in runs_path.iterdir() if path.is_dir() and _is_run_name(path.name))
+    except OSError as error:
+        raise RunError(f"{runs_path} cannot be read ({reason(error)}). Allow it, or give another --runs.") from error
 
 
 def is_finished(run_path: Path) -> bool:
@@ -42,43 +62,22 @@ def find_runs(runs_path: Path, names: Collection[str] = ()) -> list[Path]:
     return [folders[name] for name in dict.fromkeys(names or folders)]
 
 
-def load_evaluation(run_path: Path, content: str, file: str = EVALUATION) -> dict[str, Any] | None:
-    """A run's eval.json if it is about the weights that lie there now and the store of this `content`; else None.
-
-    `file`: that of its smoothed codes instead.
-    """
-    try:
-        evaluation = json.loads((run_path / file).read_text())
-        of_this_store = evaluation["store"]["content"] == content
-        return evaluation if of_this_store and evaluation["weights"] == file_digest(run_path / WEIGHTS) else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours: evaluating again replaces it
-        return None
-
-
-def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if it has not been written."""
-    file = Path(run_path) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def _is_run_name(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(PARTIAL)
-
-
-WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
 
 
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Write an SAE's files into its run folder: SAELens' cfg.json and sae_weights.safetensors, then our tcsae.json.
 
-    tcsae.json comes last: a folder without it holds no finished SAE. `record` is ours (settings, store content, steps,
-    tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
+    tcsae.json comes last, with the digests of the others: a folder without it holds no finished SAE. `record` is ours
+    (settings, store content, steps, tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
     """
     (path / RECORD).unlink(missing_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in sae.tensors().items()}
     write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
     write_json(path / CONFIG, saelens_config(sae.config, metadata))
-    write_json(path / RECORD, {"sae": to_dict(sae.config), **record})
+    files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG)}
+    write_json(path / RECORD, {"sae": to_dict(sae.config), **record, "files": files})
 
 
 def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -104,28 +103,177 @@ def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
-    """tcsae.json of an SAE folder. Raises RunError if it is missing or cannot be read."""
+    """tcsae.json of an SAE folder. Raises RunError if it is missing, cannot be read, or says nothing of an SAE."""
     file = Path(path) / RECORD
     if not file.is_file():
         raise RunError(f"{path} has no {RECORD}: no trained SAE is there. Train one: tcsae train")
+    record = read_object(file, TRAIN_AGAIN)
+    _config(record, file)
+    return record
+
+
+def _config(record: Mapping[str, Any], file: Path) -> SaeConfig:
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(f"{file} is no JSON ({error}). Train that run again.") from error
+        return from_dict(SaeConfig, record["sae"])
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(f"{file} describes no SAE ({reason(error)}). {TRAIN_AGAIN}") from error
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
-    """Load a trained SAE from its folder, in evaluation mode, on the CPU.
+    """Load a trained SAE from its folder, in evaluation mode, float32, on the CPU; it reads x as the store holds it.
 
-    Raises RunError if the folder holds none, or its weights do not fit its config.
+    Raises RunError if the folder holds none, its weights do not fit its config, one of them is NaN or infinite, or a
+    file is not the one that was written with its record.
     """
     record = load_record(path)
-    sae = SparseAutoencoder(from_dict(SaeConfig, record["sae"]))
+    config = _config(record, Path(path) / RECORD)
     file = Path(path) / WEIGHTS
     try:
-        tensors = safetensors.torch.load_file(file)
+        tensors = load_tensors(file, {"W_enc": (config.d_model, config.d_sae)})
+        sae = SparseAutoencoder(config)
         tensors["W_enc_rows"] = tensors.pop("W_enc").T.contiguous()
         sae.load_state_dict(tensors)
-    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise RunError(f"{file} does not hold this SAE's weights ({error}). Train that run again.") from error
+    except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise RunError(f"{file} does not hold this SAE's weights ({reason(error)}). {TRAIN_AGAIN}") from error
+    check_finite(sae.tensors(), WEIGHTS, TRAIN_AGAIN)
+    check_files(Path(path), record)
     return sae.eval()
+
+
+def check_files(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises RunError, naming it, if a file of a run is not the one that its record was written with.
+
+    Records of older versions name no files.
+    """
+    for name, digest in _digests(record).items():
+        file = path / name
+        try:
+            differs = file_digest(file) != digest
+        except OSError as error:
+            raise RunError(f"{file} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
+        if differs:
+            raise RunError(f"{file} is damaged or of another run: its digest is not that in {RECORD}. {TRAIN_AGAIN}")
+    if _digests(record):
+        _check_agreement(path, record)
+
+
+def _digests(record: Mapping[str, Any]) -> dict[str, Any]:
+    files = record.get("files")
+    return {name: files[name] for name in (WEIGHTS, CONFIG) if name in files} if isinstance(files, dict) else {}
+
+
+def _check_agreement(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises RunError if the record and cfg.json, whose digest it has, describe two SAEs."""
+    theirs = read_object(path / CONFIG, TRAIN_AGAIN)
+    for key, value in saelens_config(_config(record, path / RECORD), {}).items():
+        if key != "metadata" and theirs.get(key) != value:
+            raise RunError(f"{path / RECORD} says {key}={value!r}, {CONFIG} {theirs.get(key)!r}. {TRAIN_AGAIN}")
+
+
+def load_tensors(file: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises ValueError before anything is allocated if one of `shapes` differs; else what safetensors raises.
+    """
+    with safetensors.safe_open(file, "pt") as opened:
+        for name, expected in (shapes or {}).items():
+            shape = tuple(opened.get_slice(name).get_shape())
+            if shape != expected:
+                raise ValueError(f"{name} is {list(shape)}, its config says {list(expected)}")
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+
+
+def check_finite(tensors: Mapping[str, Tensor], file: str | Path, cure: str) -> None:
+    """Raises RunError, naming the tensor, if a value is NaN or infinite: such figures may still look normal."""
+    for name, tensor in tensors.items():
+        n_bad = int((~tensor.isfinite()).sum())
+        if n_bad:
+            raise RunError(f"{n_bad} values of {name} in {file} are NaN or infinite. {cure}")
+
+
+def load_evaluation(run_path: Path, content: str, file: str = EVALUATION) -> dict[str, Any] | None:
+    """A run's eval.json if it is about the weights that lie there now and the store of this `content`; else None.
+
+    None, too, if it is damaged, or a file written with it is of another evaluation (a kill in between): evaluating
+    again replaces all of them. `file`: that of the run's smoothed codes instead.
+    """
+    try:
+        evaluation = read_object(run_path / file, "")
+        is_current = (
+            evaluation["store"]["content"] == content
+            and evaluation["weights"] == file_digest(run_path / WEIGHTS)
+            and isinstance(evaluation["metrics"], dict)
+            and evaluation.get("digest") in (None, evaluation_digest(evaluation))
+            and all(file_digest(run_path / name) == one for name, one in evaluation.get("files", {}).items())
+        )
+        return evaluation if is_current else None
+    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def evaluation_digest(evaluation: Mapping[str, Any]) -> str:
+    """sha256 of an evaluation without its digest."""
+    return json_digest({key: value for key, value in evaluation.items() if key != "digest"})
+
+
+def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl: events, and steps with their figures. None if it has not been written.
+
+    A line that is neither (torn, overwritten with zeros, not JSON) is left out, and how many were is said: a damaged
+    history stops nothing.
+    """
+    file = Path(run_path) / METRICS
+    try:
+        texts = file.read_bytes().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        say(f"{file} cannot be read ({reason(error)}): there is no history of this run.")
+        return []
+    lines = [line for line in map(_metrics_line, texts) if line is not None]
+    if n_bad := len(texts) - len(lines):
+        say(f"{file}: {n_bad} of {len(texts)} lines are damaged and left out.")
+    return lines
+
+
+def _metrics_line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text.decode())
+        figures = line.values() if "event" not in line else [line["step"]]
+        is_step = math.isfinite(line["step"]) and all(value is None or _is_number(value) for value in figures)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    return line if is_step else None
+
+
+def _is_number(value: object) -> bool:
+    """Raises OverflowError for an integer that no float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isinstance(float(value), float)
+
+
+@contextmanager
+def writing(path: Path, cure: str) -> Iterator[None]:
+    """Raises RunError, naming what cannot be written and the cure, for an OSError inside."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({reason(error)}). {cure}") from error
+
+
+def read_object(file: Path, cure: str) -> dict[str, Any]:
+    """A JSON object. Raises RunError, naming the file, if it cannot be read or is something else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({reason(error)}). {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is no JSON ({reason(error)}). {cure}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{file} holds a JSON {type(values).__name__}, not an object. {cure}")
+    return values
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one short line: of an OSError without the path, which the message has."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

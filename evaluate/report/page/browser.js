@@ -209,11 +209,12 @@
 
   function rhoCurve(feature) {
     const width = 320, height = 92, left = 30, bottom = 16;
-    const values = feature.rho.map((value) => value ?? 0);
-    const high = Math.max(0.1, ...values), low = Math.min(0, ...values, feature.null ?? 0);
+    const values = feature.rho, known = values.filter((value) => value !== null);  // null: no pair at that lag
+    const high = Math.max(0.1, ...known), low = Math.min(0, ...known, feature.null ?? 0);
     const x = (lag) => left + ((lag - 1) / Math.max(1, values.length - 1)) * (width - left - 6);
     const y = (value) => 6 + ((high - value) / (high - low)) * (height - bottom - 10);
-    const path = values.map((value, k) => `${k ? "L" : "M"}${x(k + 1).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+    const path = values.map((value, k) => value === null ? "" :
+      `${k && values[k - 1] !== null ? "L" : "M"}${x(k + 1).toFixed(1)} ${y(value).toFixed(1)}`).join("");
     const level = (value, name) => make("svg:path", { d: `M${left} ${y(value)}H${width - 6}`, class: name });
     const label = (px, py, told, anchor) => make("svg:text", { x: px, y: py, "text-anchor": anchor }, told);
     const told = `Autocorrelation ${number(values[0])} at lag 1, ${number(values[7])} at lag 8; with positions permuted ${number(feature.null)}`;

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import tcsae
-from tcsae.evaluate import batches, candidates, run
+from tcsae.evaluate import batches, candidates, evaluation_files, run
 from tcsae.evaluate import parallel as together
 from tcsae.evaluate.run import evaluate_in_several
 from tcsae.shared.base.distributed import Ranks
@@ -37,7 +37,7 @@ FLOAT32 = ("position_share", "token_share")
 """Of sums by position and by token, which are kept in float32: the order of addition shows."""
 
 
-OWN = {"seconds", "datetime_epoch_millis", "eval_id"}
+OWN = {"seconds", "datetime_epoch_millis", "eval_id", "files", "digest"}
 """What no two evaluations share."""
 
 
@@ -109,7 +109,8 @@ def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path
         print(far(ours, theirs))
         assert far(ours, theirs) == []
     ours, theirs = (
-        safetensors.torch.load_file(tmp_path / name / "run" / run.REPLICATES) for name in ("parts", "alone")
+        safetensors.torch.load_file(tmp_path / name / "run" / evaluation_files.REPLICATES)
+        for name in ("parts", "alone")
     )
     for name, draws in theirs.items():
         torch.testing.assert_close(ours[name], draws, rtol=1e-9, atol=1e-12)
