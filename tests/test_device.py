@@ -133,17 +133,17 @@ def test_a_run_goes_on_on_another_device_and_says_so(stores, tmp_path, monkeypat
     runs = runs_of(("topk", "relu-l1"))
     for run in runs:
         train_runs(stores["float16"], tmp_path / "whole", [run])
-    real = run_module._Member.step
+    real = run_module.Member.step
 
     def interrupted(self, batch, number):
         if number == 7 and self.run.name == "topk":
             raise KeyboardInterrupt
         real(self, batch, number)
 
-    monkeypatch.setattr(run_module._Member, "step", interrupted)
+    monkeypatch.setattr(run_module.Member, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_runs(stores["float16"], tmp_path / "parts", runs, device=way[0])
-    monkeypatch.setattr(run_module._Member, "step", real)
+    monkeypatch.setattr(run_module.Member, "step", real)
     records = train_runs(stores["float16"], tmp_path / "parts", runs, device=way[1])
     assert f"topk: device {way[0]} before, {way[1]} now: rounding will differ." in capsys.readouterr().err
     assert [record["device"] for record in records] == [way[1]] * 2

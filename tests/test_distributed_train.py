@@ -18,12 +18,12 @@ from tcsae.shared.base.distributed import ALONE, Ranks, start_group
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.commands.group import cli
+from tcsae.train.checks import check_parallel
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import metrics_line
 from tcsae.train.losses import auxk
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
-from tcsae.train.processes import check_parallel
 from tcsae.train.run import train_runs, train_together
 from tcsae.train.trainer import Trainer
 

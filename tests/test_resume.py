@@ -115,7 +115,7 @@ class KilledError(BaseException):
     "kills", [[14, 2, 30], *(pytest.param(kills, marks=pytest.mark.slow) for kills in ([1], [13, 26, 7], [59]))]
 )
 def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, monkeypatch, kills):
-    real = run_module._Member.step
+    real = run_module.Member.step
 
     def mortal(self, batch, number):
         if left and self.run.name == "batch" and left[0] == 0:
@@ -125,7 +125,7 @@ def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, m
             left[0] -= 1
         real(self, batch, number)
 
-    monkeypatch.setattr(run_module._Member, "step", mortal)
+    monkeypatch.setattr(run_module.Member, "step", mortal)
     left = list(kills)
     deaths = 0
     while True:
@@ -141,24 +141,24 @@ def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, m
 
 
 def test_an_interrupt_leaves_a_checkpoint_at_the_very_step(store, alone, tmp_path, monkeypatch):
-    real = run_module._Member.step
+    real = run_module.Member.step
 
     def interrupted(self, batch, number):
         if number == 20 and self.run.name == "topk":
             raise KeyboardInterrupt
         real(self, batch, number)
 
-    monkeypatch.setattr(run_module._Member, "step", interrupted)
+    monkeypatch.setattr(run_module.Member, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_runs(store, tmp_path, mixed_runs())
     assert (tmp_path / "topk" / "checkpoint-000000020.safetensors").exists()
-    monkeypatch.setattr(run_module._Member, "step", real)
+    monkeypatch.setattr(run_module.Member, "step", real)
     train_runs(store, tmp_path, mixed_runs())
     assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs())
 
 
 def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone, tmp_path, monkeypatch):
-    real, kept = run_module._Member.step, []
+    real, kept = run_module.Member.step, []
 
     def step(self, batch, number):
         real(self, batch, number)
@@ -166,12 +166,12 @@ def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone,
         if number == 9:
             raise KilledError
 
-    monkeypatch.setattr(run_module._Member, "step", step)
+    monkeypatch.setattr(run_module.Member, "step", step)
     run = mixed_runs(("guard.checkpoint_minutes=1e-9", "guard.keep=3"))[0]
     with pytest.raises(KilledError):
         train_runs(store, tmp_path, [run])
     assert kept[:5] == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    monkeypatch.setattr(run_module._Member, "step", real)
+    monkeypatch.setattr(run_module.Member, "step", real)
     train_runs(store, tmp_path, [run])
     assert same(tmp_path / run.name, alone / run.name)
 
@@ -182,33 +182,33 @@ def test_a_restored_run_that_was_interrupted_equals_one_that_was_not(store, tmp_
     poison(monkeypatch, "topk", {22, 30})
     runs = mixed_runs(("guard.action=restore",))[:1]
     train_runs(store, tmp_path / "whole", runs)
-    poisoned = run_module._Member.step
+    poisoned = run_module.Member.step
 
     def step(self, batch, at):
         if at == number:
             raise KeyboardInterrupt
         poisoned(self, batch, at)
 
-    monkeypatch.setattr(run_module._Member, "step", step)
+    monkeypatch.setattr(run_module.Member, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train_runs(store, tmp_path / "parts", runs)
-    monkeypatch.setattr(run_module._Member, "step", poisoned)
+    monkeypatch.setattr(run_module.Member, "step", poisoned)
     train_runs(store, tmp_path / "parts", runs)
     assert same(tmp_path / "whole" / "topk", tmp_path / "parts" / "topk")
 
 
 def test_changed_settings_are_refused_also_half_way(store, tmp_path, monkeypatch):
-    real = run_module._Member.step
+    real = run_module.Member.step
 
     def interrupted(self, batch, number):
         if number == 20:
             raise KeyboardInterrupt
         real(self, batch, number)
 
-    monkeypatch.setattr(run_module._Member, "step", interrupted)
+    monkeypatch.setattr(run_module.Member, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_runs(store, tmp_path, mixed_runs()[:1])
-    monkeypatch.setattr(run_module._Member, "step", real)
+    monkeypatch.setattr(run_module.Member, "step", real)
     other = [run._replace(config=with_settings(run.config, ["sae.k=4"])) for run in mixed_runs()[:1]]
     with pytest.raises(RunError, match=r"trained otherwise \(train.sae.k: 3, not 4\). Use --fresh"):
         train_runs(store, tmp_path, other)
@@ -218,13 +218,13 @@ def test_changed_settings_are_refused_also_half_way(store, tmp_path, monkeypatch
 
 def poison(monkeypatch, name: str, numbers: set[int]) -> None:
     """The named run sees NaN in these batches."""
-    real = run_module._Member.step
+    real = run_module.Member.step
 
     def step(self, batch, number):
         bad = self.run.name == name and number in numbers
         real(self, batch._replace(x=batch.x * float("nan")) if bad else batch, number)
 
-    monkeypatch.setattr(run_module._Member, "step", step)
+    monkeypatch.setattr(run_module.Member, "step", step)
 
 
 def test_a_run_that_goes_nan_ends_alone_with_step_and_batch_named(store, alone, tmp_path, monkeypatch):

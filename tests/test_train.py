@@ -17,11 +17,10 @@ from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.batch import Batch
 from tcsae.train.config import TrainConfig
-from tcsae.train.initial import geometric_median, initial_sae
 from tcsae.train.plan import Request, plan_runs, run_name
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
-from tcsae.train.trainer import Trainer
+from tcsae.train.trainer import Trainer, geometric_median, initial_sae
 
 HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 12, 16
 

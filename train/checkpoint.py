@@ -43,24 +43,32 @@ def read_about(file: Path) -> dict[str, Any]:
         with safetensors.safe_open(file, "pt") as opened:
             return json.loads(opened.metadata()["tcsae"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise RunError(
-            f"{file} is damaged ({error}). Remove it: the run goes on from an older one, or anew."
-        ) from error
+        raise _damaged(file, error) from error
 
 
 def restore(file: Path, trainer: Trainer) -> None:
-    """Bring weights, moments, counters and progress of a fresh trainer to the checkpoint's, whatever its device."""
-    tensors = safetensors.torch.load_file(file)
-    progress = Progress(**read_about(file)["progress"])
-    step = tensors.get("adam.0.step")
-    if step is not None:  # a trainer that never stepped has no moments yet
-        for i, parameter in enumerate(trainer.parameters):
-            state = {name: tensors[f"adam.{i}.{name}"].to(parameter.device) for name in MOMENTS}
-            trainer.optimizer.state[parameter] = state
-    for name, tensor in _weights(trainer).items():
-        with torch.no_grad():
-            tensor.copy_(tensors[name])
+    """Bring weights, moments, counters and progress of a fresh trainer to the checkpoint's, whatever its device.
+
+    Raises RunError if the file is damaged.
+    """
+    try:
+        tensors = safetensors.torch.load_file(file)
+        progress = Progress(**read_about(file)["progress"])
+        step = tensors.get("adam.0.step")
+        if step is not None:  # a trainer that never stepped has no moments yet
+            for i, parameter in enumerate(trainer.parameters):
+                state = {name: tensors[f"adam.{i}.{name}"].to(parameter.device) for name in MOMENTS}
+                trainer.optimizer.state[parameter] = state
+        for name, tensor in _weights(trainer).items():
+            with torch.no_grad():
+                tensor.copy_(tensors[name])
+    except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise _damaged(file, error) from error
     trainer.progress = progress
+
+
+def _damaged(file: Path, error: Exception) -> RunError:
+    return RunError(f"{file} is damaged ({error}). Remove it: the run goes on from an older one, or anew.")
 
 
 def remember(trainer: Trainer) -> Callable[[], None]:

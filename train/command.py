@@ -12,7 +12,7 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
     "--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: temporal-topk."
 )
 @click.option("--steps", type=Count(), help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the data.")
+@click.option("--seed", type=click.IntRange(min=0), help="Order of the data, as --set data.seed. Default: 0.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting, such as sae.k=16; repeatable."
 )
@@ -32,7 +32,7 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
 def train(
-    place: Place, steps: int | None, seed: int, tracker: str | None, fresh: bool, device: str, **asked: Any
+    place: Place, steps: int | None, seed: int | None, tracker: str | None, fresh: bool, device: str, **asked: Any
 ) -> None:
     """Train sparse autoencoders from the store, all from one pass over it.
 
@@ -52,18 +52,19 @@ def train(
 
     from pathlib import Path
 
-    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.base.device import choose_device, keep_freed_memory
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.store.reader import open_store
     from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_runs, train_together
 
+    keep_freed_memory()
     store = open_store(place.store)
-    settings = [*asked["settings"], f"data.seed={seed}"]
-    if steps is not None:
-        settings.append(f"steps={steps}")
+    options = {"data.seed": seed, "steps": steps}
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
-    request = Request(asked["presets"], settings, asked["sweeps"], config_file, asked["init_from"])
+    request = Request(
+        asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options
+    )
     runs, runs_path, ours = plan_runs(store, request), Path(place.runs), ranks()
     chosen = device_of(ours, choose_device(device))
     if not ours.several:

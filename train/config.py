@@ -7,6 +7,12 @@ from typing import Literal
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.module import SaeConfig
 
+MAX_SEED = 2**63 - 1
+"""What torch's generators take."""
+MAX_STEPS = 10**12
+MAX_BATCH_TOKENS = 1 << 26
+"""Tokens of a batch; their activations alone take 128 GiB at width 512."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -35,7 +41,14 @@ class DataConfig:
         _at_least("data.skip_first", self.skip_first, 0)
         _at_least("data.min_sequence_length", self.min_sequence_length, 1)
         _at_least("data.buffer_sequences", self.buffer_sequences, 1)
+        if self.n_segments * self.segment_length > MAX_BATCH_TOKENS:
+            raise ConfigError(
+                f"data.n_segments={self.n_segments} times data.segment_length={self.segment_length} tokens a batch: at "
+                f"most {MAX_BATCH_TOKENS:,}, whose activations take {MAX_BATCH_TOKENS * 2048 >> 30} GiB at width 512. "
+                "Lower either."
+            )
         _at_least("data.seed", self.seed, 0)
+        _at_most("data.seed", self.seed, MAX_SEED)
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(f"data.max_norm={self.max_norm}: must be above 0, or none.")
 
@@ -215,8 +228,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 0)
+        _at_most("steps", self.steps, MAX_STEPS)
         _at_least("log_every", self.log_every, 1)
         _at_least("init_seed", self.init_seed, 0)
+        _at_most("init_seed", self.init_seed, MAX_SEED)
         if len(self.group_weights) != len(self.sae.groups) or not min(self.group_weights) >= 0:
             raise ConfigError(
                 f"group_weights={self.group_weights}: one weight, at least 0, for each of sae.groups={self.sae.groups}."
@@ -243,6 +258,11 @@ class TrainConfig:
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ConfigError(f"{name}={value}: must be at least {least}.")
+
+
+def _at_most(name: str, value: float, most: float) -> None:
+    if not value <= most:
+        raise ConfigError(f"{name}={value}: must be at most {most}.")
 
 
 def _positive(name: str, value: float) -> None:

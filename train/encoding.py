@@ -86,8 +86,8 @@ def _dense(sae: SparseAutoencoder, centred: Float[Tensor, "n d_model"], _batch: 
     if kind == "relu" and pre.device.type == "cpu" and active.n_active < SPARSE_DENSITY * pre.numel():
         code = attach_entries(positive_code(dense), centred, sae)
         return Encoded(centred, code, code, code.values.sum(), active)
-    code, tap, size = attach_dense(kind, dense, pre, total, centred, sae)
-    return Encoded(centred, code, tap, size, active)
+    matrix, tap, size = attach_dense(kind, dense, pre, total, centred, sae)
+    return Encoded(centred, matrix, tap, size, active)
 
 
 @torch.no_grad()

@@ -18,13 +18,14 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.shared.base.distributed import ALONE, Ranks
-from tcsae.shared.base.errors import StoreError
+from tcsae.shared.base.errors import ConfigError, StoreError
+from tcsae.shared.base.settings import from_dict
 from tcsae.shared.base.windows import positions, segments
 from tcsae.shared.store.format import NORM_EDGES
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig
+from tcsae.train.config import DataConfig, TemporalConfig
 
 FIRST_READS = 8
 
@@ -84,6 +85,8 @@ class SegmentLoader:
         """Segments in an epoch."""
         self.n_tokens = sum(int(length.sum()) for _, _, length in counts)
         """Tokens in an epoch: every valid position from `skip_first` on, once."""
+        self.longest = max((int(length.max(initial=0)) for _, _, length in counts), default=0)
+        """Tokens of the longest segment."""
         if not self.n_segments:
             raise StoreError(
                 f"{store.location}: no train sequence has {config.min_sequence_length} tokens "
@@ -117,6 +120,24 @@ class SegmentLoader:
         """Tokens of the sequences below `min_sequence_length`, which no epoch has either."""
         lengths = self.store.train.lengths
         return int(lengths[lengths < self.config.min_sequence_length].sum())
+
+    def check_temporal(self, temporal: TemporalConfig) -> None:
+        """Raises ConfigError for a temporal term that would be 0 on every batch."""
+        if not temporal.active:
+            return
+        needed = 2 if temporal.kind == "contrastive" else temporal.window
+        if self.longest < needed:
+            raise ConfigError(
+                f"temporal.kind={temporal.kind!r} takes {needed} consecutive positions; the longest segment of "
+                f"{self.store.location} has {self.longest} (data.skip_first={self.config.skip_first}). Lower "
+                "data.skip_first or temporal.window, or set temporal.weight=0."
+            )
+        documents = self.store.train.documents
+        if temporal.kind == "contrastive" and (documents == documents[0]).all():
+            raise ConfigError(
+                f"temporal.kind='contrastive' contrasts documents; {self.store.location} has one alone. Use another "
+                "kind, or set temporal.weight=0."
+            )
 
     def block_bytes(self) -> int:
         """Of one block in memory."""
@@ -267,26 +288,30 @@ def _token_rows(chosen: Int[ndarray, "n_segments 4"]) -> Int[Tensor, " n"]:
 
 
 def iterate_segments(
-    store: Store, *, n_segments: int = 256, segment_length: int = 16, **options: int | str
-) -> Iterator[tuple[Float[Tensor, "n_segments segment_length d_model"], Bool[Tensor, "n_segments segment_length"]]]:
+    store: Store, *, n_segments: int = 256, segment_length: int = 16, **options: float | str | None
+) -> Iterator[tuple[Float[Tensor, "n segment_length d_model"], Bool[Tensor, "n segment_length"]]]:
     """Endless shuffled batches for anybody's own trainer: (x, valid).
 
-    x float32 [n_segments, segment_length, d_model], consecutive positions of one sequence each, zero where not valid;
-    valid bool [n_segments, segment_length], left-aligned. `options`: hook, skip_first (1), buffer_sequences (2048) and
-    seed (0), as in `tcsae.train.config.DataConfig`.
+    x float32 [n, segment_length, d_model], consecutive positions of one sequence each, zero where not valid; valid bool
+    [n, segment_length], left-aligned. n is `n_segments`, less where `max_norm` leaves segments out. `options`: hook,
+    skip_first (1), min_sequence_length (1), max_norm (None), buffer_sequences (2048) and seed (0), as in
+    `tcsae.train.config.DataConfig`.
     """
-    config = DataConfig(n_segments=n_segments, segment_length=segment_length, **options)  # type: ignore[arg-type]
+    config = from_dict(DataConfig, {"n_segments": n_segments, "segment_length": segment_length, **options})
     for batch in SegmentLoader(store, config):
         valid = torch.from_numpy(np.arange(segment_length) < batch.lengths[:, None])
-        x = torch.zeros(n_segments, segment_length, batch.x.shape[1])
+        x = torch.zeros(len(batch.lengths), segment_length, batch.x.shape[1])
         x[valid] = batch.x
         yield x, valid
 
 
 def iterate_tokens(
-    store: Store, *, batch_tokens: int = 4096, **options: int | str
+    store: Store, *, batch_tokens: int = 4096, **options: float | str | None
 ) -> Iterator[Float[Tensor, "n d_model"]]:
-    """Endless shuffled batches of exactly `batch_tokens` single tokens, float32 [n, d_model]; options as above."""
-    config = DataConfig(n_segments=batch_tokens, segment_length=1, **options)  # type: ignore[arg-type]
+    """Endless shuffled batches of single tokens, float32 [n, d_model]; options as above.
+
+    n is `batch_tokens`, less where `max_norm` leaves tokens out.
+    """
+    config = from_dict(DataConfig, {"n_segments": batch_tokens, "segment_length": 1, **options})
     for batch in SegmentLoader(store, config):
         yield batch.x.clone()

@@ -1,6 +1,7 @@
 """What a run says of itself while it trains: one line of metrics.jsonl now and then, and trackers that repeat it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,8 @@ class RunLog:
     def __init__(self, path: Path, n_bytes: int, tracker: Tracker | None = None) -> None:
         self.path = path
         self._file = path.open("ab")
-        self._file.truncate(n_bytes)
+        # A file that lost its end with the power stays as it is: to lengthen it would write zeros.
+        self._file.truncate(min(n_bytes, path.stat().st_size))
         self._tracker = tracker
 
     def write(self, line: dict[str, Any]) -> None:
@@ -79,6 +81,8 @@ class RunLog:
             self._tracker.log(line)
 
     def n_bytes(self) -> int:
+        """Length of the file, which is on the disk then: a checkpoint refers to it."""
+        os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ class Request(NamedTuple):
     """ "key=v1,v2" each: one run for every combination."""
     config_file: Path | None = None
     init_from: str | None = None
+    options: Mapping[str, object] = {}
+    """Settings that options of their own gave (--steps); None where one was not given."""
 
 
 def plan_runs(store: Store, request: Request) -> list[Run]:
@@ -45,16 +47,20 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
     Raises ConfigError for an unknown preset or setting, with the nearest name; StoreError for an unknown hook.
     """
     base, from_file, presets = "", [], list(request.presets)
+    options = _checked_options(request)
+    check_run_name("--init-from", request.init_from)
     if request.config_file is not None:
-        told = read_config_file(request.config_file)
+        values = read_config_file(request.config_file)
         base = request.config_file.stem
-        if "preset" in told and presets:
+        if "preset" in values and presets:
             raise ConfigError(f"{request.config_file} names a preset and so does --preset. Keep one of them.")
-        presets = presets or [told.pop("preset", DEFAULT)]
-        from_file = list(_flat_settings(told))
+        presets = presets or [values.pop("preset", DEFAULT)]
+        if not isinstance(presets[0], str):
+            raise ConfigError(f"{request.config_file}: preset={presets[0]!r} must be a name in quotes.")
+        from_file = list(_flat_settings(values))
     runs = []
     for name, point in itertools.product(presets or (DEFAULT,), _grid(request.sweeps)):
-        own = [*request.settings, *point]
+        own = [*request.settings, *options, *point]
         settings = [*from_file, *own]
         hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
         d_model = store.d_model(store.hook(None if hook == "none" else hook))
@@ -64,6 +70,24 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
         label = run_name(base or name, named) + (f"-from-{request.init_from}" if request.init_from else "")
         runs.append(Run(label, name, config, request.init_from))
     return runs
+
+
+def _checked_options(request: Request) -> list[str]:
+    """The options' settings. Raises ConfigError where one was also given as a setting: neither is a default."""
+    given = {one.partition("=")[0].strip(): f"--set {one}" for one in request.settings}
+    given |= {one.partition("=")[0].strip(): f"--sweep {one}" for one in request.sweeps}
+    options = {key: value for key, value in request.options.items() if value is not None}
+    for key, value in options.items():
+        if key in given:
+            option = f"--{key.rpartition('.')[2]}"
+            raise ConfigError(f"{option} {value} and {given[key]} are the same setting. Give it once.")
+    return [f"{key}={value}" for key, value in options.items()]
+
+
+def check_run_name(option: str, name: str | None) -> None:
+    """Raises ConfigError for what is no name of a run below --runs but a path."""
+    if name is not None and (name in ("", ".", "..") or any(sign in name for sign in "/\\\0")):
+        raise ConfigError(f"{option} {name!r}: takes the name of a run below --runs, not a path.")
 
 
 def run_name(base: str, settings: Sequence[str]) -> str:
@@ -82,7 +106,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf8"))
     except OSError as error:
         raise ConfigError(f"Cannot read {path} ({error.strerror}). Give --config a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML: {error}.") from error
 
 

@@ -1,74 +1,36 @@
 """Train many runs from one pass over a store, and leave each as an SAE folder."""
 
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
 
-from tcsae import __version__
 from tcsae.shared.base.console import progress, say, size
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
-from tcsae.shared.base.errors import ConfigError, RunError
-from tcsae.shared.base.settings import differences, from_dict, to_dict
-from tcsae.shared.sae.folder import METRICS, RECORD, load_record, load_sae, save_sae
+from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.files import disk_errors
+from tcsae.shared.base.settings import differences, to_dict
+from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.sae.folder import METRICS, load_record, load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
-from tcsae.train.config import DataConfig, TrainConfig
+from tcsae.train.checks import check_memory, check_parallel, memory_bytes
+from tcsae.train.collectives import Collectives
+from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
-from tcsae.train.processes import check_parallel, deal
+from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
-
-# A finished run becomes an SAE folder that says everything about itself.
-
-
-def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer: Trainer, seconds: float) -> None:
-    """Write the SAE, in the units of the data, with its record."""
-    recipe, progress = store.manifest.recipe, trainer.progress
-    record = {
-        "name": run.name,
-        "preset": run.preset,
-        "train": to_dict(run.config),
-        "from": run.init_from,
-        "hook": loader.hook,
-        "store": {"location": store.location, "content": store.content},
-        "steps": progress.n_steps,
-        "tokens": progress.n_tokens,
-        "left_out": {
-            "skip_first_per_epoch": loader.n_skipped,
-            "short_per_epoch": loader.n_short,
-            "max_norm": progress.n_left_out,
-        },
-        "epochs": progress.n_tokens / loader.n_tokens,
-        "input_scale": trainer.scale,
-        "dead_fraction": float(trainer.dead().float().mean()),
-        "restored": progress.n_restored,
-        "ended": progress.ended,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "device": trainer.sample.device.type,
-        "finished": True,
-        "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
-    }
-    metadata = {
-        "model_name": recipe.model.name,
-        "hook_name": loader.hook,
-        "dataset_path": recipe.corpus.name,
-        "context_size": recipe.sequences.length,
-        "prepend_bos": recipe.sequences.prepend_bos,
-    }
-    save_sae(trainer.finished_sae(), path, record, metadata)
-
 
 SAMPLE_TOKENS = 32_768
 """Tokens that the input scale, the first decoder bias and a batchtopk's threshold are taken from."""
-RETIRED = {"optimizer.gradients": "written"}
+
 RESTORES = 2
 """Instabilities that a run with guard.action=restore survives."""
 
@@ -80,26 +42,53 @@ def train_runs(
     fresh: bool = False,
     tracker: str | None = None,
     device: torch.device | str = "cpu",
-    ours: Ranks = ALONE,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Train every run that is not finished yet; runs that agree on their data share one pass. Returns their records.
 
-    Raises RunError if two runs have one name, or what lies under a run's name had other settings or another store.
+    Raises RunError if two runs have one name, another process trains one of them, or what lies under a run's name had
+    other settings or another store; Stopped, with checkpoints on disk, on SIGINT or SIGTERM.
     """
     names = check_names(runs)
-    if ours.rank:
-        wait_for_all(ours)  # rank 0 clears away what is to be trained again
-    fresh = fresh and ours.rank == 0
-    todo = [run for run in runs if not _is_finished(store, runs_path / run.name, run, fresh, ours.world)]
-    if not ours.rank:
-        wait_for_all(ours)
-    passes = {data: [run for run in todo if run.config.data == data] for data in {run.config.data: 0 for run in todo}}
-    for number, (data, together) in enumerate(passes.items(), start=1):
-        if len(passes) > 1:
-            say(f"Pass {number} of {len(passes)}, as batches differ: {', '.join(run.name for run in together)}")
-        _Pass(store, runs_path, data, together, tracker, torch.device(device), ours).train()
-    wait_for_all(ours)
+    device = torch.device(device)
+    with ExitStack() as folders:
+        if ranks.rank:
+            wait_for_all(ranks)  # the first has cleared away what is trained again
+            todo = [run for run in runs if not is_trained(store, runs_path / run.name, run, ranks.world)]
+        else:
+            todo = _begin(store, runs_path, runs, fresh, ranks.world, folders)
+            wait_for_all(ranks)
+        check_memory(store, [run.config for run in todo], device)
+        datas = dict.fromkeys(run.config.data for run in todo)
+        for number, data in enumerate(datas, start=1):
+            members = [run for run in todo if run.config.data == data]
+            if len(datas) > 1:
+                say(f"Pass {number} of {len(datas)}, as batches differ: {', '.join(run.name for run in members)}")
+            _Pass(store, runs_path, data, members, tracker, device, ranks).train()
+        wait_for_all(ranks)
     return [load_record(runs_path / name) for name in names]
+
+
+def _begin(
+    store: Store, runs_path: Path, runs: Sequence[Run], fresh: bool, world: int, folders: ExitStack
+) -> list[Run]:
+    """The runs that are to be trained, their folders taken for this process and, with `fresh`, cleared."""
+    todo = []
+    for run in runs:
+        path = runs_path / run.name
+        trained = not fresh and is_trained(store, path, run, world)
+        if not trained:
+            folders.enter_context(writable_folder(path))
+            if fresh:
+                clear_run(path)
+            trained = is_trained(store, path, run, world)  # by another process, until just now
+        if trained:
+            say(f"{run.name}: trained already, reused ({path}). Train it again with --fresh.")
+        else:
+            todo.append(run)
+            if not checkpoints(path):
+                clear_run(path)
+    return todo
 
 
 def check_names(runs: Sequence[Run]) -> list[str]:
@@ -110,54 +99,8 @@ def check_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _is_finished(store: Store, path: Path, run: Run, fresh: bool, world: int) -> bool:
-    """Whether the run is there already; clears its folder if it is to be trained anew.
-
-    Raises RunError, naming the differences, if what is there is another run.
-    """
-    kept = checkpoints(path)
-    if not fresh and (path / RECORD).exists():
-        found = load_record(path)
-    elif not fresh and kept:
-        found = read_about(kept[-1])
-    else:
-        for file in (*kept, path / RECORD, path / METRICS):
-            file.unlink(missing_ok=True)
-        return False
-    settings = _with_defaults(found.get("train", {}))
-    told = {"train": settings, "store": found.get("store", {}).get("content"), "from": found.get("from")}
-    asked = {"train": to_dict(run.config), "store": store.content, "from": run.init_from}
-    if not (path / RECORD).exists() and (was := found.get("ranks", 1)) != world:
-        raise RunError(
-            f"{path} was begun by {was} process(es), this start has {world}, whose sums round otherwise. Go on with "
-            f"{was}, or use --fresh to train it again."
-        )
-    if differing := differences(told, asked):
-        raise RunError(
-            f"{path} was trained otherwise ({'; '.join(differing)}). Use --fresh to train it again, or another --runs."
-        )
-    if (path / RECORD).exists():
-        say(f"{run.name}: trained already, reused ({path}). Train it again with --fresh.")
-        return True
-    return False
-
-
-def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, and a retired
-    setting at its only value that is left is as good as absent.
-    """
-    settings = {
-        key: {k: v for k, v in value.items() if RETIRED.get(f"{key}.{k}") != v} if isinstance(value, dict) else value
-        for key, value in settings.items()
-    }
-    try:
-        return to_dict(from_dict(TrainConfig, settings))
-    except ConfigError:  # a setting that is gone, or none at all: it differs
-        return settings
-
-
-class _Member:
-    """A run of a pass: its trainer, its log, and what to do when it is interrupted or unstable."""
+class Member:
+    """One run of a pass; in several processes, only the one that `writes` leaves files."""
 
     def __init__(
         self, run: Run, path: Path, trainer: Trainer, about: dict[str, Any], tracker: str | None, writes: bool
@@ -167,18 +110,20 @@ class _Member:
         self.started, self.seconds = time.monotonic(), 0.0
         self.saved = self.started
         n_bytes = 0
-        if kept := checkpoints(path):
-            told = read_about(kept[-1])
-            restore(kept[-1], trainer)
-            n_bytes, self.seconds = told["metrics_bytes"], told["seconds"]
+        if saved := checkpoints(path):
+            record = read_about(saved[-1])
+            restore(saved[-1], trainer)
+            n_bytes, self.seconds = record["metrics_bytes"], record["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
             for what in ("threads", "device"):
-                if (before := told.get(what, about[what])) != about[what]:  # older versions did not tell the device
+                if (before := record.get(what, about[what])) != about[what]:  # older versions did not tell the device
                     say(f"{run.name}: {what} {before} before, {about[what]} now: rounding will differ.")
+        self.steps_on_disk = trainer.progress.n_steps
         config = run.config
         self.log: RunLog | NoLog = NoLog()
         if writes:
-            self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+            with disk_errors(path):
+                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -236,10 +181,12 @@ class _Member:
 
     def checkpoint(self) -> None:
         self.saved = time.monotonic()
+        self.steps_on_disk = self.trainer.progress.n_steps
         if not self.writes:
             return
-        told = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed(), **self.about}
-        save_checkpoint(self.path, self.trainer, told)
+        with disk_errors(self.path):
+            state = {"metrics_bytes": self.log.n_bytes(), "seconds": self.elapsed()}
+            save_checkpoint(self.path, self.trainer, {**state, **self.about})
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -262,12 +209,12 @@ class _Pass:
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
         self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        for run in runs:
+            self.loader.check_temporal(run.config.temporal)
         sample = self.loader.sample(SAMPLE_TOKENS)
         self.members = [self._member(run, sample) for run in runs]
 
-    def _member(self, run: Run, sample: torch.Tensor) -> _Member:
-        path = self.runs_path / run.name
-        path.mkdir(parents=True, exist_ok=True)
+    def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None
         if run.init_from is not None:
             initial = load_sae(self.runs_path / run.init_from)
@@ -282,10 +229,10 @@ class _Pass:
             "device": self.device.type,
             "ranks": self.ranks.world,
         }
-        return _Member(run, path, trainer, about, self.tracker, self.ranks.rank == 0)
+        return Member(run, self.runs_path / run.name, trainer, about, self.tracker, self.ranks.rank == 0)
 
     def train(self) -> None:
-        """All steps of all runs; on an interruption each run leaves a checkpoint."""
+        """All steps of all runs; on SIGINT or SIGTERM each run leaves a checkpoint, between two steps."""
         done = min(member.trainer.progress.n_steps for member in self.members)
         last = max(run.config.steps for run in self.runs)
         self.loader.n_batches_done = done
@@ -293,40 +240,46 @@ class _Pass:
         title = f"train {self.runs[0].name}" if len(self.runs) == 1 else f"train {len(self.runs)} runs"
         per_step = self.loader.n_tokens / self.loader.n_segments * self.loader.config.n_segments
         with ExitStack() as stack:
+            stop = stack.enter_context(stop_on_signals())
             advance = stack.enter_context(progress(title, round(last * per_step), done=round(done * per_step)))
             for member in self.members:
                 stack.callback(member.log.close)
-            try:
-                for number, batch in self._batches(done, last):
-                    for member in self.members:
-                        member.step(batch, number)
-                    advance(batch.n_whole)
-            except KeyboardInterrupt:
+            for number, batch in self._batches(done, last):
                 for member in self.members:
-                    member.checkpoint_between()
-                raise
+                    member.step(batch, number)
+                advance(batch.n_whole)
+                self._stop_here(stop, last)
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
             for file in checkpoints(member.path):
                 file.unlink()
 
+    def _stop_here(self, stop: StopRequest, last: int) -> None:
+        """Raises Stopped, after a checkpoint of every run, if a signal came; in several processes, to any of them."""
+        requested = Collectives(self.ranks).any(torch.tensor([stop.requested]))
+        if not requested.item():
+            return
+        for member in self.members:
+            member.checkpoint_between()
+        kept = min(member.steps_on_disk for member in self.members)
+        if stop.number is None:
+            stop.number = SIGTERM  # another process received it
+        stop.check(f"step {kept:,} of {last:,} is on disk" if kept else "nothing is on disk, as no checkpoint was due")
+
     def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
-        """Numbered batches while any run wants them."""
+        """Numbered batches while any run is unfinished."""
         for number, batch in zip(range(done, last), self.loader, strict=False):
             if not any(member.live for member in self.members):
                 return
             yield number, batch
 
     def _announce(self) -> None:
-        """Memory, before it is used: weights, gradients and two moments of each run, buffers, two blocks of data."""
-        weights = sum(parameter.numel() * 4 for one in self.members for parameter in one.trainer.sae.parameters())
-        n = self.loader.config.n_segments * self.loader.config.segment_length
-        buffers = 4 * n * max(run.config.sae.d_sae for run in self.runs) * 4
+        """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
         short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
         tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
-        total = 4 * weights + buffers + 2 * self.loader.block_bytes()
+        total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 
 
@@ -334,7 +287,7 @@ def train_together(
     store: Store,
     runs_path: Path,
     runs: Sequence[Run],
-    ours: Ranks,
+    ranks: Ranks,
     fresh: bool = False,
     tracker: str | None = None,
     device: torch.device | str = "cpu",
@@ -344,15 +297,20 @@ def train_together(
     """
     check_names(runs)
     if len(runs) == 1:
-        check_parallel(runs[0].config, ours.world, device)
-        start_group(ours, device)
-        train_runs(store, runs_path, runs, fresh, tracker, device, ours)
-        return [load_record(runs_path / runs[0].name)] if ours.rank == 0 else []
-    mine = deal(runs, ours)
+        check_parallel(runs[0].config, ranks.world, device)
+        start_group(ranks, device)
+        train_runs(store, runs_path, runs, fresh, tracker, device, ranks)
+        return [load_record(runs_path / runs[0].name)] if ranks.rank == 0 else []
+    mine = deal(runs, ranks)
     names = ", ".join(run.name for run in mine) or "none, as there are fewer runs than processes"
-    say(f"Rank {ours.rank} of {ours.world} trains {names}.")
+    say(f"Rank {ranks.rank} of {ranks.world} trains {names}.")
     records = train_runs(store, runs_path, mine, fresh, tracker, device)
     if not has_rendezvous():
         return records
-    wait_for_all(ours)
-    return [load_record(runs_path / run.name) for run in runs] if ours.rank == 0 else []
+    wait_for_all(ranks)
+    return [load_record(runs_path / run.name) for run in runs] if ranks.rank == 0 else []
+
+
+def deal(items: Sequence[Any], ours: Ranks) -> list[Any]:
+    """This rank's share."""
+    return list(items[ours.rank :: ours.world])

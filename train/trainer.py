@@ -16,7 +16,6 @@ from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.train.batch import Batch
 from tcsae.train.config import TrainConfig
 from tcsae.train.encoding import Encoded, encode
-from tcsae.train.initial import initial_sae
 from tcsae.train.losses import TEMPORAL
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.order import shuffled
@@ -25,6 +24,8 @@ from tcsae.train.losses.position import PositionPenalty
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
 CALIBRATION_TOKENS = 4096
+MEDIAN_STEPS = 50
+FIRST_THRESHOLD = 0.1
 NO_GRADIENT = 1e-5
 """A gradient this small, times the code's norm and over the term's value, is rounding."""
 
@@ -197,8 +198,10 @@ class Trainer:
             return 0.0
         first, stop = self.scope
         code, tap = (one.values if isinstance(one, SparseCode) else one for one in (encoded.code, encoded.tap))
-        sparse = isinstance(encoded.code, SparseCode)
-        latents = encoded.code.latents if sparse else torch.arange(code.shape[1], device=code.device)
+        if isinstance(encoded.code, SparseCode):
+            latents = encoded.code.latents
+        else:
+            latents = torch.arange(code.shape[1], device=code.device)
         read_by = ((term, tap), (reconstruction, code))
         grads = [torch.autograd.grad(loss, entries, retain_graph=True)[0] for loss, entries in read_by]
         active = (code.detach() != 0) & (latents >= first) & (latents < stop)
@@ -271,3 +274,40 @@ def prefix_error(
     """sum over prefixes g of w_g ||x - x_hat_g||^2 (matryoshka; one prefix is the plain autoencoder)."""
     errors = [F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
     return sum((weight * error for weight, error in zip(weights, errors, strict=True)), start=x.new_zeros(()))
+
+
+@torch.no_grad()
+def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> SparseAutoencoder:
+    """Fresh weights by `config.init`, on the device of `sample`, which is in the units that training sees.
+
+    They are drawn on the CPU: a seed gives the same weights on every device.
+    """
+    sae = SparseAutoencoder(config.sae)
+    generator = torch.Generator().manual_seed(config.init_seed)
+    match config.init.weights:
+        case "xavier":
+            torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
+            torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
+            if config.optimizer.unit_decoder:
+                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        case "transpose":
+            sae.W_dec.normal_(generator=generator)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+            sae.W_enc_rows.copy_(sae.W_dec)
+    match config.init.b_dec:
+        case "mean":
+            sae.b_dec.copy_(sample.mean(0))
+        case "median":
+            sae.b_dec.copy_(geometric_median(sample))
+    if config.sae.activation == "jumprelu":
+        sae.threshold.fill_(FIRST_THRESHOLD)
+    return sae.to(sample.device)
+
+
+def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration."""
+    point = x.mean(0)
+    for _ in range(MEDIAN_STEPS):
+        nearness = 1 / (x - point).norm(dim=1).clamp_(min=1e-8)
+        point = nearness @ x / nearness.sum()
+    return point

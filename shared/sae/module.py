@@ -102,20 +102,25 @@ class SparseAutoencoder(nn.Module):
             case "batchtopk" | "jumprelu":
                 return torch.where(pre > self.threshold, pre, 0.0)
 
-    def encode_sparse(self, x: Float[Tensor, "n d_model"]) -> SparseCode:
-        """The code's non-zero entries; the same values as `encode`."""
+    def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseCode:
+        """The code's non-zero entries, the same values as `encode`, of the tokens of all leading axes laid end to end.
+
+        x may be of any float dtype and hold no token; the values are of the weights' dtype.
+        """
+        x = x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)
+        pre = self.pre_activations(x)
         match self.config.activation:
             case "topk":
-                return topk_code(self.pre_activations(x), self.config.k)
+                return topk_code(pre, self.config.k)
             case "batchtopk" | "jumprelu":
-                return threshold_code(self.pre_activations(x), self.threshold)
+                return threshold_code(pre, self.threshold)
             case "relu":
-                return positive_code(self.encode(x))
+                return positive_code(pre.relu())
             case "gelu":  # next to no entry is 0
-                dense = self.encode(x)
-                every = torch.arange(dense.numel(), device=x.device)
+                dense = nn.functional.gelu(pre)
+                latents = torch.arange(self.config.d_sae, device=x.device).repeat(len(dense))
                 offsets = torch.arange(0, dense.numel() + 1, self.config.d_sae, device=x.device)
-                return SparseCode(dense.flatten(), every % self.config.d_sae, offsets, self.config.d_sae)
+                return SparseCode(dense.flatten(), latents, offsets, self.config.d_sae)
 
     def decode(
         self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None

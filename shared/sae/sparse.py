@@ -136,7 +136,7 @@ def batchtopk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
     leaves some 1.3 n k candidates, among which the last one kept is found exactly.
     """
     want, flat = len(pre) * k, pre.view(-1)
-    candidates = _places(pre, _sampled_bound(flat, want))
+    candidates = _places(pre, _sampled_bound(flat, want) if want else 0.0)
     if len(candidates) < want:
         candidates = _places(pre, 0.0)
     values = flat[candidates]
@@ -183,7 +183,7 @@ def _places(x: Float[Tensor, "n d"], bound: float | Tensor) -> Int[Tensor, " n_a
 
     NumPy finds them 4 times as fast as torch does on a CPU.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype == torch.bfloat16:  # which NumPy has not
         return (x > bound).view(-1).nonzero().squeeze(1)
     limit = bound.detach().numpy() if isinstance(bound, Tensor) else x.new_tensor(bound).numpy()
     return torch.from_numpy(np.flatnonzero(x.detach().numpy() > limit))

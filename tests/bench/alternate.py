@@ -8,7 +8,6 @@ times.show("token", base="theirs")
 report("name", times, base="theirs")                  # one line of JSON, the last on stdout
 """
 
-import ctypes
 import json
 import os
 import platform
@@ -19,8 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 class Ratio(NamedTuple):
@@ -92,9 +89,10 @@ def one_core() -> None:
 
 
 def tune_malloc() -> None:
-    """Keep freed memory: by default glibc maps and unmaps every large tensor, some 50 ms of page faults for 64 MB."""
-    libc = ctypes.CDLL("libc.so.6")
-    if not (libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)):
+    """Keep freed memory, as `tcsae train` does."""
+    from tcsae.shared.base.device import keep_freed_memory
+
+    if not keep_freed_memory():
         raise SystemExit("mallopt refused the thresholds.")
 
 

@@ -63,7 +63,7 @@ def sweeping(task: Task, rank: int, world: int) -> Callable[[], None]:
     from tcsae.shared.store.reader import open_store
     from tcsae.train.loader import SegmentLoader
     from tcsae.train.presets import preset
-    from tcsae.train.processes import deal
+    from tcsae.train.run import deal
     from tcsae.train.trainer import Trainer
 
     store = open_store(task.location)

@@ -19,7 +19,8 @@ def contrastive(config: TemporalConfig, code: Code, batch: Batch, seed: int) -> 
     tokens = torch.cat([first, second]) - batch.offset
     at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
     rows = batch.group.rows(dense_rows(code, tokens[at]), at, len(tokens))
-    return batch.group.share(info_nce(*rows.split(len(others)), others, config.temperature))
+    pairs = len(others)
+    return batch.group.share(info_nce(rows[:pairs], rows[pairs:], others, config.temperature))
 
 
 def partners(batch: Batch, seed: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Bool[Tensor, "p p"]]:

@@ -1,0 +1,71 @@
+"""What cannot be trained is refused here, before anything is allocated: too much for the memory, or what several
+processes cannot train as one.
+
+In several processes every one reads the same order of data and takes its share of each batch's segments, so it knows
+the whole batch's lengths and documents without asking. Gradients are summed before they are clipped
+(tcsae.train.collectives), so the weights stay the same in every process, bit for bit, and rank 0 writes.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from tcsae.shared.base.console import size
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.store.reader import Store
+from tcsae.train.config import TrainConfig
+
+FLOAT_BYTES = 4
+
+
+def memory_bytes(configs: Sequence[TrainConfig]) -> int:
+    """Bytes of runs that share a pass: weights, gradients and two moments of each; of the largest, the pre-activations
+    of a batch and what a step makes of them; the batch.
+    """
+    weights = sum(2 * config.sae.d_sae * config.sae.d_model + 3 * config.sae.d_sae for config in configs)
+    tokens = [config.data.n_segments * config.data.segment_length for config in configs]
+    codes = max((n * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0)
+    batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
+    return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch)
+
+
+def check_memory(store: Store, configs: Sequence[TrainConfig], device: torch.device) -> None:
+    """Raises ConfigError, naming the setting to lower, for runs that take more memory than there is."""
+    if not configs or not (there := _memory(device)):
+        return
+    needed = max(memory_bytes([one for one in configs if one.data == config.data]) for config in configs)
+    if needed <= there:
+        return
+    largest = max(configs, key=lambda config: memory_bytes([config]))
+    data, sae = largest.data, largest.sae
+    raise ConfigError(
+        f"sae.d_sae={sae.d_sae} on batches of data.n_segments={data.n_segments} times data.segment_length="
+        f"{data.segment_length} tokens of width {sae.d_model}, {len(configs)} run(s), takes some {size(needed)} of "
+        f"memory; {device.type} has {size(there)} ({store.location}). Lower one of them, or train fewer at once."
+    )
+
+
+def _memory(device: torch.device) -> int:
+    """All memory of the device in bytes, 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_parallel(config: TrainConfig, world: int, device: torch.device | str = "cpu") -> None:
+    """Raises ConfigError for what several processes cannot train together."""
+    if torch.device(device).type == "mps":
+        raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")
+    if config.temporal.active and config.temporal.order == "batch":
+        raise ConfigError(
+            f"temporal.order='batch' pairs tokens of the whole batch, and {world} processes have a part of it each. "
+            "Train in one process."
+        )
+    if config.data.n_segments < world:
+        raise ConfigError(
+            f"data.n_segments={config.data.n_segments} is less than one for each of {world} processes. Raise it, or "
+            "start fewer."
+        )
