@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import tcsae.train.run as run_module
-from tcsae.shared.base.errors import RunError
+from tcsae.shared.base.errors import RunError, Stopped
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.reader import Store, open_store
@@ -140,21 +140,45 @@ def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, m
         assert not list((tmp_path / run.name).glob("checkpoint*"))
 
 
-def test_an_interrupt_leaves_a_checkpoint_at_the_very_step(store, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_checkpoints_between_two_steps(store, alone, tmp_path, monkeypatch, number):
     real = run_module.Member.step
 
-    def interrupted(self, batch, number):
-        if number == 20 and self.run.name == "topk":
-            raise KeyboardInterrupt
-        real(self, batch, number)
+    def signalled(self, batch, step):
+        if step == 20 and self.run.name == "topk":
+            os.kill(os.getpid(), number)
+        real(self, batch, step)
 
-    monkeypatch.setattr(run_module.Member, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(run_module.Member, "step", signalled)
+    with pytest.raises(Stopped, match=rf"{number.name}: step 21 of \d+ is on disk") as stopped:
         train_runs(store, tmp_path, mixed_runs())
-    assert (tmp_path / "topk" / "checkpoint-000000020.safetensors").exists()
+    assert stopped.value.exit_code == 128 + number
+    for run in mixed_runs():
+        assert (tmp_path / run.name / "checkpoint-000000021.safetensors").exists()
+        assert not list((tmp_path / run.name).glob("*.lock"))
     monkeypatch.setattr(run_module.Member, "step", real)
     train_runs(store, tmp_path, mixed_runs())
     assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs())
+
+
+@pytest.mark.parametrize("place", ["count", "gradients", "_guard", "_project_decoder_gradient"])
+def test_a_break_within_a_step_saves_nothing_of_it(store, alone, tmp_path, monkeypatch, place):
+    """A second Ctrl-C raises wherever the program is; half a step's moments must not reach the disk."""
+    real, calls = getattr(Trainer, place), []
+
+    def broken(self, *given):
+        calls.append(place)
+        if len(calls) == 31:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    monkeypatch.setattr(Trainer, place, broken)
+    run = mixed_runs()[:1]
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(store, tmp_path, run)
+    monkeypatch.setattr(Trainer, place, real)
+    train_runs(store, tmp_path, run)
+    assert same(tmp_path / run[0].name, alone / run[0].name)
 
 
 def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone, tmp_path, monkeypatch):

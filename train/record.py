@@ -1,5 +1,6 @@
 """A run's folder: what says that it is there already, who may write to it, and the SAE that it ends as."""
 
+import contextlib
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,9 +69,9 @@ def writable_folder(path: Path) -> Iterator[None]:
     try:
         folder.sweep()
         yield
-        with disk_errors(path):
-            (path / LOCK).unlink(missing_ok=True)
     finally:
+        with contextlib.suppress(OSError):  # a lock file that stays holds nobody up: what counts is who has it open
+            (path / LOCK).unlink(missing_ok=True)
         lock.release()
 
 
