@@ -29,6 +29,8 @@ def test_help_teaches_and_is_fast(run, command):
         before = _seconds_of_children()
         subprocess.run([sys.executable, "-m", "tcsae", *command, "--help"], check=True, capture_output=True)
         seconds.append(_seconds_of_children() - before)
+        if seconds[-1] < 0.5:
+            break
     assert min(seconds) < 0.5
 
 

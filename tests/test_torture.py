@@ -61,7 +61,9 @@ def test_how_a_command_takes_sigterm(torture, code, output, wrong):
         (0, "", b"as before", "same"),
         (0, "", b"other", "silent"),
         (0, "metrics.jsonl is damaged: line 3 is left out.", b"other", "said"),
-        (1, "Error: runs/a/metrics.jsonl is damaged.", b"other", "refused"),
+        (0, "a1: left out. Its evaluation is damaged.", b"other", "said"),
+        (0, "another: left out.\nb: evaluated.", b"other", "silent"),
+        (1, "Error: runs/a1/metrics.jsonl is damaged.", b"other", "refused"),
         (1, "", b"as before", "traceback"),
         (70, "KeyError: 'x'", b"as before", "traceback"),
         (-11, "", b"as before", "traceback"),
@@ -72,7 +74,7 @@ def test_what_a_damaged_place_may_give(torture, code, output, found, outcome):
     reader = next(one for one in damage.READERS if one.name == "report")
     ended = stages.Ended(code, output)
     expected = {"report/index.html": b"as before"}
-    got, _ = damage.judge(reader, ended, {"report/index.html": found}, expected, "runs/a/metrics.jsonl", "told")
+    got, _ = damage.judge(reader, ended, {"report/index.html": found}, expected, "runs/a1/metrics.jsonl", "told")
     assert got == outcome
 
 

@@ -123,7 +123,8 @@ def judge(
     if found == expected:
         return "same", ""
     parts = name.split("/")
-    if any(part in done.output for part in (name, "/".join(parts[-2:]), parts[-1])):
+    left_out = any("left out" in line and parts[1] in line for line in done.output.splitlines())
+    if left_out or any(part in done.output for part in (name, "/".join(parts[-2:]), parts[-1])):
         return "said", ""
     wrong = differences(found, expected)
     return "silent", f"{told}: exit code 0, {len(wrong)} files differ: {', '.join(wrong[:3])}"

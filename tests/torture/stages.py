@@ -266,8 +266,8 @@ def parsed(name: str, data: bytes) -> dict[str, object] | None:
     return None
 
 
-TIMES = re.compile(r"seconds|\.times\.|per_s$|eval_id|datetime|tcsae\.digest$")
-"""Dotted keys of JSON files that hold times, ids, or the digest of a manifest that does."""
+TIMES = re.compile(r"seconds|\.times\.|per_s$|eval_id|datetime|\.digest$|\.saebench_core\.json$")
+"""Dotted keys of JSON files that hold times, ids, or the digest of JSON that does (a manifest, an evaluation)."""
 
 
 def timeless(files: dict[str, bytes]) -> dict[str, bytes]:
