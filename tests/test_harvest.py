@@ -307,7 +307,7 @@ def test_settings_that_cannot_be_are_refused(short):
 @pytest.mark.parametrize(
     "option, value, words",
     [
-        ("--batch-size", "1M", None),  # no count
+        ("--batch-size", "1M", None),  # a count of sequences, not of thousands
         ("--batch-size", "99999999999999999999", r"at most 32768 sequences of 32 in one .* would take [\d.e+]+GB"),
         (
             "--sequence-length",
