@@ -182,12 +182,12 @@ def find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None = None) -> Cor
         recipe = _recipe(choice, path.resolve().name, digest_files(files, path if path.is_dir() else path.parent))
         return Corpus(recipe, lambda: _load_files(reader, files, choice))
     name, revision = ALIASES.get(choice.name, (choice.name, None))
-    commit = stored.revision if stored is not None and stored.name == name else None
-    commit = None if commit is not None and commit.startswith(LOCAL) else commit
+    pinned = stored.revision if stored is not None and stored.name == name else LOCAL
+    known_commit = None if pinned.startswith(LOCAL) else pinned
     try:
         # The revision of an alias is looked up once a store, as the main branch of others is.
-        asked = choice.revision or (None if commit else revision)
-        commit = pinned_commit("dataset", name, asked, commit)
+        asked = choice.revision or (None if known_commit else revision)
+        commit = pinned_commit("dataset", name, asked, known_commit)
     except HubError as error:
         known = [PYDOCS, *ALIASES, "a file or folder of .txt, .jsonl, .json or .parquet", "a Hub id"]
         raise DataError(not_found("dataset", choice.name, name, known, error)) from error

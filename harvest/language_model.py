@@ -119,10 +119,9 @@ def find_model(
             digest_files(files, path),
             trust_remote_code=trust_remote_code,
         )
-    commit = stored.revision if stored is not None and stored.name == name else None
-    commit = None if commit is not None and commit.startswith(LOCAL) else commit
+    pinned = stored.revision if stored is not None and stored.name == name else LOCAL
     try:
-        commit = pinned_commit("model", name, revision, commit)
+        commit = pinned_commit("model", name, revision, None if pinned.startswith(LOCAL) else pinned)
         return LanguageModel(name, name, commit, trust_remote_code=trust_remote_code)
     except HubError as error:
         known = [EMBEDDED, "a local folder with config.json", "a Hub id (as in owner/name)"]

@@ -15,9 +15,7 @@ def companion_columns(field: str) -> list[str]:
     return [field.replace("input_ids", name) if "input_ids" in field else name for name in (MASK, LABELS)]
 
 
-def without_padding(
-    ids: list[int], mask: Sequence[int] | None, labels: Sequence[int] | None, pad_id: int | None = None
-) -> list[int]:
+def without_padding(ids: list[int], mask: object, labels: object, pad_id: int | None = None) -> list[int]:
     """`ids` without the padding at both ends; all of them where neither mask nor labels are lists.
 
     Raises ValueError, saying why, for a mask that is no mask of these ids.

@@ -177,7 +177,8 @@ def _read(sequencer: Sequencer, corpus: Corpus, reader: TokenReader, control: Co
         ids_of = dict(zip(needed, ids, strict=True))
         for i, split in enumerate(splits):
             if i in ids_of and control is not None and control.kind == PERMUTED:
-                ids_of[i] = permuted(ids_of[i], control.seed, sequencer.counts["documents_read"])
+                order = permuted(ids_of[i], control.seed, sequencer.counts["documents_read"])
+                ids_of[i] = np.asarray(order, np.int32)
             sequencer.add(split, ids_of.get(i, ()))
             if sequencer.done:
                 break

@@ -248,3 +248,87 @@ def test_a_broken_file_is_one_line_with_its_name(write, name, data):
     with pytest.raises(DataError, match=f"{name} (cannot be read on from document|cannot be opened)") as caught:
         texts(CorpusChoice(name=write(name, data)))
     assert "\n" not in str(caught.value) and "Repair the file" in str(caught.value)
+
+
+# Data as they come
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md", "a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("where", ["file", "document"])
+def test_byte_order_marks_are_left_out(write, name, where):
+    text = "\ufeffone" if where == "document" else "one"
+    if name.startswith("a.json"):
+        data = json.dumps([{"text": text}] if name == "a.json" else {"text": text}).encode()
+    else:
+        data = text.encode()
+    data = b"\xef\xbb\xbf" + data if where == "file" else data
+    path = write(name, gzip.compress(data) if name.endswith(".gz") else data)
+    assert texts(CorpusChoice(name=path)) == ["one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_text_file_is_read_in_the_encoding_that_its_mark_names(write, encoding):
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    assert texts(CorpusChoice(name=write("a.txt", mark + "naïve\r\ntext".encode(encoding)))) == ["naïve\ntext"]
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_text_files_are_read_and_shuffled_as_datasets_reads_them(write, tmp_path, n):
+    files = [write(f"c/{i:02d}.txt", f"document {i}\r\nof {n}\r".encode()) for i in range(n)]
+    for seed in (0, 3):
+        rows = datasets.load_dataset(
+            "text", split="train", streaming=True, data_files={"train": files}, sample_by="document"
+        )
+        rows = rows.shuffle(seed=seed, buffer_size=10_000) if seed else rows
+        for start in (0, 1, 7):
+            expected = [row["text"] for row in rows.skip(start)]
+            assert texts(CorpusChoice(name=str(tmp_path / "c"), seed=seed), start) == expected
+
+
+@pytest.mark.parametrize("splits", [(), ("train", "test")])
+def test_a_folder_of_save_to_disk_is_a_dataset(tmp_path, splits):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(len(TEXTS)))})
+    saved = datasets.DatasetDict({split: dataset.select(range(i, 25)) for i, split in enumerate(splits)}) or dataset
+    saved.save_to_disk(str(tmp_path / "saved"))
+    corpus = find_corpus(CorpusChoice(name=str(tmp_path / "saved")))
+    corpus.check()
+    assert corpus.recipe.revision.startswith("sha256:")
+    for start in (0, 7, 25):
+        assert texts(CorpusChoice(name=str(tmp_path / "saved")), start) == TEXTS[start:]
+    if splits:
+        assert texts(CorpusChoice(name=str(tmp_path / "saved"), split="test")) == TEXTS[1:]
+        with pytest.raises(DataError, match=r"Unknown split 'tset'. Did you mean 'test'\?"):
+            find_corpus(CorpusChoice(name=str(tmp_path / "saved"), split="tset"))
+    else:
+        with pytest.raises(ConfigError, match="--split test: .* is no dataset of the Hub"):
+            find_corpus(CorpusChoice(name=str(tmp_path / "saved"), split="test"))
+    with pytest.raises(DataError, match="has no column 'body'. It has: n, text"):
+        find_corpus(CorpusChoice(name=str(tmp_path / "saved"), field="body")).check()
+
+
+OTHERS = {
+    "type": {"n": [float(i) for i in range(25)]},
+    "missing": {},
+    "more": {"n": list(range(25)), "z": ["q"] * 25},
+    "nested": {"n": [{"a": i} for i in range(25)]},
+}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+@pytest.mark.parametrize("field", ["text", "input_ids"])
+def test_columns_that_are_not_read_may_differ_from_file_to_file(tmp_path, difference, field):
+    values = TEXTS if field == "text" else [[i, 0] for i in range(25)]
+    mask = {} if field == "text" else {"attention_mask": [[1, 0]] * 25}
+    tables = ({field: values, "n": list(range(25))} | mask, OTHERS[difference] | mask | {field: values})
+    for name, table in zip("ab", tables, strict=True):
+        pa.parquet.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    choice = CorpusChoice(name=str(tmp_path), field=field, tokenized=field != "text")
+    find_corpus(choice).check()
+    assert texts(choice) == (TEXTS * 2 if field == "text" else [[i] for i in range(25)] * 2)
+
+
+def test_a_file_without_the_column_that_is_read_is_named(tmp_path):
+    for name, field in (("a", "text"), ("b", "body")):
+        pa.parquet.write_table(pa.table({field: TEXTS}), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match="b.parquet has no column 'text', which a.parquet has. It has: body"):
+        find_corpus(CorpusChoice(name=str(tmp_path))).check()

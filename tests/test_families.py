@@ -2,11 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from tcsae.harvest.documents import CorpusChoice
 from tcsae.harvest.run import harvest
@@ -125,3 +135,50 @@ def test_data_that_is_tokens_already(tiny_config, tmp_path):
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"token ids from 1 to 300 .*; the model has 0 to 299"):
         harvest(str(tmp_path / "other.zarr"), config)
+
+
+def wrappers():
+    """Models of text and images: a language model inside, whose config is a part of the model's."""
+    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}
+    # As many layers as the language model, so that the two lists can be confused.
+    vision = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"image_size": 28, "patch_size": 14}
+    gemma = text | {"num_key_value_heads": 1, "head_dim": 8}
+    return {
+        "llava": lambda: LlavaConfig(
+            text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision), image_token_index=5
+        ),
+        "gemma3": lambda: Gemma3Config(text_config=gemma, vision_config=vision, mm_tokens_per_image=4),
+    }
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_the_language_model_inside_a_wrapper(tiny_lm, tiny_config, tmp_path, name):
+    folder = tmp_path / name
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(wrappers()[name](), dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    for file in tiny_lm.glob("tokenizer*"):
+        shutil.copy(file, folder / file.name)
+    config = dataclasses.replace(
+        tiny_config,
+        model=dataclasses.replace(tiny_config.model, name=str(folder)),
+        hooks=(RESIDUAL,),
+        codec="float32",
+        n_tokens=1000,
+    )
+    store = harvest(str(tmp_path / "store.zarr"), config)
+    seen = []
+    layer = model.get_submodule("model.language_model.layers.1")
+    layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    tail = Tail.load(store.tail_path(RESIDUAL))
+    assert tail.n_layers == 1
+    for i, length in enumerate(store.eval.lengths[:4]):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(store.eval.tokens[i, :length].astype(np.int64))[None]).logits[0]
+        stored = store.eval.read(RESIDUAL, i, i + 1)[:, :length]
+        torch.testing.assert_close(torch.from_numpy(stored), seen.pop(), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            repeated = tail.logits(torch.from_numpy(stored))[0]
+        torch.testing.assert_close(repeated, logits, rtol=1e-3, atol=1e-3)

@@ -1,9 +1,11 @@
 """Promise: a store holds the model's activations on the corpus, or one line says what is in the way."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -300,6 +302,68 @@ def test_settings_that_cannot_be_are_refused(short):
     }
     expected = {"codec": CODECS, "lm_dtype": DTYPES, "device": DEVICES, "control": CONTROLS}
     assert choices == {name: list(values) for name, values in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--batch-size", "1M", None),  # a count of sequences, not of thousands
+        ("--batch-size", "99999999999999999999", r"at most 32768 sequences of 32 in one .* would take [\d.e+]+GB"),
+        (
+            "--sequence-length",
+            "99999999999999999999",
+            r"at most 1048576 positions; at a width .* would take [\d.e+]+GB",
+        ),
+        ("--tokens", "99999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+GB"),
+        ("--sequences", "9999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+GB"),
+        ("--min-length", "99999999999999999999", "from 1 to the sequence length, 32"),
+        ("--seed", "99999999999999999999", "0 for the corpus's own order, or up to 9223372036854775807"),
+    ],
+)
+def test_settings_beyond_any_memory_are_refused_with_what_they_would_take(
+    tiny_lm, tiny_corpus, tmp_path, option, value, words
+):
+    given = {"--model": str(tiny_lm), "--dataset": str(tiny_corpus), "--sequence-length": "32", option: value}
+    arguments = [part for pair in given.items() for part in pair]
+    done = CliRunner().invoke(cli, ["--store", str(tmp_path / "a.zarr"), "harvest", *arguments])
+    assert done.exit_code == (1 if words else 2), done.output
+    assert re.search(words or "Error: Invalid value", done.stderr), done.stderr
+    assert not (tmp_path / "a.zarr").exists()
+
+
+# Code that comes with a model
+
+
+@pytest.fixture
+def model_with_code(tiny_lm, tmp_path):
+    """A model folder whose config, and tokenizer, are Python code beside the weights; run, it leaves a file."""
+    folder = tmp_path / "coded"
+    shutil.copytree(tiny_lm, folder)
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(
+        "from pathlib import Path\nfrom transformers import GPTNeoXConfig, GPTNeoXForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class Coded(GPTNeoXConfig):\n    model_type = 'coded'\n"
+        "class CodedLM(GPTNeoXForCausalLM):\n    config_class = Coded\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "coded", "auto_map": {"AutoConfig": "code.Coded", "AutoModelForCausalLM": "code.CodedLM"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, ran
+
+
+def test_code_of_a_model_does_not_run_unless_it_is_trusted(short, model_with_code, tmp_path, monkeypatch):
+    folder, ran = model_with_code
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = dataclasses.replace(short, model=dataclasses.replace(short.model, name=str(folder)))
+    with pytest.raises(ModelError, match="no config that can be read .* run it: --trust-remote-code"):
+        harvest(str(tmp_path / "store.zarr"), config)
+    assert not ran.exists() and not (tmp_path / "store.zarr").exists()
+    trusted = dataclasses.replace(config, model=dataclasses.replace(config.model, trust_remote_code=True))
+    with contextlib.suppress(ModelError):  # TransformerLens knows no such architecture
+        harvest(str(tmp_path / "store.zarr"), trusted)
+    assert ran.exists()
+    assert not list((tmp_path / "store.zarr").rglob("*.py"))
 
 
 def test_without_a_bos_token_none_is_prepended(short, tiny_lm, tmp_path):
