@@ -39,6 +39,7 @@ from tcsae.shared.store.integrity import (
     CheckedStore,
     DamagedError,
     Digests,
+    check_count,
     checked_folder,
     checksum_rows,
 )
@@ -305,7 +306,7 @@ class Store:
 
 
 def open_store(location: str | Path) -> Store:
-    """Open a sealed activation store, read-only. Only its manifest is read.
+    """Open a sealed activation store, read-only. Only its manifest is read, and held to the number of checksums.
 
     Raises StoreError if there is none, an unfinished one, something else, one that a newer version wrote, or one whose
     manifest cannot be.
@@ -318,6 +319,7 @@ def open_store(location: str | Path) -> Store:
     manifest = check_manifest(location, values)
     if manifest.state != SEALED:
         raise StoreError(unfinished(location, manifest))
+    check_count(objects, manifest)
     return Store(objects, manifest)
 
 
