@@ -167,7 +167,10 @@ def checksum_rows(objects: Objects, manifest: Manifest) -> bytes:
     """The checksum array's bytes, held to the manifest's `content`. Raises DamagedError."""
     check_count(objects, manifest)
     name, n_bytes = objects.name(CHECKSUMS), manifest.n_objects() * DIGEST_BYTES
-    data = objects.get(CHECKSUMS)
+    try:
+        data = objects.get(CHECKSUMS)
+    except FileNotFoundError as error:
+        raise DamagedError(name, CHECKSUMS, "is missing", missing=True) from error
     rows, crc = data[:n_bytes], data[n_bytes:]
     if crc != google_crc32c.value(rows).to_bytes(CRC_BYTES, "little"):
         raise DamagedError(name, CHECKSUMS, "is damaged: its checksum does not fit")
