@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import tcsae
 from tcsae.shared.base.errors import ConfigError, DataError, StoreError
+from tcsae.shared.store.format import Layout
+from tcsae.shared.store.writer import StoreWriter
 
 LENGTH, WIDTHS = 4, {"layer1": 3, "layer2": 6}
 
@@ -135,3 +137,45 @@ def test_train_and_eval_take_it(tmp_path, codec):
     figures = json.loads(next((tmp_path / "runs").rglob("eval*.json")).read_text())["metrics"]
     assert figures["explained_variance"] > 0.1
     assert not any("ce_loss" in name and figures[name] is not None for name in figures)
+
+
+def test_a_buffer_can_be_used_again(tmp_path):
+    """Of every argument: what is appended is what was given then, not what the buffer holds later."""
+    n, length = 3, 4
+    x, lengths, tokens = np.empty((n, length, 2), np.float32), np.empty(n, np.int32), np.empty((n, length), np.int32)
+    documents, tensor = np.empty(n, np.int64), torch.empty(n, length, 2)
+    with tcsae.create_store(tmp_path / "a.zarr", hooks={"array": 2, "tensor": 2}, sequence_length=length) as store:
+        for i in range(4):
+            x[:], lengths[:], tokens[:], documents[:], tensor[:] = i + 1, i + 1, i + 10, i + 20, i + 30
+            for split, more in (("train", 0), ("eval", 100)):
+                documents += more
+                store.append(split, {"array": x, "tensor": tensor}, lengths=lengths, tokens=tokens, documents=documents)
+        for buffer in (x, lengths, tokens, documents, tensor):
+            buffer[:] = 99
+    opened = tcsae.open_store(tmp_path / "a.zarr")
+    for split, more in ((opened.train, 0), (opened.eval, 100)):
+        each = np.repeat(np.arange(4), n)
+        np.testing.assert_array_equal(split.read("array", 0, 12)[:, 0, 0], each + 1)
+        np.testing.assert_array_equal(split.read("tensor", 0, 12)[:, 0, 0], each + 30)
+        np.testing.assert_array_equal(split.lengths, each + 1)
+        np.testing.assert_array_equal(split.tokens[:, 0], each + 10)
+        np.testing.assert_array_equal(split.documents, each + 20 + more)
+
+
+def test_appending_is_linear(tmp_path, monkeypatch):
+    """What is read back for each shard does not grow with the store."""
+    layout = Layout(sequences_per_chunk=2, sequences_per_token_chunk=8)
+    monkeypatch.setattr("tcsae.shared.store.writer.layout_for", lambda recipe: layout)  # noqa: ARG005
+    read, real = [], StoreWriter._stored
+
+    def counted(self, split, name, start, stop):
+        read.append(stop - start)
+        return real(self, split, name, start, stop)
+
+    monkeypatch.setattr(StoreWriter, "_stored", counted)
+    with tcsae.create_store(tmp_path / "a.zarr", hooks={"h": 2}, sequence_length=1) as store:
+        for _ in range(40):
+            store.append("train", {"h": np.ones((2, 1, 2))})
+        store.append("eval", {"h": np.ones((2, 1, 2))})
+    assert len(read) <= 42
+    assert max(read) <= 8

@@ -1,107 +1,255 @@
-"""Promise: whatever a disk refuses, wherever in a harvest, is one line with the path and the cure; a rerun goes on."""
+"""Promise: whatever the disk refuses is one line that names path and cure; what was there stays whole."""
 
 import errno
 import importlib.util
+import io
 import os
-import pathlib
+import threading
+import zipfile
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tcsae.harvest.disk import NoRoomError, disk_errors
-from tcsae.harvest.run import harvest
-from tcsae.shared.base.errors import DataError, StoreError, TcsaeError
+import tcsae
+from tcsae.shared.base import files
+from tcsae.shared.base.errors import StoreError
+from tcsae.shared.base.files import disk_line, whole_file, write_atomic, write_folder
+from tcsae.shared.commands import group
 from tcsae.shared.commands.group import cli
+from tcsae.shared.store.copy import copy_store
+from tcsae.shared.store.places import local, objects_at
+from tcsae.shared.store.writer import open_writer
 
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
-FAULTS = {
-    errno.ENOSPC: "is full. Make room",
-    errno.EDQUOT: "is full. Make room",
-    errno.EROFS: "can only be read",
-    errno.EACCES: "Get the permission",
-    errno.EPERM: "Get the permission",
-    errno.ENAMETOOLONG: "Give a shorter --store",
-    errno.EIO: "See whether its disk is still there",
-    errno.ESTALE: "See whether its disk is still there",
-    errno.ENOENT: "See whether its disk is still there",
-    errno.EMFILE: "ulimit -n",
-}
-PLACES = ("journal/sequences", "/tokens/c", "journal/plan", "/train/activations", "/tail/", "/statistics/")
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load("toy_store")
+ERRNOS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG]
+NAMES = [errno.errorcode[number] for number in ERRNOS]
+CURE = r"make room|another place|permission|shorter|mounted"
 
 
 @pytest.fixture(scope="module")
-def short(tiny_config):
-    return toy.one_hook(tiny_config)
+def store(tmp_path_factory) -> Path:
+    return toy.make(tmp_path_factory.mktemp("disk") / "a.zarr", "float16")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(short, tmp_path_factory):
-    location = tmp_path_factory.mktemp("whole") / "store.zarr"
-    harvest(str(location), short)
-    return toy.files(location)
+def refusing(number: int):
+    """An `os.fsync` or `open` of a disk that refuses: as with write(2), the error names no file."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
 
 
-# Each fault and each place, not each pair of them.
-@pytest.mark.parametrize(
-    "number, place", [(number, PLACES[i % len(PLACES)]) for i, number in enumerate(FAULTS)], ids=str
-)
-def test_a_fault_is_one_line_and_the_same_harvest_goes_on(short, uninterrupted, tmp_path, monkeypatch, number, place):
-    location = tmp_path / "store.zarr"
-
-    def fault():
-        raise OSError(number, os.strerror(number), str(location / "some" / "file"))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "replace", pathlib.Path.replace)
-        toy.at_write(1, place, True, fault)
-        with pytest.raises(StoreError) as caught:
-            harvest(str(location), short)
-    message = str(caught.value)
-    assert str(location) in message and "\n" not in message
-    assert FAULTS[number] in message
-    harvest(str(location), short)
-    assert toy.files(location) == uninterrupted
+@pytest.mark.parametrize("number", ERRNOS, ids=NAMES)
+@pytest.mark.parametrize("target", ["b.zarr", "b.zip", "int8.zarr"])
+def test_copy_onto_a_disk_that_refuses(store, tmp_path, monkeypatch, number, target):
+    monkeypatch.setattr("tcsae.shared.base.files.os.fsync", refusing(number))
+    options = ["--codec", "int8"] if target == "int8.zarr" else []
+    done = CliRunner().invoke(cli, ["copy", "--from", str(store), "--to", str(tmp_path / target), *options])
+    assert done.exit_code == 1, done.exception
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"Error: {tmp_path / target}")
+    assert os.strerror(number) in line
+    assert any(word in line for word in CURE.split("|")), line
+    monkeypatch.undo()
+    done = CliRunner().invoke(cli, ["copy", "--from", str(store), "--to", str(tmp_path / target), *options])
+    assert done.exit_code == 0, done.output
 
 
-class LibraryError(Exception):
-    """What a library makes of an operating system's error."""
+@pytest.mark.parametrize("number", ERRNOS, ids=NAMES)
+def test_create_store_on_a_disk_that_refuses(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("tcsae.shared.base.files.os.fsync", refusing(number))
+    with pytest.raises(StoreError, match=rf"{tmp_path}/a.zarr.*{os.strerror(number)}.*({CURE})"):
+        tcsae.create_store(tmp_path / "a.zarr", hooks={"h": 4}, sequence_length=2)
+    monkeypatch.undo()
+    creation = tcsae.create_store(tmp_path / "b.zarr", hooks={"h": 4}, sequence_length=2)
+    monkeypatch.setattr("tcsae.shared.base.files.os.fsync", refusing(number))
+    with pytest.raises(StoreError, match=os.strerror(number)), creation as new:
+        new.append("train", {"h": np.ones((3, 2, 4))})
+    assert not list((tmp_path / "b.zarr").rglob("*/*")), "what was begun is deleted"
 
 
-@pytest.mark.parametrize(
-    "error, kind",
-    [
-        (LibraryError("Error while serializing: I/O error: No space left on device (os error 28)"), NoRoomError),
-        (LibraryError("IoError(Os { code: 30, kind: ReadOnlyFilesystem })"), StoreError),
-        (OSError(errno.ENOSPC, "No space left", "/elsewhere/cache"), NoRoomError),
-        (LibraryError("something else"), LibraryError),
-        (DataError("says it already (os error 28)"), DataError),
-        (KeyError("os"), KeyError),
-    ],
-)
-def test_whichever_library_met_it(error, kind):
-    with pytest.raises(kind) as caught, disk_errors("s.zarr"):
-        raise error
-    assert type(caught.value) is kind
-    if getattr(error, "filename", None):
-        assert "/elsewhere/cache" in str(caught.value), "the path that is full, not the store's"
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE], ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("command", ["inspect", "verify", "copy"])
+def test_reading_from_a_disk_that_refuses(store, tmp_path, monkeypatch, command, number):
+    """Everything but the manifest, as when a mount vanishes after the start."""
+    opened = io.open
+
+    def refuse(file, *given, **more):
+        if str(file).startswith(str(store)) and not str(file).endswith("zarr/zarr.json"):
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *given, **more)
+
+    monkeypatch.setattr(io, "open", refuse)
+    options = ["--from", str(store), "--to", str(tmp_path / "b.zarr")] if command == "copy" else []
+    done = CliRunner().invoke(cli, ["--store", str(store), "--runs", str(tmp_path), command, *options])
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 1
+    assert os.strerror(number) in done.output
+    assert f"{store}/" in done.output
 
 
-@pytest.mark.parametrize("where", ["store", "dataset", "model"])
-def test_names_too_long_for_a_disk(tiny_lm, tiny_corpus, tmp_path, where):
-    given = {"store": str(tmp_path / "a.zarr"), "dataset": str(tiny_corpus), "model": str(tiny_lm)}
-    given[where] = str(tmp_path / ("x" * 300))
-    arguments = ["--store", given["store"], "harvest", "--dataset", given["dataset"], "--model", given["model"]]
-    done = CliRunner().invoke(cli, [*arguments, "--sequence-length", "32", "--tokens", "2K"])
-    assert done.exit_code == 1 and not isinstance(done.exception, OSError | TcsaeError), done.exception
-    assert done.stderr.splitlines()[-1].startswith("Error: ")
+@pytest.mark.parametrize("make", [
+    lambda: OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+    lambda: PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+    lambda: OSError(errno.EIO, "Input/output error"),
+    lambda: TimeoutError("timed out"),
+    lambda: ValueError("I/O error: No space left on device (os error 28)"),
+    lambda: RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1728 vs 1684"),
+    lambda: MemoryError("Unable to allocate 7 TiB"),
+])  # fmt: skip
+def test_the_last_net_of_the_command_line(monkeypatch, make):
+    @click.command()
+    def failing() -> None:
+        raise make()
+
+    monkeypatch.setattr(group.StageGroup, "get_command", lambda self, ctx, name: failing)  # noqa: ARG005
+    done = CliRunner().invoke(cli, ["inspect"])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "Traceback" not in done.output
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may do everything")
-def test_without_permission(short, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(StoreError, match="Permission denied"):
-        harvest(str(tmp_path / "a.zarr"), short)
+def test_a_bug_of_ours_keeps_its_traceback():
+    assert disk_line(ValueError("no such thing")) is None
+    assert disk_line(KeyError("x")) is None
+
+
+def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a", b"old")
+    monkeypatch.setattr("tcsae.shared.base.files.os.fsync", refusing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as caught, whole_file(tmp_path / "a") as file:
+        file.write(b"new")
+    assert caught.value.filename == str(tmp_path / "a")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def folder_of(text: str):
+    return lambda folder: [(folder / name).write_text(text) for name in ("a", "b")]
+
+
+def test_a_folder_is_there_at_every_moment_while_it_is_replaced(tmp_path):
+    target, over, seen = tmp_path / "tail", threading.Event(), set()
+    write_folder(target, folder_of("0"))
+
+    def look() -> None:
+        while not over.is_set():
+            seen.add(target.is_dir() and (target / "a").is_file())
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    for i in range(100):
+        write_folder(target, folder_of(str(i)))
+    over.set()
+    looker.join()
+    assert seen == {True}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "tail"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "a folder", "an empty folder", "a file"])
+def test_a_folder_replaces_what_is_there(tmp_path, monkeypatch, can_exchange, before):
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # noqa: ARG005
+    target = tmp_path / "x"
+    if before == "a file":
+        target.write_text("old")
+    elif before != "nothing":
+        target.mkdir()
+        if before == "a folder":
+            (target / "old").write_text("old")
+    write_folder(target, folder_of("new"))
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert [path for path in tmp_path.iterdir() if path != target and path.is_dir()] == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, fails):
+    write_folder(tmp_path / "x", folder_of("old"))
+
+    def fill(folder: Path) -> None:
+        folder_of("new")(folder)
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "c"))
+
+    if fails:
+        with pytest.raises(OSError, match="No space") as caught:
+            write_folder(tmp_path / "x", fill)
+        assert caught.value.filename == str(tmp_path / "x" / "c")
+    else:
+        write_folder(tmp_path / "x", fill)
+    assert (tmp_path / "x" / "a").read_text() == ("old" if fails else "new")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_partials_of_writers_that_were_killed_go_after_a_day(tmp_path):
+    names = [f"x.{i}.partial" for i in range(3)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in (*names[:2], "y.0.partial"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        os.utime(tmp_path / name, (0, 0))
+    write_folder(tmp_path / "x", folder_of("new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.2.partial", "y.0.partial"]
+
+
+class Grudging(io.FileIO):
+    """A file of which one call gives a few bytes only, as Linux gives at most 2 GiB."""
+
+    def readinto(self, view) -> int:
+        return super().readinto(memoryview(view)[:7])
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_an_object_that_takes_more_than_one_read(tmp_path, monkeypatch, kind):
+    data = bytes(range(100))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("tail/x", data)
+    (tmp_path / "a" / "tail").mkdir(parents=True)
+    (tmp_path / "a" / "tail" / "x").write_bytes(data)
+    objects = objects_at(str(tmp_path / ("a.zip" if kind == "zip" else "a")))
+    objects.size("tail/x")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", buffering=-1: opened(self, mode) if buffering else Grudging(self)
+    )
+    first, second = bytearray(60), bytearray(50)
+    assert objects.read_into("tail/x", memoryview(first), memoryview(second)) == 100
+    assert bytes(first + second[:40]) == data
+    if kind == "zip":
+        assert objects.get("tail/x") == b"".join(objects.blocks("tail/x")) == data
+
+
+def test_a_store_whose_folder_cannot_be_listed_is_not_called_foreign(store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(store / "zarr.json"))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StoreError, match=r"zarr.json: Permission denied. Ask for the permission"):
+        tcsae.open_store(store)
+    assert local.LocalObjects(str(store)).has("zarr.json")
+
+
+def test_a_writer_on_a_read_only_disk_says_so(store, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tcsae.shared.store.places.local.os.open", refuse)
+    recipe = tcsae.open_store(store).manifest.recipe
+    with pytest.raises(StoreError, match=r"cannot be written \(Read-only file system\). Give another --store"):
+        open_writer(str(tmp_path / "b.zarr"), recipe)
+    assert open_writer(str(store), recipe) is None, "a sealed store is used as it is"
+    with pytest.raises(StoreError, match="Read-only file system"):
+        copy_store(str(store), str(tmp_path / "c.zarr"), lambda n: None)  # noqa: ARG005

@@ -182,6 +182,16 @@ def test_a_manifest_that_lies_is_refused_before_anything_is_allocated(store, tmp
         assert str(store) in done.output or "checksums" in done.output
 
 
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 10**7}, {"n_layer": 10**7}, {"text_config": {"num_layers": 99}}]
+)
+def test_a_tail_that_claims_more_layers_than_it_has_tensors(tmp_path, config):
+    data = json.dumps({"model_type": "gpt_neox", **config}).encode()
+    path = toy.make(tmp_path / "a.zarr", "float16", files={toy.CONFIG: data})
+    with pytest.raises(StoreError, match=r"config.json claims [0-9,]+ layers; its weights are 1 tensors"):
+        open_store(path).tail_path(toy.HOOK)
+
+
 ROOTS = [b"", b"[]", b"null", b"{}", b'{"attributes": []}', b'{"attributes": null}', b'{"attributes": {"tcsae": []}}',
          b"\xff\xfe", b"[" * 100_000, b"<html>404</html>", b'{"attributes": {"tcsae": 1}}']  # fmt: skip
 

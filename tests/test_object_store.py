@@ -367,3 +367,68 @@ def test_a_put_that_is_denied_says_one_line(place, tiny_lm, tiny_corpus, faults)
     done = CliRunner().invoke(cli, ["--store", place, *options, "--hook", RESIDUAL, "--sequence-length", "32"])
     assert done.exit_code == 1
     assert f"Error: {place}/harvest.lock: access denied" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("fault", ["short", "flip", "html", "404"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "/zarr.json",
+        "/checksums/c/0/0",
+        "/train/tokens/zarr.json",
+        "/train/lengths/c/0",
+        "/c/0/0/0",
+        "/tail/",
+        "/tokenizer/",
+    ],
+)
+def test_an_answer_that_is_not_the_object_is_one_line(remote_store, tmp_path, faults, monkeypatch, fault, what):
+    monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "RETRY_S", 0.5)
+
+    def kind(n: int, method: str, path: str) -> str | None:  # noqa: ARG001
+        is_root = path.endswith("tiny.zarr/zarr.json")
+        hit = is_root if what == "/zarr.json" else what in path
+        return fault if hit and method == "GET" and not s3.is_list(method, path) else None
+
+    def use() -> None:
+        store = open_store(remote_store)
+        _ = store.train.tokens, store.train.lengths
+        store.train.read(RESIDUAL, 0, 8)
+        store.tail_path(RESIDUAL)
+        _ = store.tokenizer_path
+
+    faults.kind = kind
+    start = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith((remote_store, "No activation store at"))
+    assert time.monotonic() - start < 20, "retries are bounded"
+    faults.kind = lambda n, method, path: None  # noqa: ARG005
+    use()
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_lease_is_released_by_its_holder_alone(place, monkeypatch):
+    """A holder that slept for longer than its lease wakes in release, when the lock is another's."""
+    monkeypatch.setattr(leases, "RENEWALS", 0.1)  # never within this test
+    objects = objects_at(place)
+    first = objects.lock("harvest.lock")
+    second = objects.lock("harvest.lock", force=True)
+    first.release()
+    assert "harvest.lock" in objects.listed()
+    assert objects.lock("harvest.lock") is None
+    second.release()
+    assert objects.listed() == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"host": 1, "pid": "x", "token": 2}'])
+def test_an_unreadable_lock_is_said_so_and_force_takes_it(place, content):
+    objects = objects_at(place)
+    objects.put("harvest.lock", content)
+    assert objects.lock("harvest.lock") is None
+    assert "harvest.lock is unreadable" in objects.holder("harvest.lock")
+    assert "--force" in objects.holder("harvest.lock")
+    objects.lock("harvest.lock", force=True).release()
+    assert objects.listed() == {}

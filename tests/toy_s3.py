@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ANSWERS = {
     "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "404": b"<Error><Code>NoSuchKey</Code><Message>The specified key does not exist.</Message></Error>",
     "403": b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
 }
+HTML = b"<!DOCTYPE html><html><body>Please sign in to the network.</body></html>"
 BUCKET = "bucket"
 
 
@@ -26,6 +28,10 @@ class Faults:
     "drop"   the connection closes, not forwarded
     "lost"   forwarded, and the connection closes without the answer
     "torn"   forwarded, and the connection closes within the answer's body
+    "short"  forwarded, and the answer is whole but lacks its last half
+    "flip"   forwarded, and a bit of the answer is another
+    "html"   a page of a proxy in between, with status 200
+    "404"    not forwarded
     """
 
     def __init__(self) -> None:
@@ -77,6 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
         upstream.close()
         if fault == "lost":
             self.close_connection = True
+            return
+        if fault in ("short", "flip", "html"):
+            middle = len(data) // 2
+            changed = data[:middle] + bytes(one ^ 1 for one in data[middle : middle + 1]) + data[middle + 1 :]
+            data = {"short": data[:middle], "flip": changed, "html": HTML}[fault]
+            headers = [(k, v) for k, v in reply.getheaders() if k.lower() not in ("content-length", "content-range")]
+            self.answer(200, headers, data)
             return
         self.answer(reply.status, reply.getheaders(), data, torn=fault == "torn")
 

@@ -92,7 +92,8 @@ def finished_copy(store: Store, target: str, codec: str | None = None, error: fl
 
 def _digests(store: Store) -> dict[str, str]:
     """Every object but the root in the order of the manifest, with its sha256."""
-    digests = {key: store.digests.digest(key) for key in store.manifest.objects()}
+    known = store.digests
+    digests = {key: known.digest(key) for key in store.manifest.objects()}
     # Of version 1 the checksums' own metadata has no digest; their bytes were checked when they were read.
     return digests | {CHECKSUMS_METADATA: store.manifest.checksums_metadata, CHECKSUMS: ""}
 

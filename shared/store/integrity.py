@@ -150,24 +150,27 @@ class Digests:
         return trailers.astype(np.uint32)
 
 
-def checksum_rows(objects: Objects, manifest: Manifest) -> bytes:
-    """The checksum array's bytes, held to the manifest's `content`.
+def check_count(objects: Objects, manifest: Manifest) -> None:
+    """Raises DamagedError unless there are as many checksums as the manifest claims objects.
 
-    Its size is compared with the number of objects before anything is read, so that a manifest that claims 10^12
-    sequences is refused by arithmetic. Raises DamagedError.
+    By arithmetic, before anything is allocated or read: a manifest may claim 10^12 sequences.
     """
-    name, n_bytes = objects.name(CHECKSUMS), manifest.n_objects() * DIGEST_BYTES
-    size = objects.size(CHECKSUMS)
+    name, size = objects.name(CHECKSUMS), objects.size(CHECKSUMS)
     if size is None:
         raise DamagedError(name, CHECKSUMS, "is missing", missing=True)
-    if size != n_bytes + CRC_BYTES:
-        raise DamagedError(
-            name,
-            CHECKSUMS,
-            f"has {size:,} bytes; the {manifest.n_objects():,} objects that the manifest claims take "
-            f"{n_bytes + CRC_BYTES:,}",
-        )
-    data = objects.get(CHECKSUMS)
+    if size != (n_bytes := manifest.n_objects() * DIGEST_BYTES + CRC_BYTES):
+        reason = f"has {size:,} bytes; the {manifest.n_objects():,} objects that the manifest claims take {n_bytes:,}"
+        raise DamagedError(name, CHECKSUMS, reason)
+
+
+def checksum_rows(objects: Objects, manifest: Manifest) -> bytes:
+    """The checksum array's bytes, held to the manifest's `content`. Raises DamagedError."""
+    check_count(objects, manifest)
+    name, n_bytes = objects.name(CHECKSUMS), manifest.n_objects() * DIGEST_BYTES
+    try:
+        data = objects.get(CHECKSUMS)
+    except FileNotFoundError as error:
+        raise DamagedError(name, CHECKSUMS, "is missing", missing=True) from error
     rows, crc = data[:n_bytes], data[n_bytes:]
     if crc != google_crc32c.value(rows).to_bytes(CRC_BYTES, "little"):
         raise DamagedError(name, CHECKSUMS, "is damaged: its checksum does not fit")

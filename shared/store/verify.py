@@ -208,5 +208,5 @@ def _tail(store: Store, hook: str) -> Iterator[str]:
             else:
                 with safe_open(store.tail_path(hook) / "model.safetensors", "np") as weights:
                     assert all(weights.get_slice(name).get_dtype() == "F32" for name in weights.keys())  # noqa: SIM118
-        except (ValueError, KeyError, TypeError, SafetensorError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError, AssertionError, StoreError) as error:
             yield f"{key}: it cannot be loaded ({error or 'not float32'})"
