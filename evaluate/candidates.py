@@ -27,6 +27,7 @@ from tcsae.shared.sae.folder import (
 )
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
+from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
 UNTRAINED = "logged-"
@@ -145,7 +146,8 @@ def candidate(store: Store, path: Path, request: Request) -> Candidate:
     """The run at `path`. Raises RunError if it was never trained or does not fit the store, StoreError for its hook."""
     if is_foreign(path):
         config = foreign_config(path)
-        record, differences = _foreign_record(store, config), foreign_differences(store, config, request.skip_first)
+        recipe = store.manifest.recipe
+        record, differences = _foreign_record(store, config), foreign_differences(recipe, config, request.skip_first)
     else:
         record, differences = load_record(path), []
     check_record(path, record)
@@ -210,12 +212,12 @@ def _foreign_record(store: Store, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def foreign_differences(store: Store, config: Mapping[str, Any], skip_first: int | None = None) -> list[str]:
+def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: int | None = None) -> list[str]:
     """What an SAE of others says of its training data that is otherwise in the store, or here; a line each.
 
     `skip_first`: as given on the command line; by default nothing that its seqpos_slice leaves out is counted.
     """
-    found, sequences = [], store.manifest.recipe.sequences
+    found, sequences = [], recipe.sequences
     bos = config.get("prepend_bos")
     if bos is not None and bos != sequences.prepend_bos:
         found.append(
@@ -224,12 +226,13 @@ def foreign_differences(store: Store, config: Mapping[str, Any], skip_first: int
         )
     positions = trained_positions(config)
     first = positions.start or 0
-    if positions.stop is not None or positions.step not in (None, 1) or first < 0 or first > (skip_first or first):
+    skips_less = skip_first is not None and skip_first < first
+    if positions.stop is not None or positions.step not in (None, 1) or first < 0 or skips_less:
         found.append(
             f"seqpos_slice={config['seqpos_slice']} in its training, but all positions from the first counted on are "
             f"scored, up to {sequences.length}: also some that it was not trained on"
         )
-    model, theirs = store.manifest.recipe.model.name, config.get("model_name")
+    model, theirs = recipe.model.name, config.get("model_name")
     ours_short, theirs_short = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (model, theirs))
     if theirs and not (ours_short.startswith(theirs_short) or theirs_short.startswith(ours_short)):
         found.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")

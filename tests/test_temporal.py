@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tcsae.evaluate import batches
 from tcsae.evaluate.measures import code_ops
 from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
-from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, no_sums
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
     MIN_FIRINGS,
@@ -22,6 +21,7 @@ from tcsae.evaluate.measures.temporal_figures import (
     token_measures,
 )
 from tcsae.evaluate.measures.temporal_run import XMoments, latent_groups, matched
+from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, no_sums
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 from tcsae.shared.store.reader import Split, Store

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from tcsae.evaluate.measures.temporal_sums import TemporalSums
 from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
+from tcsae.evaluate.measures.temporal_sums import TemporalSums
 
 MEASURES = {
     "density": "share of the counted tokens at which the latent is active (f > 0)",

@@ -15,7 +15,6 @@ from tcsae.evaluate.measures import probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import Code, join_codes, n_latents
 from tcsae.evaluate.measures.positions import N_GROUPS, Layout, View
-from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
     FAR,
@@ -25,6 +24,7 @@ from tcsae.evaluate.measures.temporal_figures import (
     slowness,
     token_measures,
 )
+from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.store.reader import Split
