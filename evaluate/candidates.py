@@ -62,7 +62,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class EvalRequest:
     """What is asked for on the command line."""
 
     names: Collection[str] = ()
@@ -142,7 +142,7 @@ def why_not_evaluable(path: Path) -> str | None:
     return UNFINISHED
 
 
-def candidate(store: Store, path: Path, request: Request) -> Candidate:
+def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
     """The run at `path`. Raises RunError if it was never trained or does not fit the store, StoreError for its hook."""
     if is_foreign(path):
         config = foreign_config(path)
@@ -280,7 +280,7 @@ class Work(NamedTuple):
     """A line for each that gets no figures."""
 
 
-def sort_out(store: Store, folders: Sequence[Path], request: Request) -> Work:
+def sort_out(store: Store, folders: Sequence[Path], request: EvalRequest) -> Work:
     """Raises ConfigError for a smoothing that does not exist."""
     found = Work([], {}, {}, [])
     smoothings = request.smoothings()

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.evaluate.candidates import Request as Evaluation
-from tcsae.evaluate.candidates import smoothed_file
+from tcsae.evaluate.candidates import EvalRequest, smoothed_file
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
-from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
+from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
 from tcsae.paper.page import Made, title_of, write_page
 from tcsae.paper.results import Results
@@ -129,9 +128,9 @@ def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size:
         chosen = [arm for arm in arms if (arm.temporal, arm.smooth) == (temporal, smooth)]
         for name, runs in _by_store(stores, chosen, size).items():
             names = [run.name for run in runs]
-            request = Evaluation(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
+            request = EvalRequest(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
             if ours.several:
-                evaluate_in_several(stores[name], place.runs(name), request, ours)
+                evaluate_parallel(stores[name], place.runs(name), request, ours)
             else:
                 evaluate_runs(stores[name], place.runs(name), request)
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 import tcsae
 from tcsae.evaluate import batches, intervals, one_pass
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.intervals import MIN_DOCUMENTS, N_RESAMPLINGS, Resamplings, interval, jackknife, resamplings
 from tcsae.evaluate.measures import probes
@@ -41,7 +41,7 @@ def make_store(folder: Path, lengths: list[int], train_length: int = 16, sequenc
 def evaluate(store: Store, runs: Path, *saes: torch.nn.Module, **options: object) -> list[dict]:
     for i, sae in enumerate(saes or [toy.make_sae()]):
         toy.make_run(runs, f"run{i}", sae, store, hook="h")
-    evaluations, refused = evaluate_runs(store, runs, Request(**options))
+    evaluations, refused = evaluate_runs(store, runs, EvalRequest(**options))
     assert not refused
     return evaluations
 
@@ -228,7 +228,7 @@ def test_few_open_documents_give_the_same_figures(tmp_path, monkeypatch, n_open)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     monkeypatch.setattr(one_pass, "OPEN_DOCUMENTS", n_open)
     monkeypatch.setattr(intervals, "FOLD", 5)
-    (parts,) = evaluate_runs(store, tmp_path / "parts", Request(temporal=False, force=True))[0]
+    (parts,) = evaluate_runs(store, tmp_path / "parts", EvalRequest(temporal=False, force=True))[0]
     for name, value in whole["metrics"].items():
         assert parts["metrics"][name] == (value and pytest.approx(value, rel=1e-12)), name
     for name, found in whole["intervals"].items():

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.evaluate.batches import Batch, document_numbers
+from tcsae.evaluate.batches import EvalBatch, document_numbers
 from tcsae.shared.store.reader import Split
 
 N_GROUPS = 8
@@ -86,7 +86,7 @@ class Layout:
         self.n_pieces = int(document_numbers(split)[1].max(initial=-1)) + 1
         self.carried: _Document | None = None
 
-    def view(self, batch: Batch) -> View:
+    def view(self, batch: EvalBatch) -> View:
         """The view of the next batch."""
         sequence, position = batch.counted.nonzero().T
         document, piece = batch.document[sequence], batch.piece[sequence]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcsae.evaluate.candidates import Candidate, Request, candidate, evaluable, load
+from tcsae.evaluate.candidates import Candidate, EvalRequest, candidate, evaluable, load
 from tcsae.evaluate.measures.temporal_figures import FAR
 from tcsae.evaluate.report.contexts import Context
 from tcsae.evaluate.report.feature_data import LABELS, label_tokens, latent_measures, token_rarity
@@ -56,7 +56,7 @@ def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Foun
     folders = evaluable(runs_path, [request.name] if request.name else [])
     if len(folders) > 1:
         raise RunError(f"{runs_path} has {len(folders)} runs. Name one: --run {folders[0].name}")
-    run = candidate(store, folders[0], Request())
+    run = candidate(store, folders[0], EvalRequest())
     sae = load(run).sae
     if request.latent >= sae.config.d_sae:
         raise RunError(f"Latent {request.latent}: {folders[0].name} has latents 0 to {sae.config.d_sae - 1}.")
