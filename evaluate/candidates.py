@@ -268,11 +268,11 @@ def load(run: Candidate) -> Loaded:
 
 
 class Work(NamedTuple):
-    """What is to be done with the runs asked for."""
+    """The evaluations asked for, by what each takes."""
 
     order: list[str]
     """Names of all evaluations that there will be, in the order asked for, a run's smoothed ones after it."""
-    kept: dict[str, dict[str, Any]]
+    current: dict[str, dict[str, Any]]
     """Evaluations that still hold."""
     groups: dict[EvalOptions, list[Loaded]]
     """What has to be evaluated, by what one pass shares: the options, whatever the smoothing."""
@@ -282,29 +282,29 @@ class Work(NamedTuple):
 
 def sort_out(store: Store, folders: Sequence[Path], request: EvalRequest) -> Work:
     """Raises ConfigError for a smoothing that does not exist."""
-    found = Work([], {}, {}, [])
+    work = Work([], {}, {}, [])
     smoothings = request.smoothings()
     for path in folders:
         loaded: Loaded | None = None
         try:
             plain = candidate(store, path, request)
         except TcsaeError as error:
-            found.refused.append(f"{path.name}: {error}")
+            work.refused.append(f"{path.name}: {error}")
             continue
         for smoothing in (None, *smoothings):
             run = plain._replace(options=replace(plain.options, smooth=str(smoothing) if smoothing else None))
             try:
                 if not request.force and (held := done_before(store, run)):
-                    found.kept[run.name] = held | {"name": run.name}  # the folder may have been renamed since
+                    work.current[run.name] = held | {"name": run.name}  # the folder may have been renamed since
                 else:
                     loaded = loaded or load(plain)
                     if smoothing:
                         check_smoothing(smoothing, loaded.sae.config)
-                    found.groups.setdefault(plain.options, []).append(loaded._replace(run=run))
+                    work.groups.setdefault(plain.options, []).append(loaded._replace(run=run))
             except TcsaeError as error:
-                found.refused.append(f"{run.name}: {error}")
+                work.refused.append(f"{run.name}: {error}")
                 if loaded is None:
                     break
             else:
-                found.order.append(run.name)
-    return found
+                work.order.append(run.name)
+    return work

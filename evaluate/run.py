@@ -54,7 +54,7 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
     folders = evaluable(runs_path, request.names)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
-        evaluations = dict(work.kept)
+        evaluations = dict(work.current)
         if evaluations:
             say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
         for options, runs in work.groups.items():
