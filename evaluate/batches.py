@@ -32,7 +32,7 @@ PIECE_SEQUENCES = 64
 """A document of more sequences counts as several pieces: what is worked out "within a document" has bounded size."""
 
 
-class Batch(NamedTuple):
+class EvalBatch(NamedTuple):
     """Whole sequences, and whole pieces of documents."""
 
     start: int
@@ -74,7 +74,7 @@ def batches(
     skip_first: int,
     max_tokens: int | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[EvalBatch]:
     """The split as float32 batches; of a part of it, the first pieces of documents that hold `max_tokens` in all, or
     consecutive `ranges` of `batch_ranges`.
     """
@@ -88,7 +88,7 @@ def batches(
         lengths = torch.from_numpy(split.lengths[part])
         valid, from_there = position < lengths[:, None], position >= skip_first
         tokens = torch.from_numpy(split.tokens[part])
-        yield Batch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
+        yield EvalBatch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
 
 
 def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int, int]]:

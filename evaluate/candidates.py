@@ -27,6 +27,7 @@ from tcsae.shared.sae.folder import (
 )
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
+from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
 UNTRAINED = "logged-"
@@ -61,7 +62,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class EvalRequest:
     """What is asked for on the command line."""
 
     names: Collection[str] = ()
@@ -141,11 +142,12 @@ def why_not_evaluable(path: Path) -> str | None:
     return UNFINISHED
 
 
-def candidate(store: Store, path: Path, request: Request) -> Candidate:
+def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
     """The run at `path`. Raises RunError if it was never trained or does not fit the store, StoreError for its hook."""
     if is_foreign(path):
         config = foreign_config(path)
-        record, differences = _foreign_record(store, config), foreign_differences(store, config, request.skip_first)
+        recipe = store.manifest.recipe
+        record, differences = _foreign_record(store, config), foreign_differences(recipe, config, request.skip_first)
     else:
         record, differences = load_record(path), []
     check_record(path, record)
@@ -210,12 +212,12 @@ def _foreign_record(store: Store, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def foreign_differences(store: Store, config: Mapping[str, Any], skip_first: int | None = None) -> list[str]:
+def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: int | None = None) -> list[str]:
     """What an SAE of others says of its training data that is otherwise in the store, or here; a line each.
 
     `skip_first`: as given on the command line; by default nothing that its seqpos_slice leaves out is counted.
     """
-    found, sequences = [], store.manifest.recipe.sequences
+    found, sequences = [], recipe.sequences
     bos = config.get("prepend_bos")
     if bos is not None and bos != sequences.prepend_bos:
         found.append(
@@ -224,12 +226,13 @@ def foreign_differences(store: Store, config: Mapping[str, Any], skip_first: int
         )
     positions = trained_positions(config)
     first = positions.start or 0
-    if positions.stop is not None or positions.step not in (None, 1) or first < 0 or first > (skip_first or first):
+    skips_less = skip_first is not None and skip_first < first
+    if positions.stop is not None or positions.step not in (None, 1) or first < 0 or skips_less:
         found.append(
             f"seqpos_slice={config['seqpos_slice']} in its training, but all positions from the first counted on are "
             f"scored, up to {sequences.length}: also some that it was not trained on"
         )
-    model, theirs = store.manifest.recipe.model.name, config.get("model_name")
+    model, theirs = recipe.model.name, config.get("model_name")
     ours_short, theirs_short = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (model, theirs))
     if theirs and not (ours_short.startswith(theirs_short) or theirs_short.startswith(ours_short)):
         found.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
@@ -265,11 +268,11 @@ def load(run: Candidate) -> Loaded:
 
 
 class Work(NamedTuple):
-    """What is to be done with the runs asked for."""
+    """The evaluations asked for, by what each takes."""
 
     order: list[str]
     """Names of all evaluations that there will be, in the order asked for, a run's smoothed ones after it."""
-    kept: dict[str, dict[str, Any]]
+    current: dict[str, dict[str, Any]]
     """Evaluations that still hold."""
     groups: dict[EvalOptions, list[Loaded]]
     """What has to be evaluated, by what one pass shares: the options, whatever the smoothing."""
@@ -277,31 +280,31 @@ class Work(NamedTuple):
     """A line for each that gets no figures."""
 
 
-def sort_out(store: Store, folders: Sequence[Path], request: Request) -> Work:
+def sort_out(store: Store, folders: Sequence[Path], request: EvalRequest) -> Work:
     """Raises ConfigError for a smoothing that does not exist."""
-    found = Work([], {}, {}, [])
+    work = Work([], {}, {}, [])
     smoothings = request.smoothings()
     for path in folders:
         loaded: Loaded | None = None
         try:
             plain = candidate(store, path, request)
         except TcsaeError as error:
-            found.refused.append(f"{path.name}: {error}")
+            work.refused.append(f"{path.name}: {error}")
             continue
         for smoothing in (None, *smoothings):
             run = plain._replace(options=replace(plain.options, smooth=str(smoothing) if smoothing else None))
             try:
                 if not request.force and (held := done_before(store, run)):
-                    found.kept[run.name] = held | {"name": run.name}  # the folder may have been renamed since
+                    work.current[run.name] = held | {"name": run.name}  # the folder may have been renamed since
                 else:
                     loaded = loaded or load(plain)
                     if smoothing:
                         check_smoothing(smoothing, loaded.sae.config)
-                    found.groups.setdefault(plain.options, []).append(loaded._replace(run=run))
+                    work.groups.setdefault(plain.options, []).append(loaded._replace(run=run))
             except TcsaeError as error:
-                found.refused.append(f"{run.name}: {error}")
+                work.refused.append(f"{run.name}: {error}")
                 if loaded is None:
                     break
             else:
-                found.order.append(run.name)
-    return found
+                work.order.append(run.name)
+    return work

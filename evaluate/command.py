@@ -60,11 +60,11 @@ def evaluate(
 
     from pathlib import Path
 
-    from tcsae.evaluate.candidates import Request
+    from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.compare import show_differences
     from tcsae.evaluate.measures.metric_tables import show
     from tcsae.evaluate.measures.smoothing import split_name
-    from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
+    from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import say
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.errors import RunError
@@ -73,9 +73,9 @@ def evaluate(
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     found = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in found if one)
-    request = Request(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
+    request = EvalRequest(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
     if (ours := ranks()).several:
-        evaluations, refused = evaluate_in_several(open_store(place.store), runs_path, request, ours)
+        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours)
     else:
         evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
     by_name = {one["name"]: one for one in evaluations}

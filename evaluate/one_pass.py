@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.batches import Batch, Settings, batches, document_numbers
+from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
@@ -34,13 +34,13 @@ from tcsae.shared.store.reader import Split
 class Observer(Protocol):
     """Sees what goes by: the code of each batch's counted positions, in document order."""
 
-    def begin(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A new batch, and its activations at the counted positions."""
 
     def see(self, system: int, code: Code) -> None:
         """The code that a system made of them."""
 
-    def look_back(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+    def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A batch that another process adds up, as what comes next is compared with it."""
 
     def pass_over(self, system: int, code: Code) -> None:
@@ -75,7 +75,7 @@ def measure(
     advance: Callable[[int], None],
     part: Part | None = None,
 ) -> Measured:
-    """Run every system over the split; `advance` is told how many valid tokens each batch had.
+    """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
     With a tail and a `reference` of an earlier pass, no ablation is run again. The observer sees codes only. Of several
     processes each runs over its `part`, and rank 0 is returned what all found; an observer brings its own together.
@@ -133,7 +133,7 @@ CLEAN, ABLATION, ZERO, MEAN = -4, -3, -2, -1
 class _Positions(NamedTuple):
     """Some positions of a batch."""
 
-    batch: Batch
+    batch: EvalBatch
     positions: Tensor
     inputs: Inputs
 
@@ -238,7 +238,7 @@ def _look_back(
                 observer.pass_over(i, code)
 
 
-def _ablations(batch: Batch, settings: Settings) -> dict[int, Tensor]:
+def _ablations(batch: EvalBatch, settings: Settings) -> dict[int, Tensor]:
     replaced = (batch.counted | batch.skipped) if settings.splice_all else batch.counted
     zero, mean = torch.zeros(1, len(settings.mean)), settings.mean.float()[None]
     n = int(replaced.sum())
@@ -249,7 +249,7 @@ def _ablations(batch: Batch, settings: Settings) -> dict[int, Tensor]:
     }
 
 
-def _losses(tail: Tail, batch: Batch, spliced: Mapping[int, Tensor]) -> dict[int, Losses]:
+def _losses(tail: Tail, batch: EvalBatch, spliced: Mapping[int, Tensor]) -> dict[int, Losses]:
     found = sequence_losses(tail, batch.x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
     return dict(zip((CLEAN, *spliced), found, strict=True))
 

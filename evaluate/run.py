@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from tcsae.evaluate.batches import Settings, check_counted
-from tcsae.evaluate.candidates import Loaded, Request, evaluable, sort_out
+from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
@@ -40,7 +40,7 @@ class Evaluated(NamedTuple):
     """One line for each run that gets no figures, and why."""
 
 
-def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None, ours: Ranks = ALONE) -> Evaluated:
+def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = None, ours: Ranks = ALONE) -> Evaluated:
     """Evaluate the runs asked for and write each one's eval.json, its replicates, and SAEBench's form of it.
 
     Each smoothing asked for gives one more evaluation of every run, named like "run+ema=0.3", in eval+ema=0.3.json;
@@ -50,11 +50,11 @@ def evaluate_runs(store: Store, runs_path: Path, request: Request | None = None,
     Raises RunError if there is no run, or none of a given name; ConfigError for a smoothing that does not exist;
     StoreError if the eval split is empty or damaged.
     """
-    request = request or Request()
+    request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
-        evaluations = dict(work.kept)
+        evaluations = dict(work.current)
         if evaluations:
             say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
         for options, runs in work.groups.items():
@@ -174,7 +174,7 @@ def _sized_baselines(group: Group) -> dict[str, System]:
     return baselines.sized_baselines(group.store, options.hook, options.skip_first, group.runs[0].sae.config)
 
 
-def evaluate_in_several(store: Store, runs_path: Path, request: Request, ours: Ranks) -> Evaluated:
+def evaluate_parallel(store: Store, runs_path: Path, request: EvalRequest, ours: Ranks) -> Evaluated:
     """As `evaluate_runs`, by one of several processes. Returns what this one is to show: rank 0 all, once the others
     are done; without a rendezvous, where no sums can be added up and SAEs are dealt out always, each its own.
     """

@@ -63,8 +63,8 @@ MATRYOSHKA_PLAIN = Arm("matryoshka, no temporal term", "temporal-matryoshka", (*
 PENALISED = topk("position penalty", "temporal.position_penalty=1")
 BOTH = topk("contrastive and position penalty", "temporal.position_penalty=1", preset="temporal-topk")
 WINDOWS = [
-    topk(f"eq. 3, w = {window}, {pairs} pairs", "temporal.weight=0.1", *told)
-    for window, pairs, told in (
+    topk(f"eq. 3, w = {window}, {pairs} pairs", "temporal.weight=0.1", *settings)
+    for window, pairs, settings in (
         (2, "adjacent", ("temporal.window=2",)),
         (8, "adjacent", ("temporal.window=8",)),
         (3, "all", ("temporal.pairs=all",)),

@@ -50,8 +50,8 @@ def paper(
     from pathlib import Path
 
     from tcsae.paper.run import FULL, QUICK, answer
-    from tcsae.paper.stores import Asked, Place
+    from tcsae.paper.stores import Place, Source
 
     size = QUICK if quick else FULL
-    asked = Asked(model=model, dataset=dataset, n_tokens=tokens or size.n_tokens)
+    asked = Source(model=model, dataset=dataset, n_tokens=tokens or size.n_tokens)
     answer(Place(Path(where["work"])), Path(where["out"]), keys, asked, size)

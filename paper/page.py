@@ -43,7 +43,7 @@ CUT = (
 )
 
 
-class Made(NamedTuple):
+class PageContext(NamedTuple):
     """What the page is about besides its results."""
 
     command: str
@@ -53,7 +53,7 @@ class Made(NamedTuple):
     """Lines of times.jsonl: key, stage, processor seconds."""
 
 
-def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> Path:
+def write_page(out: Path, results: Results, keys: Sequence[str], made: PageContext) -> Path:
     """Write the page about the questions `keys`, which are complete, into the folder `out`; returns the page."""
     chosen = [section for section in SECTIONS if section.key in keys]
     with writing(out, CURE):
@@ -85,7 +85,7 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: Made) -> 
     return out / PAGE
 
 
-def _about(results: Results, keys: Sequence[str], made: Made) -> dict[str, Any]:
+def _about(results: Results, keys: Sequence[str], made: PageContext) -> dict[str, Any]:
     store = made.stores[TEXT]
     recipe, counts = store.manifest.recipe, store.manifest.counts
     spent = {stage: sum(one["processor_s"] for one in made.times if one["stage"] == stage) for stage in STAGES}
@@ -117,7 +117,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f}" if seconds else ""
 
 
-def _budget(results: Results, keys: Sequence[str], made: Made) -> str:
+def _budget(results: Results, keys: Sequence[str], made: PageContext) -> str:
     """A line a question: what it trains that no question before it has trained."""
     rows, seen = [], set[Arm]()
     for key in keys:
@@ -146,7 +146,7 @@ def _outcome(held: bool) -> str:
     return "as predicted" if held else "**otherwise**"
 
 
-def _section(section: Section, results: Results, made: Made) -> dict[str, str]:
+def _section(section: Section, results: Results, made: PageContext) -> dict[str, str]:
     return {
         "title": section.title,
         "question": section.question,
@@ -157,7 +157,7 @@ def _section(section: Section, results: Results, made: Made) -> dict[str, str]:
     }
 
 
-def _made(key: str, arms: Sequence[Arm], results: Results, made: Made) -> str:
+def _made(key: str, arms: Sequence[Arm], results: Results, made: PageContext) -> str:
     """The command, seeds, steps and tokens of a table."""
     records = [record for arm in arms for record in results.records[arm] if record["steps"]]
     seeds = sorted({len(results.records[arm]) for arm in arms})

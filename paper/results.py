@@ -55,9 +55,9 @@ class Results:
         if (arm, twin) not in self._gains:
             self._gains[arm, twin] = [differences(self.folders[arm.store], *pair) for pair in pairs]
         found = [one.get(figure) for one in self._gains[arm, twin]]
-        told = [one and one["difference"] for one in found]
+        paired = [one and one["difference"] for one in found]
         plain = [value_of(ours, figure) - value_of(theirs, figure) for ours, theirs in pairs]
-        values = [other if one is None else one for one, other in zip(told, plain, strict=True)]
+        values = [other if one is None else one for one, other in zip(paired, plain, strict=True)]
         return Gain(values, [one and one["interval"] for one in found])
 
     def curve(self, arm: Arm, name: str) -> list[float]:

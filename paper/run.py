@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.evaluate.candidates import Request as Evaluation
-from tcsae.evaluate.candidates import smoothed_file
+from tcsae.evaluate.candidates import EvalRequest, smoothed_file
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
-from tcsae.evaluate.run import evaluate_in_several, evaluate_runs
+from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
-from tcsae.paper.page import Made, title_of, write_page
+from tcsae.paper.page import PageContext, title_of, write_page
 from tcsae.paper.results import Results
 from tcsae.paper.sections import KEYS, arms_of
-from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Asked, Place, natural_segments, open_or_make, squared_norm
+from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Place, Source, natural_segments, open_or_make, squared_norm
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import ranks, wait_for_all
 from tcsae.shared.base.errors import ConfigError, unknown
@@ -47,7 +46,7 @@ FULL = Size(1_000_000, most_seeds=3, shorter=1, name="")
 QUICK = Size(60_000, most_seeds=1, shorter=25, name=" --quick")
 
 
-def answer(place: Place, out: Path, keys: Sequence[str], asked: Asked, size: Size) -> None:
+def answer(place: Place, out: Path, keys: Sequence[str], asked: Source, size: Size) -> None:
     """Harvest, train and evaluate what the questions need, and write the page about all that are complete.
 
     In several processes runs are dealt out; rank 0 writes the page. Raises ConfigError for an unknown question.
@@ -71,7 +70,7 @@ def answer(place: Place, out: Path, keys: Sequence[str], asked: Asked, size: Siz
         say(f"The page: {_page(place, out, asked, size)}")
 
 
-def _store(place: Place, name: str, asked: Asked, key: str) -> Store:
+def _store(place: Place, name: str, asked: Source, key: str) -> Store:
     """A store, made first by all processes together, or by rank 0 where it is no harvest."""
     ours = ranks()
     with timed(place, key, "harvest"):
@@ -129,9 +128,9 @@ def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size:
         chosen = [arm for arm in arms if (arm.temporal, arm.smooth) == (temporal, smooth)]
         for name, runs in _by_store(stores, chosen, size).items():
             names = [run.name for run in runs]
-            request = Evaluation(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
+            request = EvalRequest(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
             if ours.several:
-                evaluate_in_several(stores[name], place.runs(name), request, ours)
+                evaluate_parallel(stores[name], place.runs(name), request, ours)
             else:
                 evaluate_runs(stores[name], place.runs(name), request)
 
@@ -144,13 +143,13 @@ def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict
     return {name: list(runs.values()) for name, runs in found.items()}
 
 
-def _page(place: Place, out: Path, asked: Asked, size: Size) -> Path:
+def _page(place: Place, out: Path, asked: Source, size: Size) -> Path:
     """Write the page about the questions whose arms are all trained and evaluated."""
     results = Results({}, {})
     stores: dict[str, Store] = {}
     complete = [key for key in KEYS if all(_load(place, arm, size, stores, results) for arm in arms_of(key))]
     given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
-    made = Made(f"tcsae paper{size.name}{given}", bool(size.name), stores, _times(place))
+    made = PageContext(f"tcsae paper{size.name}{given}", bool(size.name), stores, _times(place))
     return write_page(out, results, complete, made)
 
 

@@ -34,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Source:
     """The language model, the text, and how much of it."""
 
     model: str
@@ -42,7 +42,7 @@ class Asked:
     n_tokens: int
 
 
-def open_or_make(place: Place, name: str, asked: Asked) -> Store:
+def open_or_make(place: Place, name: str, asked: Source) -> Store:
     """The store of this name, made first where it is not there yet."""
     location = str(place.store(name))
     if name == MOMENTS:

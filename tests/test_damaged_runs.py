@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
@@ -70,7 +70,7 @@ def whole(store, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs") / "runs"
     path = toy.make_run(runs, "run", toy.make_sae(), store)
     (path / METRICS).write_text(LINES)
-    evaluate_runs(store, runs, Request(temporal=False))
+    evaluate_runs(store, runs, EvalRequest(temporal=False))
     return runs
 
 
@@ -219,7 +219,7 @@ def test_a_history_that_is_no_file_is_none(tmp_path, capsys):
 def test_an_evaluation_holds_only_with_the_files_written_with_it(store, runs, name, kind):
     """As after a kill between two of them: never a mixed pair that --compare believes."""
     toy.make_run(runs, "other", toy.make_sae(seed=3), store)
-    evaluate_runs(store, runs, Request(temporal=False))
+    evaluate_runs(store, runs, EvalRequest(temporal=False))
     path = runs / "run" / name
     before = path.read_bytes()
     if kind == "missing":

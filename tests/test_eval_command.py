@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate.batches import batches
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import N_RESAMPLINGS, resamplings
@@ -131,27 +131,27 @@ def test_the_losses_that_no_sae_changes_are_worked_out_once(store, tmp_path, mon
     monkeypatch.setattr(Tail, "hidden", counting)
     n_batches = sum(1 for _ in batches(store.eval, toy.HOOK, 1))
     make_run(tmp_path, "one", make_sae(), store)
-    first = evaluate_runs(store, tmp_path, Request(temporal=False))[0][0]
+    first = evaluate_runs(store, tmp_path, EvalRequest(temporal=False))[0][0]
     assert len(calls) == n_batches * 5, "x, the SAE, and three ablations"
     calls.clear()
-    again = evaluate_runs(store, tmp_path, Request(force=True, temporal=False))[0][0]
+    again = evaluate_runs(store, tmp_path, EvalRequest(force=True, temporal=False))[0][0]
     assert len(calls) == n_batches * 2, "x and the SAE"
     assert again["metrics"] == pytest.approx(first["metrics"], rel=1e-12)
     assert again["baselines"] == first["baselines"]
     for options in ({"skip_first": 2}, {"splice": "all"}):
         calls.clear()
-        evaluate_runs(store, tmp_path, Request(temporal=False, **options))
+        evaluate_runs(store, tmp_path, EvalRequest(temporal=False, **options))
         assert len(calls) == n_batches * 5, options
     for path in (tmp_path / ".reference").iterdir():
         path.write_bytes(b"damaged")
-    assert evaluate_runs(store, tmp_path, Request(force=True))[0][0]["metrics"] == pytest.approx(first["metrics"])
+    assert evaluate_runs(store, tmp_path, EvalRequest(force=True))[0][0]["metrics"] == pytest.approx(first["metrics"])
 
 
 @pytest.mark.parametrize("splice", ["counted", "all"])
 def test_splicing_replaces_what_it_says(store, tmp_path, splice):
     """At skip_first = LENGTH - 2 nearly nothing is counted: only "all" still replaces the rest."""
     make_run(tmp_path, "one", make_sae(), store)
-    request = Request(splice=splice, skip_first=toy.LENGTH - 2, temporal=False)
+    request = EvalRequest(splice=splice, skip_first=toy.LENGTH - 2, temporal=False)
     found = evaluate_runs(store, tmp_path, request)[0][0]
     near = abs(found["metrics"]["ce_loss_with_sae"] - found["metrics"]["ce_loss_without_sae"])
     zero = found["baselines"]["zero_output"]["kl_div_with_sae"]
@@ -227,7 +227,7 @@ def test_more_than_is_asked_for_will_do(store, tmp_path, monkeypatch):
 
     def redone(**options: object) -> bool:
         reads.clear()
-        evaluate_runs(store, tmp_path, Request(**options))
+        evaluate_runs(store, tmp_path, EvalRequest(**options))
         return bool(reads)
 
     assert redone(temporal=False)

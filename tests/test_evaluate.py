@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from transformers import GPTNeoXForCausalLM
 
 from tcsae.evaluate import batches, systems
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError, StoreError
@@ -175,7 +175,7 @@ def test_batches_change_nothing(store, tmp_path, monkeypatch):
     before = evaluate_runs(store, tmp_path)[0]
     monkeypatch.setattr(batches, "BATCH_TOKENS", 3 * LENGTH)
     monkeypatch.setattr(systems, "BATCH_CODE_ENTRIES", 7 * LATENTS)
-    after = evaluate_runs(store, tmp_path, Request(force=True))[0]
+    after = evaluate_runs(store, tmp_path, EvalRequest(force=True))[0]
     for one, other in zip(before, after, strict=True):
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
 
@@ -199,14 +199,14 @@ def test_many_saes_read_the_split_once(store, tmp_path, reads):
         make_run(tmp_path, f"run{seed}", make_sae(seed=seed), store)
     together, _ = evaluate_runs(store, tmp_path)
     assert reads == [(0, 8), (8, 16), (16, 20)]
-    alone, _ = evaluate_runs(store, tmp_path, Request(names=["run2"], force=True))
+    alone, _ = evaluate_runs(store, tmp_path, EvalRequest(names=["run2"], force=True))
     assert alone[0]["metrics"] == together[2]["metrics"]
 
 
 def test_what_is_evaluated_is_kept_until_something_differs(store, model, tmp_path, reads, monkeypatch):
     def redone(**options: bool) -> bool:
         reads.clear()
-        evaluations, _ = evaluate_runs(store, tmp_path, Request(**options))
+        evaluations, _ = evaluate_runs(store, tmp_path, EvalRequest(**options))
         assert evaluations[0] == json.loads((path / "eval.json").read_text())
         return bool(reads)
 
@@ -328,9 +328,9 @@ def test_runs_that_are_not_there(store, tmp_path):
     (tmp_path / "going").mkdir()
     (tmp_path / "topk-2.abc.partial").mkdir()
     with pytest.raises(RunError, match=r"Unknown run 'topk1'. Did you mean 'topk-1'\? There is: going, topk-1\."):
-        evaluate_runs(store, tmp_path, Request(names=["topk1"]))
+        evaluate_runs(store, tmp_path, EvalRequest(names=["topk1"]))
     with pytest.raises(RunError, match="going has no tcsae.json: its training is unfinished"):
-        evaluate_runs(store, tmp_path, Request(names=["going"]))
+        evaluate_runs(store, tmp_path, EvalRequest(names=["going"]))
     done = CliRunner().invoke(cli, ["--store", store.location, "--runs", str(tmp_path), "eval"])
     assert done.exit_code == 0
     assert "going: skipped, its training is unfinished" in done.stderr

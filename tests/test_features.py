@@ -13,7 +13,7 @@ from tcsae.evaluate.measures.latent_figures import MEASURES
 from tcsae.evaluate.measures.temporal_figures import latent_measures
 from tcsae.evaluate.report.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
 from tcsae.evaluate.report.feature_data import label_tokens, token_rarity
-from tcsae.evaluate.report.feature_pass import Part, collect_features
+from tcsae.evaluate.report.feature_pass import Excerpt, collect_features
 from tcsae.evaluate.report.lens import Lenses, logit_lens
 from tcsae.evaluate.report.neighbours import N_NEAREST, FiringSample, nearest_by_decoder
 from tcsae.shared.lm.tail import Tail
@@ -45,7 +45,7 @@ def whole_code(store: Store, sae) -> tuple[torch.Tensor, np.ndarray]:
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gelu"])
 def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activation):
     """`eval` and the report may never mean two things by one name."""
-    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
+    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
     latents = [0, 7, 21]
     for latent in latents:
         which = torch.arange(toy.LATENTS) == latent
@@ -71,7 +71,7 @@ def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activatio
 
 def test_density_and_sequences_are_counted(store):
     sae = toy.make_sae("relu")
-    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     code, counted = whole_code(store, sae)
     on = code > 0
     np.testing.assert_allclose(found.figures.measures["density"], on.sum((0, 1)) / counted.sum())
@@ -84,7 +84,7 @@ def test_density_and_sequences_are_counted(store):
 
 
 def test_a_part_of_a_split_is_its_first_documents(store):
-    (found,) = collect_features(Part(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
+    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
     ends = np.append(np.flatnonzero(np.diff(store.eval.documents)) + 1, store.eval.n_sequences)
     n = next(end for end in ends if store.eval.lengths[:end].sum() >= 50)
     assert found.n_tokens == np.maximum(store.eval.lengths[:n] - 1, 0).sum()
@@ -152,7 +152,7 @@ def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
     monkeypatch.setattr("tcsae.evaluate.report.neighbours.BLOCK", 7)
     monkeypatch.setattr("tcsae.evaluate.report.neighbours.PAIR_BLOCK", 50)
-    (found,) = collect_features(Part(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
     cosines[:, ~found.alive] = -1
@@ -203,7 +203,7 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
         assert found.suppressed[i, 0] == tokens[change.argmin()]
         assert found.losses[i, 0] == pytest.approx(float(change.min()), abs=1e-4)
     without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
-    lenses = Lenses(without, Part(without.eval, toy.HOOK, 1))
+    lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, 1))
     assert lenses.of(toy.HOOK, directions) is None
     assert "no tail for" in lenses.tail(toy.HOOK)
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import tcsae
 from tcsae.evaluate import batches, candidates, evaluation_files, run
 from tcsae.evaluate import parallel as together
-from tcsae.evaluate.run import evaluate_in_several
+from tcsae.evaluate.run import evaluate_parallel
 from tcsae.shared.base.distributed import Ranks
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.commands.group import cli
@@ -96,10 +96,10 @@ def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path
     shutil.copytree(tmp_path / "alone", tmp_path / "parts")
     monkeypatch.setattr(batches, "BATCH_TOKENS", 3 * store.sequence_length)
     monkeypatch.setattr(batches, "PIECE_SEQUENCES", 2)
-    request = candidates.Request(baselines=True, force=True, smooth=("ema=0.3",))
+    request = candidates.EvalRequest(baselines=True, force=True, smooth=("ema=0.3",))
 
     def do(ours: Ranks) -> None:
-        found = evaluate_in_several(open_store(stores[kind]), tmp_path / "parts", request, ours)
+        found = evaluate_parallel(open_store(stores[kind]), tmp_path / "parts", request, ours)
         assert len(found.evaluations) == 2 * (ours.rank == 0)
 
     fork(world, do)
@@ -163,8 +163,8 @@ def test_a_process_without_a_document_adds_nothing(tmp_path):
     store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), {"train": 30, "eval": 6})
     toy.make_run(tmp_path / "alone", "run", toy.make_sae(), store)
     shutil.copytree(tmp_path / "alone", tmp_path / "parts")
-    request = candidates.Request()  # all three documents are one batch
-    fork(2, lambda ours: evaluate_in_several(open_store(store.location), tmp_path / "parts", request, ours))
+    request = candidates.EvalRequest()  # all three documents are one batch
+    fork(2, lambda ours: evaluate_parallel(open_store(store.location), tmp_path / "parts", request, ours))
     run.evaluate_runs(store, tmp_path / "alone", request)
     ours, theirs = (json.loads((tmp_path / name / "run" / "eval.json").read_text()) for name in ("parts", "alone"))
     assert far(ours, theirs) == []
@@ -177,7 +177,7 @@ def test_a_tail_that_one_process_cannot_read_is_named(stores, tmp_path):
         if ours.rank == 1:
             run._tail = lambda *_: (None, "it is damaged")
         with pytest.raises(StoreError, match="Process 1 of 2 cannot read the tail that others read: it is damaged"):
-            evaluate_in_several(open_store(stores["tail"]), tmp_path, candidates.Request(), ours)
+            evaluate_parallel(open_store(stores["tail"]), tmp_path, candidates.EvalRequest(), ours)
 
     fork(2, do)
 
@@ -186,5 +186,5 @@ def test_without_a_rendezvous_one_sae_is_dealt_to_one_process(stores, tmp_path, 
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     store = open_store(stores["tail"])
     toy.make_run(tmp_path, "run", toy.make_sae(), store)
-    found = [evaluate_in_several(store, tmp_path, candidates.Request(), Ranks(rank, 2, rank)) for rank in (1, 0)]
+    found = [evaluate_parallel(store, tmp_path, candidates.EvalRequest(), Ranks(rank, 2, rank)) for rank in (1, 0)]
     assert [[one["name"] for one in each.evaluations] for each in found] == [[], ["run"]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tcsae.data.model import embedded_model_path
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.measures.saebench import AS_SAEBENCH, FILE
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.lm.tail import Tail, make_tail, save_tail
@@ -94,7 +94,7 @@ def ours(stores, tmp_path_factory) -> dict[tuple[str, str], tuple[dict, dict, di
         runs = tmp_path_factory.mktemp(f"{kind}-{splice}")
         for name in peers.ARCHITECTURES:
             peers.write_sae(name, runs / name)
-        request = Request(skip_first=int(kind == "bos"), splice=splice, temporal=False)
+        request = EvalRequest(skip_first=int(kind == "bos"), splice=splice, temporal=False)
         evaluations, refused = evaluate_runs(stores[kind], runs, request)
         assert not refused
         for one in evaluations:

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tcsae.evaluate.batches import batches
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.measures.smoothing import parse_smoothing, split_name
 from tcsae.evaluate.report.report_runs import choose_runs
@@ -224,10 +224,10 @@ def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
 def test_a_pass_for_all_gives_what_each_gives_alone(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     make_run(tmp_path, "b", sae_of("jumprelu"), store)
-    together = evaluate_runs(store, tmp_path, Request(smooth=NAMES)).evaluations
+    together = evaluate_runs(store, tmp_path, EvalRequest(smooth=NAMES)).evaluations
     assert [one["name"] for one in together] == ["a", *(f"a+{x}" for x in NAMES), "b", *(f"b+{x}" for x in NAMES)]
     for run, text in itertools.product("ab", NAMES):
-        *_, alone = evaluate_runs(store, tmp_path, Request(names=[run], smooth=[text], force=True)).evaluations
+        *_, alone = evaluate_runs(store, tmp_path, EvalRequest(names=[run], smooth=[text], force=True)).evaluations
         (ours,) = [one for one in together if one["name"] == alone["name"]]
         for key in ("metrics", "intervals", "temporal", "options"):
             assert ours[key] == alone[key], (alone["name"], key)
@@ -271,7 +271,7 @@ def test_smoothed_codes_are_compared_with_a_run(store, tmp_path):
     done = call(store, tmp_path, "--compare", "a+ema=0.30", "--with", "b")
     assert done.exit_code == 0, done.output
     assert "a+ema=0.3 minus b, paired over 10 documents" in done.stdout
-    found = {one["name"]: one for one in evaluate_runs(store, tmp_path, Request(smooth=["ema=0.3"])).evaluations}
+    found = {one["name"]: one for one in evaluate_runs(store, tmp_path, EvalRequest(smooth=["ema=0.3"])).evaluations}
     paired = differences(tmp_path, found["a+ema=0.3"], found["b"])
     assert paired["explained_variance"]["a"] == found["a+ema=0.3"]["metrics"]["explained_variance"]
     assert paired["explained_variance"]["b"] == found["b"]["metrics"]["explained_variance"]

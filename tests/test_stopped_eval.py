@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate import batches, one_pass
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.report import feature_pass
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.paper.run import TIMES, _times
@@ -40,7 +40,7 @@ def whole(store, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs") / "runs"
     for seed in range(2):
         toy.make_run(runs, f"run{seed}", toy.make_sae(seed=seed), store)
-    evaluate_runs(store, runs, Request(temporal=False))
+    evaluate_runs(store, runs, EvalRequest(temporal=False))
     return runs
 
 

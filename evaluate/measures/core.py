@@ -1,8 +1,8 @@
 """Reconstruction and sparsity: columns per token, sums per document, figures from sums.
 
 All in float64, pooled over tokens: a figure is a ratio of totals or a mean over all tokens, never a mean of batch
-means, so how a split is cut into batches changes nothing. Sums keep one row a document, so that any resampling of the
-documents is a product with a matrix of weights (`Sums.weighted`), and every figure is worked out on all rows at once.
+means, so how a split is cut into batches changes nothing. Sums have rows, one for each document or resampling of the
+documents (a product with a matrix of weights), and every figure is worked out on all rows at once.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from tcsae.shared.sae.sparse import SparseCode
 
-# What a code does, whichever way it is held: sparse (entries) or dense (a gelu, where next to no entry is zero).
-
 Code = SparseCode | Float[Tensor, "_ d_sae"]
+"""Sparse (entries) or dense (a gelu, where next to no entry is zero)."""
 
 
 def token_activity(code: Code | None, n: int) -> Float64[Tensor, "4 n"]:
@@ -117,7 +116,7 @@ COLUMNS = (
     "magnitude",
     "signed",
 )
-"""What is summed for each token, besides x itself. The last four are `activity.token_activity`."""
+"""What is summed for each token, besides x itself. The last four are `token_activity`."""
 
 SMALLEST_NORM = 1e-4
 CONSTANT = 1e-12

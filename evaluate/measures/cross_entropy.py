@@ -40,6 +40,9 @@ SPLICES = {
 }
 
 
+FOLDER = ".reference"
+"""Below the folder of runs: the losses that no SAE changes, computed once per store and settings."""
+LOSSES = ("clean", "ablation", "zero", "mean")
 LOG2_E = math.log2(math.e)
 BLOCK_LOGITS = 1 << 18
 """Reduced at a time: 1 MB, and as much of weights."""
@@ -181,12 +184,6 @@ def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[st
         "kl_div_with_ablation": kl_zero,
         "kl_div_score": (kl_zero - kl) / torch.where(kl_zero == 0, torch.nan, kl_zero),
     }
-
-
-# The losses that no SAE changes, kept below the folder of runs: worked out once per store and settings.
-
-FOLDER = ".reference"
-LOSSES = ("clean", "ablation", "zero", "mean")
 
 
 def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:

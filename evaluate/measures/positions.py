@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.evaluate.batches import Batch, document_numbers
+from tcsae.evaluate.batches import EvalBatch, document_numbers
 from tcsae.shared.store.reader import Split
 
 N_GROUPS = 8
@@ -22,8 +22,8 @@ N_LABELS = 128
 """Position bins, and token ids (the most frequent) whose share of variance is measured."""
 
 
-class Pairs(NamedTuple):
-    """Pairs of tokens, numbered as [kept of earlier batches | this batch's counted tokens]."""
+class TokenPairs(NamedTuple):
+    """TokenPairs of tokens, numbered as [kept of earlier batches | this batch's counted tokens]."""
 
     first: Int[Tensor, " m"]
     second: Int[Tensor, " m"]
@@ -49,11 +49,11 @@ class View(NamedTuple):
     standing_in: Int[Tensor, " n"]
     """The token of the same piece that stands here when positions are permuted."""
     kept: Int[Tensor, " n_kept"]
-    """What to keep for the next batch, numbered as in Pairs."""
+    """What to keep for the next batch, numbered as in TokenPairs."""
     n_kept_before: int
-    partners: Pairs
+    partners: TokenPairs
     """Tokens at the same counted position of the first sequences of consecutive documents."""
-    joins: Pairs
+    joins: TokenPairs
     """The last token of a document and the first of the next."""
 
     @property
@@ -63,7 +63,7 @@ class View(NamedTuple):
 
 
 class _Document(NamedTuple):
-    """Where a document's tokens are, numbered as in Pairs."""
+    """Where a document's tokens are, numbered as in TokenPairs."""
 
     number: int
     first: range
@@ -86,7 +86,7 @@ class Layout:
         self.n_pieces = int(document_numbers(split)[1].max(initial=-1)) + 1
         self.carried: _Document | None = None
 
-    def view(self, batch: Batch) -> View:
+    def view(self, batch: EvalBatch) -> View:
         """The view of the next batch."""
         sequence, position = batch.counted.nonzero().T
         document, piece = batch.document[sequence], batch.piece[sequence]
@@ -132,7 +132,7 @@ class Layout:
         return found
 
 
-def _pairs(documents: list[_Document]) -> tuple[Pairs, Pairs]:
+def _pairs(documents: list[_Document]) -> tuple[TokenPairs, TokenPairs]:
     first: list[int] = []
     second: list[int] = []
     groups: list[int] = []
@@ -144,8 +144,8 @@ def _pairs(documents: list[_Document]) -> tuple[Pairs, Pairs]:
         groups += [one.number % N_GROUPS] * m
         joins.append((one.last, other.first[0], one.number % N_GROUPS))
     at = torch.tensor(joins, dtype=torch.int64).view(-1, 3)
-    partners = Pairs(*(torch.tensor(part, dtype=torch.int64) for part in (first, second, groups)))
-    return partners, Pairs(at[:, 0], at[:, 1], at[:, 2])
+    partners = TokenPairs(*(torch.tensor(part, dtype=torch.int64) for part in (first, second, groups)))
+    return partners, TokenPairs(at[:, 0], at[:, 1], at[:, 2])
 
 
 def _permutation(piece: Int[ndarray, " n"]) -> Int[ndarray, " n"]:

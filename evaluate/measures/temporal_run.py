@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.batches import Batch
+from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.intervals import jackknife
 from tcsae.evaluate.measures import probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
@@ -86,7 +86,7 @@ class TemporalObserver:
         self.rows: Int[Tensor, " m"] = torch.arange(0)
         self._speeds: dict[tuple[int | None, int | None], tuple[float, float]] = {}
 
-    def begin(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """The batch's view, and x itself as a code."""
         self.view = self.layout.view(batch)
         self.rows = self.plan.rows(batch) if self.plan else torch.arange(0)
@@ -105,7 +105,7 @@ class TemporalObserver:
         if len(self.rows):
             self.read.setdefault(system, []).append(take(code, self.rows))
 
-    def look_back(self, batch: Batch, x: Float[Tensor, "n d_model"]) -> None:
+    def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A batch that another process adds up."""
         self.view = self.layout.view(batch)
         self.x.pass_over(self.view, x - self.mean)

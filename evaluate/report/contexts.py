@@ -33,7 +33,7 @@ class Context(NamedTuple):
     activations: Float32[np.ndarray, " length"]
 
 
-class _Kept:
+class _BestSequences:
     """The n sequences of best score for each latent."""
 
     def __init__(self, d_sae: int, n: int, length: int) -> None:
@@ -96,8 +96,8 @@ class ContextCollector:
     """Keeps the sequences to show of each latent while codes stream by."""
 
     def __init__(self, d_sae: int, length: int) -> None:
-        self.top = _Kept(d_sae, N_TOP, length)
-        self.sample = _Kept(d_sae, N_SAMPLED, length)
+        self.top = _BestSequences(d_sae, N_TOP, length)
+        self.sample = _BestSequences(d_sae, N_SAMPLED, length)
         self.n_sequences = torch.zeros(d_sae, dtype=torch.int64)
         """In which each latent fires."""
         self.n_active = torch.zeros(d_sae, dtype=torch.int64)
@@ -144,7 +144,7 @@ class ContextCollector:
         ]
         return list({one.sequence: one for one in every if one.sequence >= 0}.values())
 
-    def _context(self, part: _Kept, latent: int, at: int, quantile: float | None) -> Context:
+    def _context(self, part: _BestSequences, latent: int, at: int, quantile: float | None) -> Context:
         activations = part.shares[latent, at].numpy().astype(np.float32) * float(part.peak[latent, at])
         return Context(int(part.sequence[latent, at]), quantile, activations)
 

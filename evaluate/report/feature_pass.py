@@ -37,8 +37,8 @@ class Features(NamedTuple):
         return self.contexts.n_active > 0
 
 
-class Part(NamedTuple):
-    """Which positions are looked at."""
+class Excerpt(NamedTuple):
+    """The positions of a split that features are computed on."""
 
     split: Split
     hook: str
@@ -62,16 +62,18 @@ class Part(NamedTuple):
 
 
 @torch.inference_mode()
-def collect_features(part: Part, saes: Sequence[SparseAutoencoder], advance: Callable[[int], None]) -> list[Features]:
-    """Run every SAE over the part, each batch read once; memory depends on latents and sequence length alone.
+def collect_features(
+    excerpt: Excerpt, saes: Sequence[SparseAutoencoder], advance: Callable[[int], None]
+) -> list[Features]:
+    """Run every SAE over the excerpt, each batch read once; memory depends on latents and sequence length alone.
 
-    Raises StoreError if no position of the part is counted.
+    Raises StoreError if no position of it is counted.
     """
-    check_counted(part.split, part.skip_first, part.n_sequences)
-    length, layout = part.split.store.sequence_length, Layout(part.split, part.skip_first)
-    makers = [_Maker(sae, layout, length, part.n_tokens) for sae in saes]
+    check_counted(excerpt.split, excerpt.skip_first, excerpt.n_sequences)
+    length, layout = excerpt.split.store.sequence_length, Layout(excerpt.split, excerpt.skip_first)
+    makers = [_Maker(sae, layout, length, excerpt.n_tokens) for sae in saes]
     n_tokens = 0
-    for batch in batches(part.split, part.hook, part.skip_first, part.max_tokens):
+    for batch in batches(excerpt.split, excerpt.hook, excerpt.skip_first, excerpt.max_tokens):
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcsae.evaluate.candidates import Candidate, Request, candidate, evaluable, load
+from tcsae.evaluate.candidates import Candidate, EvalRequest, candidate, evaluable, load
 from tcsae.evaluate.measures.temporal_figures import FAR
 from tcsae.evaluate.report.contexts import Context
 from tcsae.evaluate.report.feature_data import LABELS, label_tokens, latent_measures, token_rarity
-from tcsae.evaluate.report.feature_pass import Features, Part, collect_features
+from tcsae.evaluate.report.feature_pass import Excerpt, Features, collect_features
 from tcsae.evaluate.report.lens import Lenses
 from tcsae.evaluate.report.neighbours import Nearest, nearest_by_decoder
 from tcsae.shared.base.console import legible, progress, say, sparkline
@@ -37,13 +37,13 @@ class FeatureRequest:
     max_tokens: int | None = None
 
 
-class Found(NamedTuple):
+class FoundLatent(NamedTuple):
     """One SAE's features, and the latent of them that is asked for."""
 
     run: Candidate
     sae: SparseAutoencoder
     latent: int
-    part: Part
+    part: Excerpt
     features: Features
 
     @property
@@ -51,17 +51,17 @@ class Found(NamedTuple):
         return self.part.split
 
 
-def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Found:
+def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> FoundLatent:
     """Run the SAE over the split. Raises RunError if there is no such run or latent, or several runs and no name."""
     folders = evaluable(runs_path, [request.name] if request.name else [])
     if len(folders) > 1:
         raise RunError(f"{runs_path} has {len(folders)} runs. Name one: --run {folders[0].name}")
-    run = candidate(store, folders[0], Request())
+    run = candidate(store, folders[0], EvalRequest())
     sae = load(run).sae
     if request.latent >= sae.config.d_sae:
         raise RunError(f"Latent {request.latent}: {folders[0].name} has latents 0 to {sae.config.d_sae - 1}.")
     split = store.split(request.split)
-    part = Part(split, run.options.hook, run.options.skip_first, request.max_tokens)
+    part = Excerpt(split, run.options.hook, run.options.skip_first, request.max_tokens)
     with stop_on_signals() as stop, progress(f"feature {request.latent}", total=part.n_tokens) as advance:
 
         def after_batch(n_tokens: int) -> None:
@@ -71,10 +71,10 @@ def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Foun
         (features,) = collect_features(part, [sae], after_batch)
     for difference in run.differences:
         say(f"{run.name}: {CONFIG} says {difference}.")
-    return Found(run, sae, request.latent, part, features)
+    return FoundLatent(run, sae, request.latent, part, features)
 
 
-def show_feature(store: Store, found: Found, n_contexts: int) -> None:
+def show_feature(store: Store, found: FoundLatent, n_contexts: int) -> None:
     """Print it."""
     from rich.console import Console
     from rich.text import Text
@@ -113,7 +113,7 @@ def _persistence(features: Features, latent: int) -> str:
     )
 
 
-def _measures(found: Found) -> str:
+def _measures(found: FoundLatent) -> str:
     measures = latent_measures(found.features, found.sae)
     shown = [f"{LABELS[name]} {_figure(values[found.latent])}" for name, values in measures.items()]
     return f"on {found.features.n_tokens:,} counted {found.split.name} tokens: {', '.join(shown)}"
@@ -125,7 +125,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}"
 
 
-def _lens(store: Store, found: Found, texts: TokenTexts) -> list[Any]:
+def _lens(store: Store, found: FoundLatent, texts: TokenTexts) -> list[Any]:
     from rich.text import Text
 
     hook, latent = found.run.options.hook, found.latent
@@ -158,7 +158,7 @@ def _chips(title: str, values: list[tuple[str, str | None]]) -> Any:
     return line
 
 
-def _context(one: Context, found: Found, texts: TokenTexts, shaded: bool) -> list[Any]:
+def _context(one: Context, found: FoundLatent, texts: TokenTexts, shaded: bool) -> list[Any]:
     """Where it is from; the text; a bar a token."""
     from rich.text import Text
 

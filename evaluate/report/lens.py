@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tcsae.evaluate.report.feature_pass import Part
+from tcsae.evaluate.report.feature_pass import Excerpt
 from tcsae.shared.base.errors import TcsaeError
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import Store
@@ -57,7 +57,7 @@ def logit_lens(
 class Lenses:
     """The lens after each hook of a store, or why there is none."""
 
-    def __init__(self, store: Store, part: Part) -> None:
+    def __init__(self, store: Store, part: Excerpt) -> None:
         self.store = store
         lengths = torch.from_numpy(part.split.lengths[: part.n_sequences])
         valid = torch.arange(store.sequence_length) < lengths[:, None]

@@ -164,9 +164,9 @@ def _frontiers(included: Sequence[Included]) -> list[dict[str, str]]:
             if x is not None and y is not None:
                 points.append(Point(one.number, x, y, interval))
         if points:
-            told = "; ".join(f"{point.number}: {point.x:.4g}, {point.y:.4g}" for point in points)
+            summary = "; ".join(f"{point.number}: {point.x:.4g}, {point.y:.4g}" for point in points)
             svg = frontier(points, (x_label, y_label))
-            made.append({"title": f"{y_label} against {x_label}", "svg": svg, "told": told})
+            made.append({"title": f"{y_label} against {x_label}", "svg": svg, "summary": summary})
     return made
 
 
@@ -185,9 +185,9 @@ def _histories(included: Sequence[Included]) -> list[dict[str, str]]:
                 steps, values = zip(*points, strict=True)
                 curves.append((one.number, Series(one.name, steps, _smooth(values))))
         if curves:
-            told = "; ".join(f"{number}: {curve.y[-1]:.3g} at step {curve.x[-1]:,.0f}" for number, curve in curves)
+            summary = "; ".join(f"{number}: {curve.y[-1]:.3g} at step {curve.x[-1]:,.0f}" for number, curve in curves)
             svg = curves_by_number(curves, ("optimiser step", label))
-            made.append({"title": label, "svg": svg, "told": f"Mean of the last five lines: {told}"})
+            made.append({"title": label, "svg": svg, "summary": f"Mean of the last five lines: {summary}"})
     return made
 
 

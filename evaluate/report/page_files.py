@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import write_json
-from tcsae.shared.sae.folder import read_object, reason, writing
+from tcsae.shared.sae.folder import read_object, reason
 
 HERE = Path(__file__).parent / "page"
 STATIC = ("style.css", "theme.js", "table.js", "browser.js")
@@ -65,9 +65,8 @@ class Pages:
 
     def _write(self, path: str, text: str) -> None:
         file = self.folder / path
-        with writing(file, CURE):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8", newline="")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8", newline="")
 
 
 def number(value: Any) -> str:
@@ -83,8 +82,7 @@ def number(value: Any) -> str:
 
 def mark(folder: Path, made_of: Mapping[str, Any]) -> None:
     """Say that `folder` is a report, and of what."""
-    with writing(folder / MARK, CURE):
-        write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": made_of})
+    write_json(folder / MARK, {"format": FORMAT, "version": VERSION, "made_of": made_of})
 
 
 def made_of(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Figures as small SVGs that take the page's colours, light or dark. Runs are told apart by their numbers, never by
+"""Figures as small SVGs that take the page's colours, light or dark. Runs are distinguished by numbers, never by
 colour alone.
 """
 

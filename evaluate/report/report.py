@@ -9,7 +9,7 @@ from tcsae import __version__
 from tcsae.evaluate.measures.latent_figures import MEASURES
 from tcsae.evaluate.report import page_files
 from tcsae.evaluate.report.feature_data import LABELS, OTHER_MEASURES, FeatureData, feature_data
-from tcsae.evaluate.report.feature_pass import Features, Part, collect_features
+from tcsae.evaluate.report.feature_pass import Excerpt, Features, collect_features
 from tcsae.evaluate.report.lens import DEFINITION as LENS_DEFINITION
 from tcsae.evaluate.report.lens import Lenses
 from tcsae.evaluate.report.overview import overview
@@ -121,8 +121,8 @@ class _Report:
         pages.page("index.html", "overview.html", **values, generator=f"tcsae {__version__}")
         page_files.mark(folder, identity)
 
-    def _part(self, hook: str, skip_first: int) -> Part:
-        return Part(self.split, hook, skip_first, self.request.max_tokens)
+    def _part(self, hook: str, skip_first: int) -> Excerpt:
+        return Excerpt(self.split, hook, skip_first, self.request.max_tokens)
 
     def _passes(self) -> list[list[Included]]:
         """Runs that can share a pass: of one hook and one set of counted positions, and not too many latents."""
@@ -138,7 +138,7 @@ class _Report:
                 passes.append([one])
         return passes
 
-    def _sae(self, pages: page_files.Pages, one: Included, part: Part, features: Features) -> None:
+    def _sae(self, pages: page_files.Pages, one: Included, part: Excerpt, features: Features) -> None:
         """The pages and data of one SAE."""
         tail = self.lenses.tail(one.hook)
         directions = one.loaded.sae.W_dec.detach() * features.contexts.maximum()[:, None]

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tcsae.evaluate.candidates import UNFINISHED, Loaded, Request, candidate, load, why_not_evaluable
+from tcsae.evaluate.candidates import UNFINISHED, EvalRequest, Loaded, candidate, load, why_not_evaluable
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.shared.base.errors import RunError, TcsaeError
 from tcsae.shared.base.files import file_digest
@@ -79,7 +79,7 @@ def _included(store: Store, path: Path, number: int) -> Included:
     if (why := why_not_evaluable(path)) is not None:
         unfinished = f"Its training is unfinished (no {RECORD}). Go on: tcsae train"
         raise RunError(unfinished if why == UNFINISHED else f"It {why}.")
-    run = candidate(store, path, Request())
+    run = candidate(store, path, EvalRequest())
     evaluation = load_evaluation(path, store.content)
     if evaluation is None or evaluation.get("definition_version") != DEFINITION_VERSION:
         raise RunError(f"{_why_not_evaluated(path, store)}: tcsae eval --run {path.name}")

@@ -91,8 +91,8 @@ def _histograms(data: FeatureData, groups: list[tuple[str, np.ndarray]]) -> list
         values = [(group, data.measures[name][which]) for group, which in groups[:2]]
         svg = histogram(values, label, log)
         if svg:
-            told = "; ".join(_quartiles(group, one) for group, one in values if np.isfinite(one).any())
-            made.append({"title": label, "svg": svg, "told": told})
+            summary = "; ".join(_quartiles(group, one) for group, one in values if np.isfinite(one).any())
+            made.append({"title": label, "svg": svg, "summary": summary})
     return made
 
 
@@ -112,20 +112,24 @@ def _rho(one: Included) -> list[dict[str, str]]:
         named = {"all": "all latents", "first_group": "first group", "frequency_matched": "the rest, as frequent"}
         sources = {named[group]: found for group, found in temporal["groups"].items() if group in named}
         sources |= {"x itself": temporal["x"]}
-        curves, nulls, told = [], [], []
+        curves, nulls, summaries = [], [], []
         for label, found in sources.items():
             curve = [np.nan if value is None else value for value in found["curves"][name]]
             null = found["measures"][name]["null"]
             curves.append(Series(label, range(1, len(curve) + 1), curve))
             if null is not None:
                 nulls.append((null, f"null of {label}"))
-                told.append(
+                summaries.append(
                     f"{label}: {number(found['curves'][name][0])} at lag 1, "
                     f"{number(found['curves'][name][7])} at lag 8, null {null:.3g}"
                 )
         labels = ("lag, in tokens", "autocorrelation")
         made.append(
-            {"title": f"Autocorrelation {around}", "svg": lines(curves, labels, nulls[:1]), "told": "; ".join(told)}
+            {
+                "title": f"Autocorrelation {around}",
+                "svg": lines(curves, labels, nulls[:1]),
+                "summary": "; ".join(summaries),
+            }
         )
     return made
 

@@ -204,11 +204,16 @@ def load_evaluation(run_path: Path, content: str, file: str = EVALUATION) -> dic
             and evaluation["weights"] == file_digest(run_path / WEIGHTS)
             and isinstance(evaluation["metrics"], dict)
             and evaluation.get("digest") in (None, evaluation_digest(evaluation))
-            and all(file_digest(run_path / name) == one for name, one in evaluation.get("files", {}).items())
+            and all(_is_file(run_path, name, one) for name, one in evaluation.get("files", {}).items())
         )
         return evaluation if is_current else None
     except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_file(run_path: Path, name: str, digest: str) -> bool:
+    """Whether a file right in the folder has this digest; a name that leads elsewhere is not followed."""
+    return Path(name).name == name and file_digest(run_path / name) == digest
 
 
 def evaluation_digest(evaluation: Mapping[str, Any]) -> str:

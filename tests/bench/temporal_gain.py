@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from alternate import report
 
-from tcsae.evaluate.candidates import Request
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.compare import differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.store.reader import open_store
@@ -46,7 +46,7 @@ def main() -> None:
         planned[name, False] = plan_runs(store, Training((twin,), [*asked.settings, *without], seeds))
     runs = [run for group in planned.values() for run in group]
     train_runs(store, asked.runs, runs)
-    evaluated = evaluate_runs(store, asked.runs, Request(names=[run.name for run in runs]))
+    evaluated = evaluate_runs(store, asked.runs, EvalRequest(names=[run.name for run in runs]))
     done = {one["name"]: one for one in evaluated.evaluations}
     found = {}
     for name in TWINS:
