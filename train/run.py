@@ -51,6 +51,8 @@ def train_runs(
     """
     names = check_names(runs)
     device = torch.device(device)
+    untrained = [run for run in runs if fresh or not is_trained(store, runs_path / run.name, run, ranks.world)]
+    check_memory(store, [run.config for run in untrained], device)
     with ExitStack() as folders:
         if ranks.rank:
             wait_for_all(ranks)  # the first has cleared away what is trained again
@@ -58,7 +60,6 @@ def train_runs(
         else:
             todo = _begin(store, runs_path, runs, fresh, ranks.world, folders)
             wait_for_all(ranks)
-        check_memory(store, [run.config for run in todo], device)
         datas = dict.fromkeys(run.config.data for run in todo)
         for number, data in enumerate(datas, start=1):
             members = [run for run in todo if run.config.data == data]
