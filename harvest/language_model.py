@@ -140,7 +140,7 @@ def load_bridge(model: LanguageModel, device: str = "cpu", dtype: str = "float32
     if model.weights_seed is not None and twin is None:
         raise ModelError(f"{model.name} cannot be run with random weights: transformers makes no such model anew.")
     try:
-        with quiet():
+        with quiet(), nothing_installed():
             return TransformerBridge.boot_transformers(
                 model.source,
                 device=device,
@@ -215,6 +215,25 @@ def tail_parameters(model: Any, start_layer: int) -> int:
     if None in embeddings or embeddings[0].weight is embeddings[1].weight:
         return total
     return total - embeddings[0].weight.numel()
+
+
+@contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from running `pip install torchvision` for a model of text and images.
+
+    It would put another torch into the user's environment; the image processor that it wants is not used here.
+    """
+    from transformer_lens.model_bridge.sources.transformers import helpers
+
+    install = getattr(helpers, "_ensure_torchvision", None)
+    if install is None:  # a version that does not install
+        yield
+        return
+    helpers._ensure_torchvision = lambda: False
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = install
 
 
 @contextmanager

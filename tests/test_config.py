@@ -125,7 +125,7 @@ SAE = SaeConfig(d_model=8, d_sae=16, k=4)
         (lambda: DataConfig(segment_length=0), "data.segment_length=0: must be at least 1"),
         (lambda: DataConfig(skip_first=-1), "data.skip_first=-1: must be at least 0"),
         (lambda: OptimizerConfig(lr=0), "optimizer.lr=0: must be above 0"),
-        (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr=nan: must be above 0"),
+        (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr=nan: must be a finite number"),
         (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2=1.0: must lie in 0..1, below 1"),
         (lambda: TemporalConfig(window=1), "temporal.window=1: must be at least 2"),
         (lambda: TemporalConfig(weight=-1), "temporal.weight=-1: must be at least 0"),

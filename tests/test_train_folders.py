@@ -152,7 +152,8 @@ def test_contrast_takes_two_documents(tmp_path):
 @pytest.mark.parametrize(
     "setting",
     ["sae.d_sae=5G", "data.n_segments=10G", "init_seed=99999999999999999999999", "data.seed=99999999999999999999999",
-     "steps=99999999999999999999999", "sae.d_sae=99999999999999999999999"],
+     "steps=99999999999999999999999", "sae.d_sae=99999999999999999999999", "sae.d_model=7", "temporal.weight=inf",
+     "optimizer.lr=inf", "guard.explode=nan"],
 )  # fmt: skip
 def test_settings_beyond_any_machine_are_one_line_and_leave_nothing(store, tmp_path, setting):
     arguments = ["--store", store.location, "--runs", str(tmp_path / "runs"), "train", "--preset", "topk"]

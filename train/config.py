@@ -256,6 +256,8 @@ class TrainConfig:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={value}: must be a finite number.")
     if not value >= least:
         raise ConfigError(f"{name}={value}: must be at least {least}.")
 
@@ -266,5 +268,7 @@ def _at_most(name: str, value: float, most: float) -> None:
 
 
 def _positive(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={value}: must be a finite number.")
     if not value > 0:
         raise ConfigError(f"{name}={value}: must be above 0.")

@@ -65,6 +65,10 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
         hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
         d_model = store.d_model(store.hook(None if hook == "none" else hook))
         config = with_settings(preset(name, d_model), settings)
+        if config.sae.d_model != d_model:
+            raise ConfigError(
+                f"sae.d_model={config.sae.d_model}: the store's activations are {d_model} wide. Leave it out."
+            )
         first = ("none", store.hook(None))
         named = [one for one in own if not (one.startswith("data.hook=") and one.partition("=")[2] in first)]
         label = run_name(base or name, named) + (f"-from-{request.init_from}" if request.init_from else "")
