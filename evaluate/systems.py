@@ -94,6 +94,6 @@ def code_parts(
     """
     if encode is None:
         # Next to no entry of a gelu is zero, so its sparse code would cost three times more.
-        encode = sae.encode if sae.config.activation == "gelu" else sae.encode_sparse
+        encode = sae.encode_sparse if sae.kind.mostly_zero else sae.encode
     for part in x.split(max(1, BATCH_CODE_ENTRIES // sae.config.d_sae)):
         yield part, encode(part)

@@ -154,7 +154,7 @@ SAE = SaeConfig(d_model=8, d_sae=16, k=4)
         ),
         (
             lambda: from_dict(SaeConfig, {"d_model": 8, "activation": "topc"}),
-            "Unknown value 'topc'. Did you mean 'topk'",
+            "Unknown sae.activation 'topc'. Did you mean 'topk'",
         ),
     ],
 )

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from tcsae.shared.sae.module import Activation, SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.activations import KINDS
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import batchtopk_code
 
 
-def sae_of(activation: Activation) -> SparseAutoencoder:
+def sae_of(activation: str) -> SparseAutoencoder:
     torch.manual_seed(0)
     sae = SparseAutoencoder(SaeConfig(d_model=6, d_sae=40, k=4, activation=activation))
     for parameter in sae.parameters():
@@ -15,7 +16,7 @@ def sae_of(activation: Activation) -> SparseAutoencoder:
     return sae.eval()
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu", "gelu"])
+@pytest.mark.parametrize("activation", KINDS)
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (0, 6), (2, 0, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @torch.no_grad()

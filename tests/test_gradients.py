@@ -1,7 +1,5 @@
 """Promise: every hand-written gradient equals autograd's, for every activation, loss term and path."""
 
-from typing import get_args, get_type_hints
-
 import numpy as np
 import pytest
 import textbook
@@ -9,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
-from tcsae.shared.sae.ops import activate, attach_dense, dense_rows, pair_differences, square_norms
+from tcsae.shared.sae.ops import EncoderWeights, activate, attach_dense, dense_rows, pair_differences, square_norms
 from tcsae.shared.sae.sparse import (
     ROWS,
     SparseCode,
@@ -32,7 +31,7 @@ from tcsae.train.config import (
     TrainConfig,
 )
 from tcsae.train.log import metrics_line
-from tcsae.train.losses import TEMPORAL
+from tcsae.train.losses import TEMPORAL, temporal_term
 from tcsae.train.losses.contrastive import contrastive, info_nce, partners
 from tcsae.train.losses.order import shuffled
 from tcsae.train.losses.position import PositionPenalty
@@ -108,8 +107,10 @@ def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):
     )
 
 
-def test_every_kind_of_temporal_term_is_registered():
-    assert set(TEMPORAL) == set(get_args(get_type_hints(TemporalConfig)["kind"]))
+def test_every_kind_of_temporal_term_is_held_against_an_oracle():
+    assert set(TEMPORAL) == {"difference", "relative", "gated", "contrastive"}
+    with pytest.raises(ConfigError, match=r"Unknown temporal.kind 'contrastiv'.*'contrastive'"):
+        temporal_term("contrastiv")
 
 
 def test_partners_are_adjacent_and_negatives_of_other_documents():
@@ -156,7 +157,8 @@ def test_dense_activations_equal_autograd_over_several_slices(kind, l1, n):
         raw = centred @ sae.W_enc
         code = raw if kind == "relu" else torch.empty_like(raw)
         active, total = activate(kind, raw, sae.b_enc, code)
-    f, tap, size = attach_dense(kind, code, raw, total, centred, sae)
+    weights = EncoderWeights(sae.W_enc_rows, sae.b_enc, sae.b_dec)
+    f, tap, size = attach_dense(kind, code, raw, total, centred, weights)
     assert torch.equal(f, tap)
     torch.testing.assert_close(f, expected)
     assert active.n_active == int((expected > 0).sum())

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
 
 MAX_SEED = 2**63 - 1
@@ -96,9 +97,10 @@ class TemporalConfig:
 
     weight: float = 0.0
     """lambda_2; 0 leaves the term out."""
-    kind: Literal["difference", "relative", "gated", "contrastive"] = "difference"
-    """difference: eq. 3. relative: the same over the pairs' squared norms, so that shrinking the code gains nothing.
-    gated: eq. 3 with each pair weighted by relu(cos(x_t, x_t+1)). contrastive: InfoNCE against other documents."""
+    kind: str = "difference"
+    """A name in `tcsae.train.losses.TEMPORAL`. difference: eq. 3. relative: the same over the pairs' squared norms, so
+    that shrinking the code gains nothing. gated: eq. 3 with each pair weighted by relu(cos(x_t, x_t+1)). contrastive:
+    InfoNCE against other documents."""
     scope: Literal["all", "first"] = "all"
     """Latents it acts on: all, or the first group of sae.groups."""
     window: int = 3
@@ -248,9 +250,9 @@ class TrainConfig:
             )
         if self.init.weights == "zero" and self.steps and self.optimizer.unit_decoder:
             raise ConfigError("init.weights='zero' has no decoder row to norm. Set optimizer.unit_decoder=false.")
-        if self.sparsity.l0 and self.sae.activation != "jumprelu":
+        if self.sparsity.l0 and KINDS[self.sae.activation].threshold != "learned":
             raise ConfigError(
-                f"sparsity.l0={self.sparsity.l0} acts through jumprelu's thresholds; sae.activation is "
+                f"sparsity.l0={self.sparsity.l0} acts through learned thresholds (jumprelu); sae.activation is "
                 f"{self.sae.activation!r}. Set sparsity.l0=0."
             )
 

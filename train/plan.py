@@ -11,6 +11,7 @@ from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.store.reader import Store
 from tcsae.train.config import TrainConfig
+from tcsae.train.losses import temporal_term
 from tcsae.train.presets import DEFAULT, preset
 
 UNNAMED = ("steps", "log_every", "guard.")
@@ -65,6 +66,7 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
         hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
         d_model = store.d_model(store.hook(None if hook == "none" else hook))
         config = with_settings(preset(name, d_model), settings)
+        temporal_term(config.temporal.kind)
         if config.sae.d_model != d_model:
             raise ConfigError(
                 f"sae.d_model={config.sae.d_model}: the store's activations are {d_model} wide. Leave it out."

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,13 +11,13 @@ from torch.nn import functional as F
 
 from tcsae.shared.base.device import sum_dtype
 from tcsae.shared.base.errors import RunError
-from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.ops import Code, decode_code, part, take
+from tcsae.shared.sae.activations import Encoded, Encoder
+from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
+from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, take
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.train.batch import Batch
 from tcsae.train.config import TrainConfig
-from tcsae.train.encoding import Encoded, encode
-from tcsae.train.losses import TEMPORAL
+from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.order import shuffled
 from tcsae.train.losses.position import PositionPenalty
@@ -87,7 +88,7 @@ class Trainer:
         else:
             self.sae = self.initial.to(self.sample.device)
             self.sae.fold_scale(1 / self.scale)
-        if config.sae.activation == "batchtopk":  # its threshold is computed at the end
+        if self.sae.threshold is not None and self.sae.kind.threshold == "calibrated":
             self.sae.threshold.requires_grad_(False)
         self.parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         betas = (config.optimizer.beta1, config.optimizer.beta2)
@@ -116,7 +117,7 @@ class Trainer:
             self.optimizer.step()
             if config.unit_decoder:
                 self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
-            if self.config.sae.activation == "jumprelu":
+            if self.sae.threshold is not None:
                 self.sae.threshold.clamp_(min=0)
         self.count(batch)
         return result
@@ -126,13 +127,14 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         x = batch.x * self.scale
-        encoded = encode(self.sae, x, batch, self.config.sparsity.bandwidth)
-        x_hats = self._reconstructions(encoded)
+        inputs, scaling = self._encoder_input(x)
+        encoded = self._encode(inputs, batch)
+        x_hats = self._reconstructions(encoded.code, scaling)
         losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / batch.n_whole}
         temporal_weight = self._add_code_losses(losses, encoded, batch)
         x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
-        if config.aux_weight and self.config.sae.activation != "gelu":
-            losses["aux"] = config.aux_weight * auxk(self.sae, encoded.inputs, x, x_hat, batch, dead, config.aux_k)
+        if config.aux_weight and self.sae.kind.mostly_zero:
+            losses["aux"] = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, dead, config.aux_k)
         sum(losses.values(), start=torch.zeros((), device=x.device)).backward()
         for parameter in self.parameters:
             assert parameter.grad is not None
@@ -145,17 +147,33 @@ class Trainer:
             dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / batch.n_whole, 0.0, temporal_weight
         )
 
-    def _reconstructions(self, encoded: Encoded) -> list[Float[Tensor, "n d_model"]]:
+    def _encoder_input(self, x: Float[Tensor, "n d_model"]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What the encoder reads before b_dec is taken away, and (scale, shift) of the decoder's output, if any."""
+        if self.sae.config.layer_norm == "none":
+            return x, None
+        inputs, mean, spread = layer_normed(x)
+        return inputs, (spread, mean) if self.sae.config.layer_norm == "in_out" else None
+
+    def _encode(self, inputs: Float[Tensor, "n d_model"], batch: Batch) -> Encoded:
+        sae = self.sae
+        centred = inputs - sae.b_dec.detach()
+        weights = EncoderWeights(sae.W_enc_rows, sae.b_enc, sae.b_dec)
+        batchtopk = partial(batch.group.batchtopk, n_whole=batch.n_whole)
+        return sae.kind.train(
+            Encoder(centred, weights, sae.config.k, sae.threshold, self.config.sparsity.bandwidth, batchtopk)
+        )
+
+    def _reconstructions(self, code: Code, scaling: tuple[Tensor, Tensor] | None) -> list[Float[Tensor, "n d_model"]]:
         """Of every prefix of the groups: prefix g decodes the latents of groups 0..g."""
         sae, ranges = self.sae, self.config.sae.group_ranges()
         weights = sae.W_dec.split([stop - first for first, stop in ranges]) if len(ranges) > 1 else [sae.W_dec]
         x_hats: list[Tensor] = []
         for (first, stop), W_dec in zip(ranges, weights, strict=True):
-            one = decode_code(part(encoded.code, first, stop), W_dec, None if x_hats else sae.b_dec)
+            one = decode_code(part(code, first, stop), W_dec, None if x_hats else sae.b_dec)
             x_hats.append(x_hats[-1] + one if x_hats else one)
-        if encoded.scaling is None:
+        if scaling is None:
             return x_hats
-        spread, mean = encoded.scaling
+        spread, mean = scaling
         return [x_hat * spread + mean for x_hat in x_hats]
 
     def _add_code_losses(self, losses: dict[str, Tensor], encoded: Encoded, batch: Batch) -> float:
@@ -181,7 +199,7 @@ class Trainer:
         if config.order != "text":
             tokens = shuffled(config.order, batch, seed)
             code, batch = take(code, tokens), batch._replace(x=batch.x[tokens])
-        return TEMPORAL[config.kind](config, code, batch, seed)
+        return temporal_term(config.kind)(config, code, batch, seed)
 
     def temporal_weight(self, reconstruction: Tensor, term: Tensor, encoded: Encoded, batch: Batch) -> float:
         """The weight now, risen by the warm-up: the set one, or with a budget such that the term's gradient at the
@@ -258,7 +276,7 @@ class Trainer:
         """
         sae = SparseAutoencoder(self.config.sae).to(self.sample.device)
         sae.load_state_dict(self.sae.state_dict())
-        if self.config.sae.activation == "batchtopk":
+        if sae.threshold is not None and sae.kind.threshold == "calibrated":
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
             last = [batchtopk_code(sae.pre_activations(part), self.config.sae.k).values for part in parts]
             lowest = [float(values.min()) for values in last if len(values)]
@@ -299,7 +317,7 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
             sae.b_dec.copy_(sample.mean(0))
         case "median":
             sae.b_dec.copy_(geometric_median(sample))
-    if config.sae.activation == "jumprelu":
+    if sae.threshold is not None and sae.kind.threshold == "learned":
         sae.threshold.fill_(FIRST_THRESHOLD)
     return sae.to(sample.device)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tcsae.evaluate.measures.core import Code, join_codes
 from tcsae.shared.base.errors import ConfigError, unknown
-from tcsae.shared.sae.module import THRESHOLDED, SaeConfig
+from tcsae.shared.sae.activations import KINDS
+from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode, from_flat
 
 EMA, EMA_TOPK, MEAN, HYSTERESIS, SCALE = "ema", "ema-topk", "mean", "hysteresis", "scale"
@@ -77,7 +78,10 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def check_smoothing(smoothing: Smoothing, config: SaeConfig) -> None:
     """Raises ConfigError for a smoothing that an SAE of this activation has no meaning for."""
-    allowed = {EMA_TOPK: ("topk",), HYSTERESIS: ("topk", *THRESHOLDED)}
+    allowed = {
+        EMA_TOPK: ("topk",),
+        HYSTERESIS: ("topk", *(name for name, kind in KINDS.items() if kind.threshold != "none")),
+    }
     if config.activation not in allowed.get(smoothing.kind, (config.activation,)):
         raise ConfigError(
             f"{smoothing} is for {', '.join(allowed[smoothing.kind])} SAEs, and its activation is "

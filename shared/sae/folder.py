@@ -25,6 +25,7 @@ from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
 from tcsae.shared.base.files import PARTIAL, file_digest, json_digest, write_atomic, write_json
 from tcsae.shared.base.settings import from_dict, to_dict
+from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SAELENS_LAYOUT, SaeConfig, SparseAutoencoder
 
 EVALUATION = "eval.json"
@@ -85,11 +86,10 @@ def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any
 
     gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
     """
-    names = {"relu": "standard", "topk": "topk", "gelu": "gelu", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
     special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
     suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
     return {
-        "architecture": names[config.activation] + suffix,
+        "architecture": KINDS[config.activation].saelens + suffix,
         "d_in": config.d_model,
         "d_sae": config.d_sae,
         "dtype": "float32",

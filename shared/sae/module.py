@@ -9,16 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tcsae.shared.base.errors import ConfigError
-from tcsae.shared.sae.sparse import SparseCode, decode, positive_code, threshold_code, topk_code
+from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.sae.activations import KINDS, Kind
+from tcsae.shared.sae.sparse import SparseCode, decode
 
 SAELENS_LAYOUT = "6.0.0"
 """The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
-
-
-Activation = Literal["gelu", "relu", "topk", "batchtopk", "jumprelu"]
-THRESHOLDED = ("batchtopk", "jumprelu")
-"""Activations that infer with a threshold per latent; a batchtopk's is found after training, from its last weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +25,8 @@ class SaeConfig:
     """Width of the activations it reads."""
     d_sae: int = 4096
     """Number of latents."""
-    activation: Activation = "topk"
+    activation: str = "topk"
+    """A name in `tcsae.shared.sae.activations.KINDS`."""
     k: int = 32
     """Latents kept per token: exactly (topk), on average (batchtopk), or aimed at (jumprelu)."""
     groups: tuple[float, ...] = (1.0,)
@@ -41,7 +38,9 @@ class SaeConfig:
         for name in ("d_model", "d_sae"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
-        if self.activation in ("topk", "batchtopk", "jumprelu") and not 1 <= self.k <= self.d_sae:
+        if self.activation not in KINDS:
+            raise ConfigError(unknown("sae.activation", self.activation, KINDS))
+        if KINDS[self.activation].uses_k and not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
         whole = all(share > 0 for share in self.groups) and math.isclose(sum(self.groups), 1.0, abs_tol=1e-6)
         if not whole or any(first == stop for first, stop in self.group_ranges()):
@@ -70,8 +69,13 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
-        if config.activation in THRESHOLDED:
+        self.threshold: nn.Parameter | None = None
+        if self.kind.threshold != "none":
             self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.config.activation]
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model d_sae"]:
@@ -79,7 +83,7 @@ class SparseAutoencoder(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by the names they are saved under, the field's way round."""
-        names = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if self.config.activation in THRESHOLDED else [])]
+        names = ["W_enc", "b_enc", "W_dec", "b_dec", *([] if self.threshold is None else ["threshold"])]
         return {name: getattr(self, name).detach() for name in names}
 
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
@@ -90,17 +94,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """The code, as a dense tensor."""
-        pre = self.pre_activations(x)
-        match self.config.activation:
-            case "gelu":
-                return nn.functional.gelu(pre)
-            case "relu":
-                return pre.relu()
-            case "topk":
-                top = pre.topk(self.config.k, dim=-1)
-                return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
-            case "batchtopk" | "jumprelu":
-                return torch.where(pre > self.threshold, pre, 0.0)
+        return self.kind.dense(self.pre_activations(x), self.config.k, self.threshold)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseCode:
         """The code's non-zero entries, the same values as `encode`, of the tokens of all leading axes laid end to end.
@@ -108,19 +102,7 @@ class SparseAutoencoder(nn.Module):
         x may be of any float dtype and hold no token; the values are of the weights' dtype.
         """
         x = x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)
-        pre = self.pre_activations(x)
-        match self.config.activation:
-            case "topk":
-                return topk_code(pre, self.config.k)
-            case "batchtopk" | "jumprelu":
-                return threshold_code(pre, self.threshold)
-            case "relu":
-                return positive_code(pre.relu())
-            case "gelu":  # next to no entry is 0
-                dense = nn.functional.gelu(pre)
-                latents = torch.arange(self.config.d_sae, device=x.device).repeat(len(dense))
-                offsets = torch.arange(0, dense.numel() + 1, self.config.d_sae, device=x.device)
-                return SparseCode(dense.flatten(), latents, offsets, self.config.d_sae)
+        return self.kind.sparse(self.pre_activations(x), self.config.k, self.threshold)
 
     def decode(
         self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None
@@ -159,7 +141,7 @@ class SparseAutoencoder(nn.Module):
             self.W_dec.div_(scale)
             return
         self.b_enc.div_(scale)
-        if self.config.activation in THRESHOLDED:
+        if self.threshold is not None:
             self.threshold.div_(scale)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tcsae.shared.base.device import sum_dtype
-from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
 
 Code = SparseCode | Float[Tensor, "_n _d_sae"]
@@ -30,6 +29,15 @@ ENTRIES = 16_384
 """Of a code, at a time, where rows have to be gathered for each."""
 # Said once a process by torch, to people who never asked for a sparse tensor.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+class EncoderWeights(NamedTuple):
+    """What a code's gradient reaches."""
+
+    W_enc_rows: Float[Tensor, "d_sae d_model"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_model"]
+    """Taken from the encoder's input, so its gradient follows from b_enc's."""
 
 
 class Activity(NamedTuple):
@@ -41,12 +49,12 @@ class Activity(NamedTuple):
     """Entries above 0."""
 
 
-def attach_entries(code: SparseCode, centred: Float[Tensor, "n d_model"], sae: SparseAutoencoder) -> SparseCode:
+def attach_entries(code: SparseCode, centred: Float[Tensor, "n d_model"], weights: EncoderWeights) -> SparseCode:
     """The code of selected pre-activations with a gradient: to both biases and to the selected latents' encoder rows.
 
     `centred` is the encoder's input less b_dec, without a gradient: b_dec's is worked out from b_enc's.
     """
-    return code.with_values(_AttachEntries.apply(sae.W_enc_rows, sae.b_enc, sae.b_dec, centred, code))
+    return code.with_values(_AttachEntries.apply(*weights, centred, code))
 
 
 class _AttachEntries(torch.autograd.Function):
@@ -197,14 +205,14 @@ def attach_dense(
     pre: Float[Tensor, "n d_sae"],
     total: Float[Tensor, ""],
     centred: Float[Tensor, "n d_model"],
-    sae: SparseAutoencoder,
+    weights: EncoderWeights,
 ) -> tuple[Float[Tensor, "n d_sae"], Float[Tensor, "n d_sae"], Float[Tensor, ""]]:
     """(code, tap, sum |f|) of `activate` with a gradient, as `attach_entries`; a relu's `pre` may be its code.
 
     Code and tap are the same values: decoding reads one, losses of the code the other, so that the two gradients are
     added in slices that stay in cache.
     """
-    return _AttachDense.apply(sae.W_enc_rows, sae.b_enc, sae.b_dec, centred, code, pre, total, kind)
+    return _AttachDense.apply(*weights, centred, code, pre, total, kind)
 
 
 class _AttachDense(torch.autograd.Function):

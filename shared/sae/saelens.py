@@ -17,6 +17,7 @@ from torch import Tensor
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.sae.folder import CONFIG, METRICS, RECORD, WEIGHTS, check_finite, load_tensors, read_object, reason
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu", "gated": "relu"}
 """Architectures that are read, and the activation function that each infers with."""
@@ -53,6 +54,10 @@ class GatedAutoencoder(SparseAutoencoder):
         """The code, as a dense tensor."""
         z = torch.nn.functional.linear(x - self.b_dec, self.W_enc_rows)
         return (z * self.r_mag.exp() + self.b_enc).relu() * (z + self.b_gate > 0)
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseCode:
+        """The code's non-zero entries; see SparseAutoencoder."""
+        return positive_code(self.encode(x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)))
 
 
 def is_foreign(path: Path) -> bool:

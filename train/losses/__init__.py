@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.ops import Code
 from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
@@ -23,3 +24,10 @@ TEMPORAL: dict[str, Term] = {
     "gated": gated,
     "contrastive": contrastive,
 }
+
+
+def temporal_term(kind: str) -> Term:
+    """The term of that name. Raises ConfigError for an unknown one, with the nearest."""
+    if kind not in TEMPORAL:
+        raise ConfigError(unknown("temporal.kind", kind, TEMPORAL))
+    return TEMPORAL[kind]
