@@ -175,8 +175,8 @@ def find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None = None) -> Cor
         return Corpus(recipe, lambda: _load("json", choice.split, data_files={choice.split: [str(_embedded_file())]}))
     if choice.name not in ALIASES and path.exists():
         if path.is_dir() and (saved := _saved_folder(path, choice)):
-            revision = digest_files([file for file in saved.rglob("*") if file.is_file()], saved)
-            return Corpus(_recipe(choice, path.resolve().name, revision), lambda: _load_saved(saved))
+            digest = digest_files([file for file in saved.rglob("*") if file.is_file()], saved)
+            return Corpus(_recipe(choice, path.resolve().name, digest), lambda: _load_saved(saved))
         _check_local(choice)
         reader, files = _local_files(path)
         recipe = _recipe(choice, path.resolve().name, digest_files(files, path if path.is_dir() else path.parent))

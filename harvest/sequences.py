@@ -67,7 +67,7 @@ def permuted(ids: Sequence[int] | Int[ndarray, " n"], seed: int, number: int) ->
     The order is that of a bit generator's raw numbers, which NumPy promises to keep from version to version.
     """
     order = np.argsort(np.random.PCG64([seed, number]).random_raw(len(ids)), kind="stable")
-    return [ids[i] for i in order]
+    return [int(ids[i]) for i in order]
 
 
 class Sequencer:
