@@ -19,6 +19,7 @@ from tcsae.train.config import (
     TemporalConfig,
     TrainConfig,
 )
+from tcsae.train.losses import temporal_term
 from tcsae.train.presets import PRESETS, preset
 
 
@@ -188,6 +189,7 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_line_that_names_it(
     base = preset(name, 16)
     try:
         config = with_settings(base, [f"{key}={value}"])
+        temporal_term(config.temporal.kind)
     except ConfigError as error:
         message = str(error)
         assert key.rpartition(".")[2] in message
