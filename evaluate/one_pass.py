@@ -34,6 +34,9 @@ from tcsae.shared.store.reader import Split
 class Observer(Protocol):
     """Sees what goes by: the code of each batch's counted positions, in document order."""
 
+    looks_back: bool
+    """Whether batches that another process adds up are of use to it."""
+
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A new batch, and its activations at the counted positions."""
 
@@ -71,14 +74,15 @@ def measure(
     systems: Sequence[System | SmoothedOutput],
     tail: Tail | None,
     reference: Reference | None,
-    observer: Observer | None,
+    observers: Sequence[Observer],
     advance: Callable[[int], None],
     part: Part | None = None,
 ) -> Measured:
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
-    With a tail and a `reference` of an earlier pass, no ablation is run again. The observer sees codes only. Of several
-    processes each runs over its `part`, and rank 0 is returned what all found; an observer brings its own together.
+    With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
+    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
+    together.
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
@@ -87,7 +91,7 @@ def measure(
     sums = _Accumulator(len(systems), resamplings, len(settings.mean))
     losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64)
     plain = torch.zeros(4, 2, n_documents, dtype=torch.float64)
-    if observer is not None:
+    for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
         x_counted, x_skipped = batch.x[batch.counted], batch.x[batch.skipped]
@@ -95,14 +99,14 @@ def measure(
         skipped = _Positions(batch, batch.skipped, widen(x_skipped, settings.mean))
         sums.begin(batch.document)
         sums.add_inputs(counted, skipped)
-        if observer is not None:
+        for observer in observers:
             observer.begin(batch, x_counted)
         spliced = {}
         for i, system in enumerate(systems):
             output = output_of(system, x_counted, counted.sequence)
             rest = output_of(system, x_skipped, skipped.sequence)
             sums.add(i, counted, output, skipped, rest)
-            if observer is not None and output.code is not None:
+            for observer in observers if output.code is not None else ():
                 observer.see(i, output.code)
             if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
                 spliced[i] = splice(batch.x, batch.counted, output.x_hat)

@@ -17,6 +17,7 @@ from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
+from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import measure
@@ -84,11 +85,15 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
     observer = TemporalObserver(split, options.skip_first, centre, len(group.runs)) if options.temporal else None
+    widths = [one.sae.config.d_sae for one in group.runs]
+    measures = MeasureObserver(widths)
+    observers = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):
-        measured = measure(split, settings, systems, tail, reference, observer, advance, part)
+        measured = measure(split, settings, systems, tail, reference, observers, advance, part)
         if observer:
-            observer.add_up(part, [one.sae.config.d_sae for one in group.runs])
+            observer.add_up(part, widths)
+        measures.add_up(part)
     if not part.has_all:
         return []
     if tail and reference is None and measured.reference is not None:
@@ -105,7 +110,11 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         probed = observer.probe_draws.get(i, {}) if observer else {}
         spent = {"seconds": round(time.monotonic() - start, 2), "seconds_shared_by": len(group.runs)}
         found = Figures(rows[i], probed, measured.firings[i])
-        evaluations.append(write_evaluation(group, one, found, common | spent | {"temporal": temporal}))
+        evaluations.append(
+            write_evaluation(
+                group, one, found, common | spent | {"temporal": temporal, "measures": measures.figures(i)}
+            )
+        )
     return evaluations
 
 

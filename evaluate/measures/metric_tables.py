@@ -25,10 +25,22 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         table(f"{hook}, {n_tokens:,} eval tokens of {n_documents:,} documents", COLUMNS, rows)
         click.echo(_legend(first))
         show_temporal(group, details)
+        if details:
+            show_measures(group)
     if evaluations:
         click.echo(f"All figures, intervals and definitions: {legible(runs)}/NAME/eval.json")
     for rule in dict.fromkeys(one["smoothing"] for one in evaluations if "smoothing" in one):
         click.echo(f"Smoothed codes: {rule}.")
+
+
+def show_measures(evaluations: Sequence[dict[str, Any]]) -> None:
+    """Print the registered measures of codes: a table each, and what its figures are."""
+    for name, first in evaluations[0].get("measures", {}).items():
+        columns = tuple(first["figures"])
+        rows = [[one["name"], *one["measures"][name]["figures"].values()] for one in evaluations]
+        table(name, ("", *(column.replace("_", " ") for column in columns)), rows)
+        for column, definition in first["definitions"].items():
+            click.echo(f"{column.replace('_', ' ')}: {definition}.")
 
 
 def _row(name: str, figures: dict[str, Any], intervals: dict[str, Any]) -> list[object]:

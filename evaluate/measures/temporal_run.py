@@ -70,6 +70,8 @@ class XMoments:
 class TemporalObserver:
     """Sees codes go by (`one_pass.Observer`); afterwards `measures` has each system's figures."""
 
+    looks_back = True
+
     def __init__(self, split: Split, skip_first: int, mean: Float64[Tensor, " d_model"], n_systems: int) -> None:
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""

@@ -81,7 +81,9 @@ class Contest:
         observer = TemporalObserver(self.split, SKIP_FIRST, self.settings.mean, n_saes) if temporal else None
         systems = [SaeOutput(sae) for sae in self.saes[:n_saes]]
         with_tail = (self.tail, self.reference) if tail else (None, None)
-        measured = measure(self.split, self.settings, systems, *with_tail, observer, lambda _: None)
+        measured = measure(
+            self.split, self.settings, systems, *with_tail, [observer] if observer else [], lambda _: None
+        )
         if observer is not None:
             with torch.inference_mode():
                 observer.measures(0, self.saes[0].config)

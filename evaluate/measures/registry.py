@@ -1,0 +1,72 @@
+"""Measures of codes alone, one file each: `eval` runs every one that is registered here over each SAE's codes.
+
+A measure adds up what it needs batch by batch, at the counted positions, and makes its figures from the sums at the
+end; eval.json has them below "measures", with their definitions, and `eval --details` prints them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tcsae.evaluate.batches import EvalBatch
+from tcsae.evaluate.measures.concentration import Concentration
+from tcsae.evaluate.measures.core import Code, n_latents
+from tcsae.evaluate.parallel import Part
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """One measure of one SAE; made with its number of latents."""
+
+    definitions: Mapping[str, str]
+    """What each of its figures is, in a sentence."""
+
+    def add(self, code: Code) -> None:
+        """The code of a batch's counted positions, in document order."""
+
+    def sums(self) -> Sequence[Tensor]:
+        """What it has added up; added over processes in place."""
+
+    def figures(self) -> dict[str, float | None]:
+        """The figures, None where undefined."""
+
+
+MEASURES: dict[str, Callable[[int], Measure]] = {
+    "concentration": Concentration,
+}
+
+
+class MeasureObserver:
+    """Shows every registered measure the codes of a pass (`one_pass.Observer`)."""
+
+    looks_back = False
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """`widths` are the numbers of latents of the systems that are measured, the first ones of the pass."""
+        self._of = [{name: make(width) for name, make in MEASURES.items()} for width in widths]
+
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        pass
+
+    def see(self, system: int, code: Code) -> None:
+        for measure in self._of[system].values() if system < len(self._of) and n_latents(code) else ():
+            measure.add(code)
+
+    def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        pass
+
+    def pass_over(self, system: int, code: Code) -> None:
+        pass
+
+    def add_up(self, part: Part) -> None:
+        """Bring the sums of all processes to rank 0."""
+        part.add_up([one for measures in self._of for measure in measures.values() for one in measure.sums()])
+
+    def figures(self, system: int) -> dict[str, dict[str, Any]]:
+        """{measure: {"figures": ..., "definitions": ...}} of a system."""
+        return {
+            name: {"figures": measure.figures(), "definitions": dict(measure.definitions)}
+            for name, measure in self._of[system].items()
+        }
