@@ -14,9 +14,9 @@ import google_crc32c
 import numpy as np
 
 from tcsae.harvest.capture import Capture
-from tcsae.harvest.disk import NoRoomError
 from tcsae.harvest.sequences import n_tokens
 from tcsae.shared.base.console import duration, size
+from tcsae.shared.base.errors import StoreError
 from tcsae.shared.base.files import PARTIAL
 from tcsae.shared.store.codecs import CODECS, COMPACT_ERROR, EXACT, representation, stored_width
 from tcsae.shared.store.format import SPLITS, Recipe
@@ -162,6 +162,10 @@ def measure(writer: StoreWriter, capture: Capture) -> Probe:
 def free_bytes(objects: Objects) -> int | None:
     """Bytes that the disk of a store has; None of an object store."""
     return disk_usage(objects.root).free if isinstance(objects, LocalObjects) else None
+
+
+class NoRoomError(StoreError):
+    """The disk has not the room for what is asked for."""
 
 
 def no_room(location: str, needed: int, free: int) -> NoRoomError:

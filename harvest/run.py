@@ -20,7 +20,6 @@ from numpy import ndarray
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
-from tcsae.harvest.disk import disk_errors
 from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
 from tcsae.harvest.phases import write_activations, write_sequences, write_tails, write_tokenizer
@@ -30,6 +29,7 @@ from tcsae.harvest.work_stealing import dealt, join, seal_once, write_beside
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import Ranks, ranks
 from tcsae.shared.base.errors import ConfigError, DataError, ModelError, StoreError
+from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.store.extend import can_extend, extend
@@ -67,7 +67,7 @@ def harvest(
             f"--fresh in {processes.world} processes: each would delete what the others write. Start anew with one "
             "process, harvest --fresh --dry-run, then start all without --fresh."
         )
-    with disk_errors(location):
+    with disk_errors(location, StoreError):
         job = _prepare(location, config, fresh, force)
         with stop_on_signals() as stop:
             writer = _open(location, job, processes, stop, exact, force)
@@ -94,7 +94,7 @@ def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, e
     """
     if (processes := ranks()).several:
         raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
-    with disk_errors(location):
+    with disk_errors(location, StoreError):
         job = _prepare(location, config, fresh)
         manifest = read_manifest(location)
         if manifest is not None and manifest.state == SEALED:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tcsae.harvest.disk import NoRoomError, disk_errors
 from tcsae.harvest.run import harvest
 from tcsae.shared.base.errors import DataError, StoreError, TcsaeError
+from tcsae.shared.base.files import disk_errors
 from tcsae.shared.commands.group import cli
 
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
@@ -19,15 +19,15 @@ toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
 
 FAULTS = {
-    errno.ENOSPC: "is full. Make room",
-    errno.EDQUOT: "is full. Make room",
-    errno.EROFS: "can only be read",
-    errno.EACCES: "Get the permission",
-    errno.EPERM: "Get the permission",
-    errno.ENAMETOOLONG: "Give a shorter --store",
-    errno.EIO: "See whether its disk is still there",
-    errno.ESTALE: "See whether its disk is still there",
-    errno.ENOENT: "See whether its disk is still there",
+    errno.ENOSPC: "The disk is full: make room",
+    errno.EDQUOT: "The quota is used up: make room",
+    errno.EROFS: "The disk is read-only: give another place",
+    errno.EACCES: "Ask for the permission, or give another place",
+    errno.EPERM: "Ask for the permission, or give another place",
+    errno.ENAMETOOLONG: "The name is too long: give a shorter one",
+    errno.EIO: "Look at the disk and whether it is mounted",
+    errno.ESTALE: "Look at the disk and whether it is mounted",
+    errno.ENOENT: "It is gone, or was never written: look at the path",
     errno.EMFILE: "ulimit -n",
 }
 PLACES = ("journal/sequences", "/tokens/c", "journal/plan", "/train/activations", "/tail/", "/statistics/")
@@ -74,16 +74,16 @@ class LibraryError(Exception):
 @pytest.mark.parametrize(
     "error, kind",
     [
-        (LibraryError("Error while serializing: I/O error: No space left on device (os error 28)"), NoRoomError),
+        (LibraryError("Error while serializing: I/O error: No space left on device (os error 28)"), StoreError),
         (LibraryError("IoError(Os { code: 30, kind: ReadOnlyFilesystem })"), StoreError),
-        (OSError(errno.ENOSPC, "No space left", "/elsewhere/cache"), NoRoomError),
+        (OSError(errno.ENOSPC, "No space left", "/elsewhere/cache"), StoreError),
         (LibraryError("something else"), LibraryError),
         (DataError("says it already (os error 28)"), DataError),
         (KeyError("os"), KeyError),
     ],
 )
 def test_whichever_library_met_it(error, kind):
-    with pytest.raises(kind) as caught, disk_errors("s.zarr"):
+    with pytest.raises(kind) as caught, disk_errors("s.zarr", StoreError):
         raise error
     assert type(caught.value) is kind
     if getattr(error, "filename", None):

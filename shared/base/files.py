@@ -54,9 +54,9 @@ def disk_line(error: BaseException, path: Path | str | None = None) -> str | Non
     `path` is used where the error names no file, as that of a full disk does not.
     """
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-    quoted = re.search(r"\(os error (\d+)\)", str(error))  # Rust's form: safetensors, tokenizers
+    quoted = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # Rust's forms: safetensors, tokenizers
     if number is None and quoted:
-        number = int(quoted[1])
+        number = int(quoted[1] or quoted[2])
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save's, whatever the reason was
         number = errno.ENOSPC
     if number is None and not isinstance(error, OSError):
@@ -74,9 +74,12 @@ def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError) -> Iterato
     """What the disk refuses within, raised as `kind` in one line that names the path and the cure."""
     try:
         yield
-    except OSError as error:
+    except TcsaeError:
+        raise
+    except Exception as error:
         line = disk_line(error, path)
-        assert line is not None
+        if line is None:
+            raise
         raise kind(line) from error
 
 
