@@ -61,3 +61,9 @@ def test_every_way_to_the_console_escapes(capsys):
 def test_legible_text_is_left_alone():
     assert legible(legible(HOSTILE)) == legible(HOSTILE)
     assert legible("\udc80") == "\\udc80", "part of a file name that is no UTF-8"
+
+
+def test_a_title_is_one_line_however_narrow_its_table(capsys):
+    title = "a long title of a table that has next to no columns: autocorrelation by lag"
+    table(title, ("", "x"), [["a", None]])
+    assert capsys.readouterr().out.splitlines()[0] == title

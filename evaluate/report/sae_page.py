@@ -8,7 +8,7 @@ import torch
 from tcsae.evaluate.measures.core import DEFINITIONS
 from tcsae.evaluate.measures.cross_entropy import DEFINITIONS as TAIL_DEFINITIONS
 from tcsae.evaluate.measures.temporal_run import matched
-from tcsae.evaluate.measures.temporal_tables import SUMMARY
+from tcsae.evaluate.printed_tables import SUMMARY
 from tcsae.evaluate.report.feature_data import LABELS, FeatureData
 from tcsae.evaluate.report.feature_pass import Features
 from tcsae.evaluate.report.overview import cell

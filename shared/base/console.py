@@ -101,15 +101,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     """A table on stdout: the first column left, numbers right; floats with 4 significant digits, None as a dash."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title=legible(title), title_justify="left")
+    grid = Table()
     for i, column in enumerate(columns):
         grid.add_column(legible(column), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*map(_cell, row))
     # A pipe has no width: never cut a column there. Names are data, not markup.
     width = None if Console().is_terminal else 200
-    Console(highlight=False, markup=False, width=width).print(grid)
+    console = Console(highlight=False, markup=False, width=width)
+    # A line of its own: as part of the table it would be broken to the width of its columns.
+    console.print(Text(legible(title), style="table.title"), soft_wrap=True)
+    console.print(grid)
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
