@@ -61,9 +61,8 @@ def evaluate(
     from pathlib import Path
 
     from tcsae.evaluate.candidates import EvalRequest
-    from tcsae.evaluate.compare import show_differences
     from tcsae.evaluate.measures.smoothing import split_name
-    from tcsae.evaluate.printed_tables import show
+    from tcsae.evaluate.printed_tables import show, show_differences
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import say
     from tcsae.shared.base.distributed import ranks

@@ -106,8 +106,8 @@ def measure(
             output = output_of(system, x_counted, counted.sequence)
             rest = output_of(system, x_skipped, skipped.sequence)
             sums.add(i, counted, output, skipped, rest)
-            for observer in observers if output.code is not None else ():
-                observer.see(i, output.code)
+            if output.code is not None:
+                _show(observers, i, output.code)
             if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
                 spliced[i] = splice(batch.x, batch.counted, output.x_hat)
                 if settings.splice_all:
@@ -126,6 +126,11 @@ def measure(
         reference = Reference(n_predictions, n_positions, *(Losses(*one) for one in plain))
     of_systems = [Losses(*one) for one in losses] if tail is not None else []
     return Measured(*sums.result(), of_systems, reference, resamplings)
+
+
+def _show(observers: Sequence[Observer], system: int, code: Code) -> None:
+    for observer in observers:
+        observer.see(system, code)
 
 
 OPEN_DOCUMENTS = 1024

@@ -20,7 +20,7 @@ from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
-from tcsae.evaluate.one_pass import measure
+from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
 from tcsae.shared.base.console import progress, say
@@ -87,7 +87,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     observer = TemporalObserver(split, options.skip_first, centre, len(group.runs)) if options.temporal else None
     widths = [one.sae.config.d_sae for one in group.runs]
     measures = MeasureObserver(widths)
-    observers = [measures, observer] if observer else [measures]
+    observers: list[Observer] = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):
         measured = measure(split, settings, systems, tail, reference, observers, advance, part)

@@ -56,7 +56,7 @@ class SmoothedOutput:
             n = min(round(value * self.sae.config.k), self.sae.config.d_sae)
             return stay_topk(self._joined(x, lambda part: largest(self.sae, part, n)), lengths, self.sae.config.k)
         if kind == HYSTERESIS:
-            threshold = self.sae.threshold.detach()
+            threshold = self.sae.learned_threshold.detach()
             lower = torch.minimum(threshold, threshold / value)
             found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
             return stay_above(found, lengths, threshold)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tcsae.harvest.revisions import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
+from tcsae.harvest.documents import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
 from tcsae.shared.base.errors import ConfigError, ModelError
 from tcsae.shared.lm.tail import TailError
 from tcsae.shared.store.format import ModelRecipe

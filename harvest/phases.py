@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.documents import Corpus
 from tcsae.harvest.language_model import LanguageModel, load_plain, quiet
-from tcsae.harvest.sequences import Sequencer, budgets_of, n_tokens, permuted, split_of
-from tcsae.harvest.tokens import TokenReader
+from tcsae.harvest.sequences import Sequencer, TokenReader, budgets_of, n_tokens, permuted, split_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.files import PARTIAL
 from tcsae.shared.base.signals import StopRequest

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from tcsae.harvest.capture import Capture
 from tcsae.harvest.documents import Corpus, CorpusChoice
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel
-from tcsae.harvest.sequences import check_sequences
-from tcsae.harvest.tokens import TokenReader
+from tcsae.harvest.sequences import TokenReader, check_sequences
 from tcsae.shared.base.device import DEVICES, choose_device
 from tcsae.shared.base.distributed import device_of, ranks
 from tcsae.shared.base.errors import ConfigError, unknown

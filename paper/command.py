@@ -49,8 +49,8 @@ def paper(
 
     from pathlib import Path
 
+    from tcsae.paper.results import Place, Source
     from tcsae.paper.run import FULL, QUICK, answer
-    from tcsae.paper.stores import Place, Source
 
     size = QUICK if quick else FULL
     asked = Source(model=model, dataset=dataset, n_tokens=tokens or size.n_tokens)

@@ -13,9 +13,16 @@ from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
 from tcsae.paper.page import PageContext, title_of, write_page
-from tcsae.paper.results import Results
+from tcsae.paper.results import (
+    PYTHIA_SQUARED_NORM,
+    Place,
+    Results,
+    Source,
+    natural_segments,
+    open_or_make,
+    squared_norm,
+)
 from tcsae.paper.sections import KEYS, arms_of
-from tcsae.paper.stores import PYTHIA_SQUARED_NORM, Place, Source, natural_segments, open_or_make, squared_norm
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import ranks, wait_for_all
 from tcsae.shared.base.errors import ConfigError, unknown

@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 import tcsae
 from tcsae.evaluate import batches, intervals, one_pass
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.compare import differences
 from tcsae.evaluate.intervals import MIN_DOCUMENTS, N_RESAMPLINGS, Resamplings, interval, jackknife, resamplings
 from tcsae.evaluate.measures import probes
+from tcsae.evaluate.printed_tables import differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import Store, open_store

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.compare import differences
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import N_RESAMPLINGS, resamplings
 from tcsae.evaluate.measures.cross_entropy import sequence_losses
 from tcsae.evaluate.measures.saebench import FILE, max_cosines
+from tcsae.evaluate.printed_tables import differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli

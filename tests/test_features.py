@@ -9,13 +9,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tcsae.evaluate.measures.latent_figures import MEASURES
 from tcsae.evaluate.measures.temporal_figures import latent_measures
 from tcsae.evaluate.report.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
 from tcsae.evaluate.report.feature_data import label_tokens, token_rarity
-from tcsae.evaluate.report.feature_pass import Excerpt, collect_features
-from tcsae.evaluate.report.lens import Lenses, logit_lens
-from tcsae.evaluate.report.neighbours import N_NEAREST, FiringSample, nearest_by_decoder
+from tcsae.evaluate.report.feature_pass import (
+    MEASURES,
+    N_NEAREST,
+    Excerpt,
+    FiringSample,
+    Lenses,
+    collect_features,
+    logit_lens,
+    nearest_by_decoder,
+)
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.lm.token_text import TokenTexts, _bytes_text, legible
 from tcsae.shared.sae.sparse import positive_code
@@ -150,8 +156,8 @@ def test_the_sample_is_fair():
 
 def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
-    monkeypatch.setattr("tcsae.evaluate.report.neighbours.BLOCK", 7)
-    monkeypatch.setattr("tcsae.evaluate.report.neighbours.PAIR_BLOCK", 50)
+    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.DECODER_BLOCK", 7)
+    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.PAIR_BLOCK", 50)
     (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
@@ -170,7 +176,7 @@ def test_the_nearest_latents(store, monkeypatch):
 
 
 def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr("tcsae.evaluate.report.neighbours.SAMPLE_TOKENS", 100)
+    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_TOKENS", 100)
     sample = FiringSample(6, 1000)
     code = random_code(0, 50, 20, 6, 0.5)
     sample.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
@@ -181,7 +187,7 @@ def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
     np.testing.assert_allclose(
         sample.nearest(torch.ones(6, dtype=torch.bool)).likeness, jaccard.topk(5, 1).values, rtol=1e-6
     )
-    monkeypatch.setattr("tcsae.evaluate.report.neighbours.SAMPLE_PAIRS", 0)
+    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_PAIRS", 0)
     alive = torch.ones(6, dtype=torch.bool)
     none = FiringSample(6, 1000)
     none.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))

@@ -20,7 +20,7 @@ from tcsae.shared.sae.sparse import (
     threshold_code,
     topk_code,
 )
-from tcsae.train.batch import Batch
+from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import (
     DataConfig,
     DeadConfig,
@@ -33,7 +33,6 @@ from tcsae.train.config import (
 from tcsae.train.log import metrics_line
 from tcsae.train.losses import TEMPORAL, temporal_term
 from tcsae.train.losses.contrastive import contrastive, info_nce, partners
-from tcsae.train.losses.order import shuffled
 from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.trainer import StepResult, Trainer
 

@@ -10,12 +10,10 @@ import pytest
 
 from tcsae.paper import results as results_module
 from tcsae.paper.arms import PLAIN, SMALL, TEXT, WITHOUT, Arm
-from tcsae.paper.figures import PICTURES, draw
-from tcsae.paper.first_table import COLUMNS, paper_table
+from tcsae.paper.page import COLUMNS, PICTURES, draw, paper_table
 from tcsae.paper.predictions import PREDICTIONS
 from tcsae.paper.results import GROUPS, Gain, Results
-from tcsae.paper.sections import KEYS, SECTIONS, TABLE, arms_of
-from tcsae.paper.tables import FIGURES, Line, difference, markdown, table
+from tcsae.paper.sections import FIGURES, KEYS, SECTIONS, TABLE, Line, arms_of, difference, markdown, table
 
 
 def fake_evaluation(rng: np.random.Generator, name: str) -> dict[str, Any]:

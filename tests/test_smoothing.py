@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.compare import differences
 from tcsae.evaluate.measures.smoothing import parse_smoothing, split_name
-from tcsae.evaluate.report.report_runs import choose_runs
+from tcsae.evaluate.printed_tables import differences
+from tcsae.evaluate.report.page_files import choose_runs
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, output_of
 from tcsae.shared.base.errors import ConfigError

@@ -17,8 +17,8 @@ from tcsae.evaluate import batches, one_pass
 from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.report import feature_pass
 from tcsae.evaluate.run import evaluate_runs
+from tcsae.paper.results import Place
 from tcsae.paper.run import TIMES, _times
-from tcsae.paper.stores import Place
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import Store
 

@@ -13,12 +13,12 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tcsae.data.model import embedded_model_path
-from tcsae.harvest import tokens
+from tcsae.harvest import sequences as tokens
+from tcsae.harvest.assumptions import without_padding
 from tcsae.harvest.documents import CorpusChoice, find_corpus
 from tcsae.harvest.language_model import find_model
-from tcsae.harvest.padding import without_padding
 from tcsae.harvest.run import harvest
-from tcsae.harvest.tokens import TokenReader
+from tcsae.harvest.sequences import TokenReader
 from tcsae.shared.base.errors import DataError, ModelError
 
 RESIDUAL = "blocks.2.hook_resid_post"

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from tcsae.shared.sae.module import layer_normed
 from tcsae.shared.sae.sparse import batchtopk_code
+from tcsae.train.batch import shuffled
 from tcsae.train.losses.auxk import AUX_TOKENS
 from tcsae.train.losses.contrastive import partners
-from tcsae.train.losses.order import shuffled
 from tcsae.train.trainer import NO_GRADIENT
 
 

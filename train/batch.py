@@ -1,6 +1,6 @@
 """What a step is trained on."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,3 +55,15 @@ class Batch(NamedTuple):
         """Each token's position in its sequence."""
         position = positions(self.lengths) + np.repeat(self.starts, self.lengths)
         return torch.from_numpy(position).to(self.x.device)
+
+
+# Controls of the temporal term: the same tokens in another order.
+
+
+def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
+    """The batch's tokens in random order, drawn by `seed`: within each segment, or over the batch."""
+    rng = np.random.default_rng(seed)
+    draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
+    if order == "segment":
+        draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    return torch.from_numpy(np.argsort(draws)).to(batch.x.device)

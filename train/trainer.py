@@ -15,11 +15,10 @@ from tcsae.shared.sae.activations import Encoded, Encoder
 from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
 from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, take
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
-from tcsae.train.batch import Batch
+from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
-from tcsae.train.losses.order import shuffled
 from tcsae.train.losses.position import PositionPenalty
 
 LOSS_DECAY = 0.98

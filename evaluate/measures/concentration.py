@@ -1,6 +1,6 @@
 """Concentration: whether a few dense, wide latents make the figures that are pooled over all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ WIDEST = 0.01
 class Concentration:
     """Firing rates and variances of the latents."""
 
-    definitions = {  # noqa: RUF012
+    definitions: Mapping[str, str] = {
         "n_dense": f"latents on at more than {DENSE_RATE:.0%} of tokens",
         "widest_share": f"share of the code's variance in the widest {WIDEST:.0%} of latents",
         "effective_latents": "participation ratio of the latents' variances, (sum v)^2 / sum v^2",

@@ -9,12 +9,9 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.measures.latent_figures import MEASURES
 from tcsae.evaluate.measures.saebench import max_cosines
 from tcsae.evaluate.report.contexts import Context
-from tcsae.evaluate.report.feature_pass import Features
-from tcsae.evaluate.report.lens import Lens
-from tcsae.evaluate.report.neighbours import Nearest, nearest_by_decoder
+from tcsae.evaluate.report.feature_pass import MEASURES, Features, Lens, Nearest, nearest_by_decoder
 from tcsae.shared.sae.module import SparseAutoencoder
 
 PER_CHUNK = 64

@@ -10,9 +10,7 @@ from tcsae.evaluate.candidates import Candidate, EvalRequest, candidate, evaluab
 from tcsae.evaluate.measures.temporal_figures import FAR
 from tcsae.evaluate.report.contexts import Context
 from tcsae.evaluate.report.feature_data import LABELS, label_tokens, latent_measures, token_rarity
-from tcsae.evaluate.report.feature_pass import Excerpt, Features, collect_features
-from tcsae.evaluate.report.lens import Lenses
-from tcsae.evaluate.report.neighbours import Nearest, nearest_by_decoder
+from tcsae.evaluate.report.feature_pass import Excerpt, Features, Lenses, Nearest, collect_features, nearest_by_decoder
 from tcsae.shared.base.console import legible, progress, say, sparkline
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.signals import stop_on_signals

@@ -7,10 +7,10 @@ from tcsae.evaluate.candidates import UNTRAINED
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures import cross_entropy as tail_metrics
 from tcsae.evaluate.measures import temporal_run
+from tcsae.evaluate.report.page_files import Excluded, Included
 from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier
 from tcsae.evaluate.report.printed import COLUMNS as PAPER_COLUMNS
 from tcsae.evaluate.report.printed import paper_blocks
-from tcsae.evaluate.report.report_runs import Excluded, Included
 from tcsae.shared.base.console import size
 from tcsae.shared.store.format import SPLITS
 from tcsae.shared.store.reader import Store

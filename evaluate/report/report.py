@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tcsae import __version__
-from tcsae.evaluate.measures.latent_figures import MEASURES
 from tcsae.evaluate.report import page_files
 from tcsae.evaluate.report.feature_data import LABELS, OTHER_MEASURES, FeatureData, feature_data
-from tcsae.evaluate.report.feature_pass import Excerpt, Features, collect_features
-from tcsae.evaluate.report.lens import DEFINITION as LENS_DEFINITION
-from tcsae.evaluate.report.lens import Lenses
+from tcsae.evaluate.report.feature_pass import DEFINITION as LENS_DEFINITION
+from tcsae.evaluate.report.feature_pass import MEASURES, Excerpt, Features, Lenses, collect_features
 from tcsae.evaluate.report.overview import overview
-from tcsae.evaluate.report.report_runs import Excluded, Included, choose_runs
+from tcsae.evaluate.report.page_files import Excluded, Included, choose_runs
 from tcsae.evaluate.report.sae_page import sae_page
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import file_digest, write_folder

@@ -12,9 +12,8 @@ from tcsae.evaluate.printed_tables import SUMMARY
 from tcsae.evaluate.report.feature_data import LABELS, FeatureData
 from tcsae.evaluate.report.feature_pass import Features
 from tcsae.evaluate.report.overview import cell
-from tcsae.evaluate.report.page_files import number
+from tcsae.evaluate.report.page_files import Included, number
 from tcsae.evaluate.report.plots import Series, histogram, lines
-from tcsae.evaluate.report.report_runs import Included
 from tcsae.shared.base.settings import to_settings
 
 DENSE = 0.1

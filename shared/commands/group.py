@@ -26,7 +26,7 @@ STAGES = {
     "inspect": "tcsae.shared.commands.store_commands:inspect",
     "verify": "tcsae.shared.commands.store_commands:verify",
     "copy": "tcsae.shared.commands.store_commands:copy",
-    "export": "tcsae.shared.commands.sae_commands:export",
+    "export": "tcsae.shared.commands.store_commands:export",
     "paper": "tcsae.paper.command:paper",
 }
 

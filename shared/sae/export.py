@@ -91,15 +91,15 @@ def dictionary_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
     W_enc, b_enc, W_dec, b_dec = (tensor.detach().clone() for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     if sae.config.activation == "jumprelu":
         b_enc = (b_enc.double() - b_dec.double() @ W_enc.double()).float()
-        threshold = sae.threshold.detach().clone()
+        threshold = sae.learned_threshold.detach().clone()
         return {"W_enc": W_enc.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
     linear = {"encoder.weight": W_enc.T.contiguous(), "encoder.bias": b_enc, "decoder.weight": W_dec.T.contiguous()}
     if sae.config.activation == "relu":
         return {"bias": b_dec, **linear}
     threshold = torch.tensor(-1.0)  # their mark of "none yet": a topk does without
     if sae.config.activation == "batchtopk":
-        threshold = sae.threshold.detach()[0].clone()
-        assert (sae.threshold == threshold).all(), "a batchtopk has one threshold"
+        threshold = sae.learned_threshold.detach()[0].clone()
+        assert (sae.learned_threshold == threshold).all(), "a batchtopk has one threshold"
     return {"b_dec": b_dec, "k": torch.tensor(sae.config.k, dtype=torch.int32), "threshold": threshold, **linear}
 
 

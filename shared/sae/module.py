@@ -78,6 +78,12 @@ class SparseAutoencoder(nn.Module):
         return KINDS[self.config.activation]
 
     @property
+    def learned_threshold(self) -> Float[Tensor, " d_sae"]:
+        """The threshold of a kind that has one."""
+        assert self.threshold is not None, f"{self.config.activation} has no threshold"
+        return self.threshold
+
+    @property
     def W_enc(self) -> Float[Tensor, "d_model d_sae"]:
         return self.W_enc_rows.T
 

@@ -156,7 +156,7 @@ def load_foreign(path: Path) -> SparseAutoencoder:
         if architecture == "jumprelu" and "threshold" not in weights and "topk_threshold" in weights:
             architecture = "batchtopk"
         k = config["k"] if architecture == "topk" else min(32, d_sae)
-        sae_config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=ACTIVATIONS[architecture], k=k)  # type: ignore[arg-type]
+        sae_config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=ACTIVATIONS[architecture], k=k)
         sae = GatedAutoencoder(sae_config) if architecture == "gated" else SparseAutoencoder(sae_config)
         sae.load_state_dict(_state(config | {"architecture": architecture}, weights))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, ConfigError, safetensors.SafetensorError) as error:

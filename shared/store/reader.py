@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from tcsae.shared.store.codecs import Decoder
 
+
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Names that a model's config has for how many layers there are."""
 LARGE_BYTES = 256 << 20

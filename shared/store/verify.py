@@ -10,25 +10,10 @@ import numpy as np
 from tcsae.shared.base.errors import DeniedError, RemoteError, StoreError, TcsaeError
 from tcsae.shared.store.codecs import SCALE_BYTES, parameter_shapes
 from tcsae.shared.store.format import SEALED, SPLITS, Manifest, is_intact
-from tcsae.shared.store.integrity import (
-    CHECKSUMS,
-    CHECKSUMS_METADATA,
-    DIGEST_BYTES,
-    ROOT,
-    DamagedError,
-    checksum_rows,
-)
+from tcsae.shared.store.integrity import CHECKSUMS, CHECKSUMS_METADATA, DIGEST_BYTES, ROOT, DamagedError, checksum_rows
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.places.base import Objects
-from tcsae.shared.store.reader import (
-    Split,
-    Store,
-    check_manifest,
-    is_lock,
-    object_sizes,
-    open_store,
-    read_attributes,
-)
+from tcsae.shared.store.reader import Split, Store, check_manifest, is_lock, object_sizes, open_store, read_attributes
 
 
 def stored_bytes(location: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from alternate import report
 
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.compare import differences
+from tcsae.evaluate.printed_tables import differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.store.reader import open_store
 from tcsae.train.plan import Request as Training

@@ -21,6 +21,7 @@ from tcsae.shared.store.places.leases import Lease, alive, describe
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
+
 Tag = dict[str, str]
 """What tells one state of an object from the next: S3 and Azure have an e_tag, Google a version."""
 SCHEMES = ("s3", "gs", "az", "http", "https")
