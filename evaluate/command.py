@@ -73,7 +73,7 @@ def evaluate(
     found = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in found if one)
     request = EvalRequest(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
-    if (ours := ranks()).several:
+    if (ours := ranks()).parallel:
         evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours)
     else:
         evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
@@ -81,7 +81,7 @@ def evaluate(
     wanted = ["+".join(filter(None, one)) for one in found]
     if pair and not refused and all(name in by_name for name in wanted):  # without a rendezvous each has its own
         show_differences(runs_path, *(by_name[name] for name in wanted))
-    elif evaluations or not ours.several:
+    elif evaluations or not ours.parallel:
         show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:

@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Leave the sum over all parts in rank 0's tensors; those of the others are of no use then."""
-        if not self.ours.several:
+        if not self.ours.parallel:
             return
         for tensor in tensors:
             wide = tensor.double() if tensor.is_floating_point() else tensor
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     def gather(self, found: Any) -> list[Any]:
         """What all processes found, in order, in rank 0; nothing in the others."""
-        if not self.ours.several:
+        if not self.ours.parallel:
             return [found]
         gathered = [None] * self.ours.world if self.has_all else None
         dist.gather_object(found, gathered)
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
     def all_gather(self, value: Any) -> list[Any]:
         """The value of each process, in order, in all."""
-        if not self.ours.several:
+        if not self.ours.parallel:
             return [value]
         values = [None] * self.ours.world
         dist.all_gather_object(values, value)
@@ -64,7 +64,7 @@ class Part(NamedTuple):
 def part_of(split: Split, skip_first: int, ours: Ranks) -> Part:
     """This process's part: about as many tokens as any other's, of documents that nobody else has."""
     ranges = batch_ranges(split)
-    if not ours.several:
+    if not ours.parallel:
         return Part(ranges, [])
     document = document_numbers(split)[0]
     starts = np.array([start for start, _ in ranges])

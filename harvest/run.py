@@ -62,7 +62,7 @@ def harvest(
     once the shard at hand is on disk.
     """
     processes, start = ranks(), time.monotonic()
-    if processes.several and fresh:
+    if processes.parallel and fresh:
         raise ConfigError(
             f"--fresh in {processes.world} processes: each would delete what the others write. Start anew with one "
             "process, harvest --fresh --dry-run, then start all without --fresh."
@@ -78,7 +78,7 @@ def harvest(
                 shards, write = _share(writer, processes)
                 n_read, seconds = write_activations(writer, job.load(), shards, write, stop, processes.world)
                 seal = partial(_seal, writer, job, _times(start, n_read, seconds, processes), stop)
-                if processes.several:
+                if processes.parallel:
                     seal_once(location, seal, stop)
                 else:
                     seal()
@@ -92,7 +92,7 @@ def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, e
     Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
     store, which would have to be opened for writing.
     """
-    if (processes := ranks()).several:
+    if (processes := ranks()).parallel:
         raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
     with disk_errors(location, StoreError):
         job = _prepare(location, config, fresh)
@@ -155,7 +155,7 @@ def _open(
 ) -> StoreWriter | None:
     """A writer of the store, ready for its first shard; None if the store is sealed."""
     begin = partial(_begin, job=job, stop=stop, exact=exact, force=force)
-    if processes.several:
+    if processes.parallel:
         if processes.rank == 0:
             with contextlib.suppress(LockedError):  # other processes are at work
                 _extend(location, job.recipe, force)
@@ -195,7 +195,7 @@ def _share(
     writer: StoreWriter, processes: Ranks
 ) -> tuple[Iterable[Shard], Callable[[Shard, dict[str, ndarray]], None]]:
     """The shards that are this process's to write, and how it writes one."""
-    if processes.several:
+    if processes.parallel:
         return dealt(writer, processes), partial(write_beside, writer)
     return writer.missing_shards(), writer.write_shard
 
@@ -306,5 +306,5 @@ def _times(start: float, n_read: int, seconds: float, processes: Ranks) -> dict[
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 1),
         "tokens_per_s": round(n_read / seconds) if n_read else None,
-        **({"ranks": processes.world} if processes.several else {}),
+        **({"ranks": processes.world} if processes.parallel else {}),
     }

@@ -29,7 +29,7 @@ from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.folder import EVALUATION, is_finished, load_evaluation, load_record, reason, writing
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.plan import Request, Run, plan_runs
-from tcsae.train.run import train_runs, train_together
+from tcsae.train.run import train_parallel, train_runs
 
 TIMES = "times.jsonl"
 
@@ -83,7 +83,7 @@ def _store(place: Place, name: str, asked: Source, key: str) -> Store:
     with timed(place, key, "harvest"):
         if ours.rank == 0 or name != MOMENTS:
             open_or_make(place, name, asked)
-    if ours.several:
+    if ours.parallel:
         wait_for_all(ours)
     return open_store(str(place.store(name)))
 
@@ -122,8 +122,8 @@ def _train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Si
     """Train what is not trained yet, in one pass for all that agree on their data."""
     ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
-        if ours.several:  # whatever is finished: all ranks have to come to the same meetings
-            train_together(stores[name], place.runs(name), runs, ours)
+        if ours.parallel:  # whatever is finished: all ranks have to come to the same meetings
+            train_parallel(stores[name], place.runs(name), runs, ours)
         elif todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
             train_runs(stores[name], place.runs(name), todo)
 
@@ -136,7 +136,7 @@ def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size:
         for name, runs in _by_store(stores, chosen, size).items():
             names = [run.name for run in runs]
             request = EvalRequest(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
-            if ours.several:
+            if ours.parallel:
                 evaluate_parallel(stores[name], place.runs(name), request, ours)
             else:
                 evaluate_runs(stores[name], place.runs(name), request)

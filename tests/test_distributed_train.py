@@ -24,7 +24,7 @@ from tcsae.train.log import metrics_line
 from tcsae.train.losses import auxk
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
-from tcsae.train.run import train_runs, train_together
+from tcsae.train.run import train_parallel, train_runs
 from tcsae.train.trainer import Trainer
 
 spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
@@ -113,9 +113,9 @@ def done(location, tmp_path_factory):
         def do(ours: Ranks) -> None:
             torch.set_num_threads(1)
             auxk.AUX_TOKENS = 16  # of some 50: which tokens it looks at has to go by the whole batch
-            if ours.several:
+            if ours.parallel:
                 start_group(ours)
-            found = {kind: steps(location, make_run(kind), ours if ours.several else None) for kind in KINDS}
+            found = {kind: steps(location, make_run(kind), ours if ours.parallel else None) for kind in KINDS}
             torch.save(found, folder / f"{ours.rank}.pt")
 
         if world not in known:
@@ -148,7 +148,7 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
     dies = run._replace(config=with_settings(run.config, []))
 
     def whole(ours: Ranks) -> None:
-        train_together(store, tmp_path / "whole", [run], ours)
+        train_parallel(store, tmp_path / "whole", [run], ours)
 
     def interrupted(ours: Ranks) -> None:
         real = Trainer.step
@@ -160,13 +160,13 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
 
         Trainer.step = step
         with pytest.raises(KeyboardInterrupt):
-            train_together(store, tmp_path / "killed", [dies], ours)
+            train_parallel(store, tmp_path / "killed", [dies], ours)
 
     fork(2, whole)
     fork(2, interrupted)
     with pytest.raises(RunError, match=r"was begun by 2 process\(es\), this start has 1"):
         train_runs(store, tmp_path / "killed", [run])
-    fork(2, lambda ours: train_together(store, tmp_path / "killed", [run], ours))
+    fork(2, lambda ours: train_parallel(store, tmp_path / "killed", [run], ours))
     weights = [(tmp_path / name / "topk" / "sae_weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     (record,) = train_runs(store, tmp_path / "killed", [run])  # finished: anybody may use it
@@ -183,7 +183,7 @@ def test_a_sweep_is_dealt_out_and_each_is_as_alone(location, tmp_path):
     ]
 
     def do(ours: Ranks) -> None:
-        records = train_together(store, tmp_path / "dealt", runs, ours)
+        records = train_parallel(store, tmp_path / "dealt", runs, ours)
         assert [record["name"] for record in records] == (["s0", "s1", "s2"] if ours.rank == 0 else [])
 
     fork(2, do)

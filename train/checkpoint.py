@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, trainer: Trainer, about: dict[str, Any]) -> None
 
 
 def read_about(file: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told, and the run's progress. Raises RunError if the file is damaged."""
+    """The `about` of `save_checkpoint`, and the run's progress. Raises RunError if the file is damaged."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return json.loads(opened.metadata()["tcsae"])

@@ -56,7 +56,7 @@ def train(
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.store.reader import open_store
     from tcsae.train.plan import Request, plan_runs
-    from tcsae.train.run import train_runs, train_together
+    from tcsae.train.run import train_parallel, train_runs
 
     keep_freed_memory()
     store = open_store(place.store)
@@ -65,11 +65,11 @@ def train(
     request = Request(
         asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options
     )
-    runs, runs_path, ours = plan_runs(store, request), Path(place.runs), ranks()
-    chosen = device_of(ours, choose_device(device))
-    if not ours.several:
+    runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
+    chosen = device_of(processes, choose_device(device))
+    if not processes.parallel:
         show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
-    elif records := train_together(store, runs_path, runs, ours, fresh, tracker, chosen):
+    elif records := train_parallel(store, runs_path, runs, processes, fresh, tracker, chosen):
         show(records, place.runs)
 
 

@@ -284,7 +284,7 @@ class _Pass:
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 
 
-def train_together(
+def train_parallel(
     store: Store,
     runs_path: Path,
     runs: Sequence[Run],
@@ -312,6 +312,6 @@ def train_together(
     return [load_record(runs_path / run.name) for run in runs] if ranks.rank == 0 else []
 
 
-def deal(items: Sequence[Any], ours: Ranks) -> list[Any]:
+def deal(items: Sequence[Any], ranks: Ranks) -> list[Any]:
     """This rank's share."""
-    return list(items[ours.rank :: ours.world])
+    return list(items[ranks.rank :: ranks.world])

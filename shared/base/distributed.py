@@ -1,4 +1,4 @@
-"""Which of several processes this one is: torchrun's RANK and WORLD_SIZE, or the same set by any scheduler."""
+"""Which of the processes of one start this one is: torchrun's RANK and WORLD_SIZE, or the same set by any scheduler."""
 
 import os
 from datetime import timedelta
@@ -16,10 +16,10 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     local: int
-    """Number among those on this machine: which GPU is ours."""
+    """Number among those on this machine: which GPU is this one's."""
 
     @property
-    def several(self) -> bool:
+    def parallel(self) -> bool:
         return self.world > 1
 
 
@@ -30,26 +30,26 @@ ALONE = Ranks(0, 1, 0)
 
 def ranks() -> Ranks:
     """From the environment. Raises ConfigError for numbers that cannot be."""
-    told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if told["RANK"] is None and told["WORLD_SIZE"] is None:
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if given["RANK"] is None and given["WORLD_SIZE"] is None:
         return ALONE
     try:
-        found = Ranks(int(told["RANK"] or ""), int(told["WORLD_SIZE"] or ""), int(told["LOCAL_RANK"] or 0))
+        here = Ranks(int(given["RANK"] or ""), int(given["WORLD_SIZE"] or ""), int(given["LOCAL_RANK"] or 0))
     except ValueError as error:
         raise ConfigError(
-            f"RANK={told['RANK']} with WORLD_SIZE={told['WORLD_SIZE']}: set both to whole numbers, or neither."
+            f"RANK={given['RANK']} with WORLD_SIZE={given['WORLD_SIZE']}: set both to whole numbers, or neither."
         ) from error
-    if not 0 <= found.rank < found.world:
-        raise ConfigError(f"RANK={found.rank}: of WORLD_SIZE={found.world}, it must be 0 to {found.world - 1}.")
-    return found
+    if not 0 <= here.rank < here.world:
+        raise ConfigError(f"RANK={here.rank}: of WORLD_SIZE={here.world}, it must be 0 to {here.world - 1}.")
+    return here
 
 
-def device_of(ours: Ranks, device: "torch.device") -> "torch.device":
+def device_of(ranks: Ranks, device: "torch.device") -> "torch.device":
     """This process's own one of the GPUs, where a GPU is chosen; it is made the current one."""
     import torch
 
-    if device.type == "cuda" and ours.several:
-        device = torch.device("cuda", ours.local % torch.cuda.device_count())
+    if device.type == "cuda" and ranks.parallel:
+        device = torch.device("cuda", ranks.local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
 
@@ -59,7 +59,7 @@ def has_rendezvous() -> bool:
     return "MASTER_ADDR" in os.environ
 
 
-def start_group(ours: Ranks, device: "torch.device | str" = "cpu") -> None:
+def start_group(ranks: Ranks, device: "torch.device | str" = "cpu") -> None:
     """Meet the other processes, to add up what is on `device`: by nccl on a GPU, by gloo on a CPU.
 
     Raises ConfigError if nothing says where to meet.
@@ -72,16 +72,18 @@ def start_group(ours: Ranks, device: "torch.device | str" = "cpu") -> None:
     if not has_rendezvous():
         raise ConfigError(
             "One run in several processes takes a rendezvous (MASTER_ADDR, MASTER_PORT). Start it with torchrun: "
-            f"torchrun --nproc-per-node {ours.world} -m tcsae train ..."
+            f"torchrun --nproc-per-node {ranks.world} -m tcsae train ..."
         )
-    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "cpu:gloo"
-    dist.init_process_group(backend, rank=ours.rank, world_size=ours.world, timeout=timedelta(seconds=WAIT_S))
+    # One group for both kinds: a chain may wait on the CPU first and add up gradients on a GPU afterwards.
+    on_gpu = torch.device(device).type == "cuda" or torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "cpu:gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=WAIT_S))
 
 
-def wait_for_all(ours: Ranks) -> None:
+def wait_for_all(ranks: Ranks) -> None:
     """Until every process is here, meeting them first if need be; nothing alone."""
     import torch.distributed as dist
 
-    if ours.several:
-        start_group(ours)
+    if ranks.parallel:
+        start_group(ranks)
         dist.barrier()
