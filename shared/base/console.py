@@ -138,7 +138,7 @@ def _cell(value: object) -> str:
 
 
 def _si(value: float) -> str:
-    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+    for scale, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if value >= scale:
             return f"{value / scale:.3g}{suffix}"
     return f"{value:.3g}"
