@@ -197,7 +197,8 @@ def test_a_sweep_without_a_rendezvous(location, tmp_path, monkeypatch):
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        options = ["train", "--steps", "3", "--sweep", "init_seed=0,1", *(f"--set={one}" for one in SETTINGS)]
+        settings = [f"--set={one}" for one in SETTINGS if not one.startswith("steps=")]
+        options = ["train", "--steps", "3", "--sweep", "init_seed=0,1", *settings]
         done = CliRunner().invoke(cli, ["--store", location, "--runs", str(tmp_path), *options])
         assert done.exit_code == 0, done.output
         assert f"init_seed{rank}" in done.output

@@ -127,8 +127,8 @@ def test_the_report_from_afar_is_the_one_from_a_disk(evaluated, place, tmp_path,
         locations = {"local": str(evaluated / "a.zarr"), "s3": place, "http": f"{address}/a.zarr"}
         for name, location in locations.items():
             place_of = ["--store", location, "--runs", str(evaluated / "runs")]
-            report = ["report", "--run=logged-run2", "--max-tokens=1K", "--out", str(tmp_path / name)]
-            for command in (report, ["feature", "--run=logged-run2", "--id=1", "--max-tokens=1K"]):
+            report = ["report", "--run=logged-run2-d_sae64", "--max-tokens=1K", "--out", str(tmp_path / name)]
+            for command in (report, ["feature", "--run=logged-run2-d_sae64", "--id=1", "--max-tokens=1K"]):
                 done = CliRunner().invoke(cli, [*place_of, *command])
                 assert done.exit_code == 0, done.output
     pages = {name: files_of(tmp_path / name) for name in locations}

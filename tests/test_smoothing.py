@@ -41,7 +41,7 @@ def store(tmp_path_factory) -> Store:
 
 def sae_of(activation: str, seed: int = 0):
     sae = make_sae(activation, seed=seed)
-    if hasattr(sae, "threshold"):
+    if sae.threshold is not None:
         sae.threshold.data = sae.threshold.data.abs() + 0.5
     return sae.requires_grad_(False)
 
