@@ -83,7 +83,8 @@ def show(records: list[dict[str, Any]], runs: str) -> None:
     for record in records:
         lines = [line for line in read_metrics(f"{runs}/{record['name']}") if "event" not in line]
         last = lines[-1] if lines else {}
-        curve = sparkline([line["explained_variance"] for line in lines])
+        values = [line.get("explained_variance") for line in lines]
+        curve = sparkline([value for value in values if isinstance(value, int | float)])
         name = record["name"] + (" (ended early)" if record["ended"] else "")
         made = (record["sae"]["d_sae"], record["steps"], record["tokens"])
         figures = (last.get("explained_variance"), curve, last.get("l0"), 100 * record["dead_fraction"])

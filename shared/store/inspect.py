@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tcsae.shared.base.console import size, table
+from tcsae.shared.base.console import echo, size, table
 from tcsae.shared.base.errors import RunError, StoreError
 from tcsae.shared.lm.token_text import legible
 from tcsae.shared.sae.folder import is_finished, load_evaluation, load_record, run_folders
@@ -191,4 +191,4 @@ def _short(revision: str) -> str:
 
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        echo(line)
