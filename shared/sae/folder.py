@@ -23,14 +23,13 @@ from torch import Tensor
 
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
-from tcsae.shared.base.files import PARTIAL, file_digest, json_digest, write_atomic, write_json
+from tcsae.shared.base.files import PARTIAL, file_digest, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
-from tcsae.shared.sae.activations import KINDS
-from tcsae.shared.sae.module import SAELENS_LAYOUT, SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.layout import CONFIG, RECORD, WEIGHTS, SaeConfig, SaeMetadata, saelens_config, write_sae
+from tcsae.shared.sae.module import SparseAutoencoder
 
 EVALUATION = "eval.json"
 METRICS = "metrics.jsonl"
-WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
 TRAIN_AGAIN = "Train that run again."
 
 
@@ -73,33 +72,7 @@ def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadat
     tcsae.json comes last, with the digests of the others: a folder without it holds no finished SAE. `record` is ours
     (settings, store content, steps, tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
     """
-    (path / RECORD).unlink(missing_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in sae.tensors().items()}
-    write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
-    write_json(path / CONFIG, saelens_config(sae.config, metadata))
-    files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG)}
-    write_json(path / RECORD, {"sae": to_dict(sae.config), **record, "files": files})
-
-
-def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
-
-    gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
-    """
-    special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
-    suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
-    return {
-        "architecture": KINDS[config.activation].saelens + suffix,
-        "d_in": config.d_model,
-        "d_sae": config.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **special,
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "training_architecture": config.activation, **metadata},
-    }
+    write_sae(path, sae.tensors(), saelens_config(sae.config, metadata), {"sae": to_dict(sae.config), **record})
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
@@ -131,13 +104,34 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     try:
         tensors = load_tensors(file, {"W_enc": (config.d_model, config.d_sae)})
         sae = SparseAutoencoder(config)
-        tensors["W_enc_rows"] = tensors.pop("W_enc").T.contiguous()
         sae.load_state_dict(tensors)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise RunError(f"{file} does not hold this SAE's weights ({reason(error)}). {TRAIN_AGAIN}") from error
     check_finite(sae.tensors(), WEIGHTS, TRAIN_AGAIN)
     check_files(Path(path), record)
+    sae.metadata = _metadata(Path(path), record)
     return sae.eval()
+
+
+def _metadata(path: Path, record: Mapping[str, Any]) -> SaeMetadata:
+    """As far as a record, which may be of an old version, and cfg.json say it."""
+    theirs = read_object(path / CONFIG, TRAIN_AGAIN).get("metadata") if (path / CONFIG).is_file() else None
+    theirs = theirs if isinstance(theirs, dict) else {}
+    try:
+        skip_first = int(record["train"]["data"]["skip_first"])
+        content = record["store"]["content"]
+    except (KeyError, TypeError, ValueError):
+        skip_first, content = 0, None
+    return SaeMetadata(
+        hook=record.get("hook"),
+        model=theirs.get("model_name"),
+        dataset=theirs.get("dataset_path"),
+        store=content,
+        context_size=theirs.get("context_size"),
+        prepend_bos=theirs.get("prepend_bos"),
+        skip_first=skip_first,
+        record=record,
+    )
 
 
 def check_files(path: Path, record: Mapping[str, Any]) -> None:

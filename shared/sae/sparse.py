@@ -62,6 +62,15 @@ class SparseCode:
         """Other values on the same pattern."""
         return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived)
 
+    def to(self, device: torch.device | str) -> "SparseCode":
+        """The same code on another device."""
+        return SparseCode(self.values.to(device), self.latents.to(device), self.offsets.to(device), self.d_sae)
+
+    def to_torch_sparse(self) -> Tensor:
+        """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
+        places = torch.stack((self.rows, self.latents))
+        return torch.sparse_coo_tensor(places, self.values, (self.n_tokens, self.d_sae)).coalesce()
+
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
         return self.values.new_zeros(self.n_tokens, self.d_sae).index_put_((self.rows, self.latents), self.values)
