@@ -15,6 +15,7 @@ from tcsae.shared.sae.sparse import SparseCode, decode
 
 __all__ = ["SaeConfig", "SparseAutoencoder", "layer_normed"]
 
+
 class SparseAutoencoder(nn.Module):
     """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
 

@@ -69,7 +69,9 @@ class SparseCode:
     def to_torch_sparse(self) -> Tensor:
         """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
         places = torch.stack((self.rows, self.latents))
-        return torch.sparse_coo_tensor(places, self.values, (self.n_tokens, self.d_sae)).coalesce()
+        return torch.sparse_coo_tensor(
+            places, self.values, (self.n_tokens, self.d_sae), check_invariants=False
+        ).coalesce()
 
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
