@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tcsae.shared.sae.sources import load_sae
     from tcsae.shared.sae.module import SparseAutoencoder
+    from tcsae.shared.sae.sources import load_sae
     from tcsae.shared.store.create import create_store
     from tcsae.shared.store.reader import Store, open_store
     from tcsae.train.loader import iterate_segments, iterate_tokens

@@ -36,7 +36,7 @@ class _Read(NamedTuple):
 
 
 def load_dictionary(path: Path) -> SparseAutoencoder:
-    """The SAE of a folder of dictionary_learning: config.json and ae.pt, with its codes as the file's weights give them.
+    """The SAE of a folder of dictionary_learning: config.json and ae.pt. Its codes are as the file's weights give them.
 
     (Its own loader first scales the decoder of an AutoEncoder to norm 1: `tcsae.fold_decoder_norms` does that.)
     Raises RunError as `load_foreign` does.
