@@ -1,10 +1,14 @@
 """The `eval` command."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from tcsae.shared.base.cli import Place, StageCommand
+
+if TYPE_CHECKING:
+    from tcsae.evaluate.candidates import EvalRequest
+    from tcsae.evaluate.run import Evaluated
 
 
 @click.command(name="eval", cls=StageCommand)
@@ -63,27 +67,35 @@ def evaluate(
     from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.measures.smoothing import split_name
     from tcsae.evaluate.printed_tables import show, show_differences
-    from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import say
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.errors import RunError
-    from tcsae.shared.store.reader import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     found = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in found if one)
     request = EvalRequest(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
-    if (ours := ranks()).parallel:
-        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours)
-    else:
-        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
+    evaluations, refused = evaluate_as_asked(place, request)
     by_name = {one["name"]: one for one in evaluations}
     wanted = ["+".join(filter(None, one)) for one in found]
     if pair and not refused and all(name in by_name for name in wanted):  # without a rendezvous each has its own
         show_differences(runs_path, *(by_name[name] for name in wanted))
-    elif evaluations or not ours.parallel:
+    elif evaluations or not ranks().parallel:
         show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:
             say(f"Error: {line}")
         raise RunError(refused[-1])
+
+
+def evaluate_as_asked(place: Place, request: "EvalRequest") -> "Evaluated":
+    """Evaluate, in as many processes as there are; what this one is to show."""
+    from pathlib import Path
+
+    from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
+    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.store.reader import open_store
+
+    if (ours := ranks()).parallel:
+        return evaluate_parallel(open_store(place.store), Path(place.runs), request, ours)
+    return evaluate_runs(open_store(place.store), Path(place.runs), request)

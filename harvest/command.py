@@ -143,14 +143,15 @@ def harvest(ctx: click.Context, **options: Any) -> None:
     if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
         raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
     place: Place = ctx.obj
-    config, fresh, exact = _config(options), options["fresh"], options["exact"]
+    config, fresh, exact = config_of(options), options["fresh"], options["exact"]
     if options["dry_run"]:
         print_plan(plan_harvest(place.store, config, fresh=fresh, exact=exact))
     else:
         print_summary(run(place.store, config, fresh=fresh, exact=exact, force=options["force"]))
 
 
-def _config(options: Mapping[str, Any]) -> "HarvestConfig":
+def config_of(options: Mapping[str, Any]) -> "HarvestConfig":
+    """What the command's options ask for."""
     from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.resolve import HarvestConfig, ModelChoice
     from tcsae.shared.store.format import ControlRecipe, SequenceRecipe

@@ -1,10 +1,19 @@
 """The `train` and `presets` commands."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from tcsae.shared.base.cli import Count, Place, StageCommand
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from tcsae.shared.base.distributed import Ranks
+    from tcsae.shared.store.reader import Store
+    from tcsae.train.plan import Run
 
 
 @click.command(cls=StageCommand)
@@ -31,9 +40,7 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
 )
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
-def train(
-    place: Place, steps: int | None, seed: int | None, tracker: str | None, fresh: bool, device: str, **asked: Any
-) -> None:
+def train(place: Place, **asked: Any) -> None:
     """Train sparse autoencoders from the store, all from one pass over it.
 
     Each becomes a folder below --runs, named after its preset and settings, in SAELens' layout. Without a preset the
@@ -49,28 +56,50 @@ def train(
     In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
     same as trained alone; a single run is trained by all, each on its part of every batch.
     """
+    prepared = prepare(place, asked)
+    if records := train_prepared(prepared, asked):
+        show(records, place.runs)
 
+
+class Prepared(NamedTuple):
+    """What `train` is about to do."""
+
+    store: "Store"
+    runs_path: "Path"
+    runs: "list[Run]"
+    processes: "Ranks"
+    device: "torch.device"
+
+
+def prepare(place: Place, asked: dict[str, Any]) -> Prepared:
+    """From the command's options to runs. Raises ConfigError, RunError or StoreError."""
     from pathlib import Path
 
     from tcsae.shared.base.device import choose_device, keep_freed_memory
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.store.reader import open_store
     from tcsae.train.plan import Request, plan_runs
-    from tcsae.train.run import train_parallel, train_runs
 
     keep_freed_memory()
     store = open_store(place.store)
-    options = {"data.seed": seed, "steps": steps}
+    options = {"data.seed": asked["seed"], "steps": asked["steps"]}
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(
         asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options
     )
-    runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
-    chosen = device_of(processes, choose_device(device))
+    runs, processes = plan_runs(store, request), ranks()
+    return Prepared(store, Path(place.runs), runs, processes, device_of(processes, choose_device(asked["device"])))
+
+
+def train_prepared(prepared: Prepared, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train them; records of the runs that this process is to show."""
+    from tcsae.train.run import train_parallel, train_runs
+
+    store, runs_path, runs, processes, device = prepared
+    fresh, tracker = asked["fresh"], asked["tracker"]
     if not processes.parallel:
-        show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
-    elif records := train_parallel(store, runs_path, runs, processes, fresh, tracker, chosen):
-        show(records, place.runs)
+        return train_runs(store, runs_path, runs, fresh, tracker, device)
+    return train_parallel(store, runs_path, runs, processes, fresh, tracker, device)
 
 
 def show(records: list[dict[str, Any]], runs: str) -> None:

@@ -1,10 +1,13 @@
 """The `report` and `feature` commands."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tcsae.shared.base.cli import Count, Place, StageCommand
+
+if TYPE_CHECKING:
+    from tcsae.evaluate.report.report import Written
 
 SPLIT = click.Choice(("train", "eval"))
 
@@ -16,7 +19,7 @@ SPLIT = click.Choice(("train", "eval"))
 @click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
 @click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
 @click.pass_obj
-def report(place: Place, out: str | None, **asked: Any) -> None:
+def report(place: Place, **asked: Any) -> None:
     """Write the report: one folder of pages that opens from disk, with a browser of every feature.
 
     Made from the store, the SAEs and their evaluations alone, without the language model, a server or a network: open
@@ -26,25 +29,33 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
       tcsae train --preset topk --preset temporal-topk eval report
       tcsae report --run topk --split train --max-tokens 1M --out topk-report
     """
-    from pathlib import Path
-
-    from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
+    from tcsae.evaluate.report.report import folder_bytes
     from tcsae.shared.base.console import legible, say, size
     from tcsae.shared.base.distributed import ranks
-    from tcsae.shared.store.reader import open_store
 
     if ranks().rank:
         return  # of several processes the first writes it
-    runs_path = Path(place.runs)
-    folder = Path(out) if out else runs_path.parent / "report"
-    written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))
+    written = write_as_asked(place, asked)
     for one in written.excluded:
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
     n = len(written.included)
-    place_of_report = legible(str(folder / "index.html"))
-    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")
+    place_of_report = legible(str(written.folder / "index.html"))
+    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(written.folder))}: {place_of_report}")
+
+
+def write_as_asked(place: Place, asked: dict[str, Any]) -> "Written":
+    """Write the report that the command's options ask for."""
+    from pathlib import Path
+
+    from tcsae.evaluate.report.report import ReportRequest, write_report
+    from tcsae.shared.store.reader import open_store
+
+    runs_path = Path(place.runs)
+    folder = Path(asked["out"]) if asked["out"] else runs_path.parent / "report"
+    request = ReportRequest(**{name: value for name, value in asked.items() if name != "out"})
+    return write_report(open_store(place.store), runs_path, folder, request)
 
 
 @click.command(cls=StageCommand)
