@@ -12,8 +12,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tcsae.api.attach import attach
+    from tcsae.api.feature import Feature, feature
     from tcsae.api.returned import Evaluation, Report, Run, Runs
     from tcsae.api.stages import evaluate, harvest, report, train
+    from tcsae.api.text import TextActivations, activations
     from tcsae.shared.base.errors import (
         ConfigError,
         DataError,
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "tcsae.api.attach": ("attach",),
+    "tcsae.api.feature": ("Feature", "feature"),
+    "tcsae.api.text": ("TextActivations", "activations"),
     "tcsae.api.returned": ("Evaluation", "Report", "Run", "Runs"),
     "tcsae.api.stages": ("report",),
     "tcsae.shared.base.errors": (
@@ -70,6 +76,7 @@ __all__ = [
     "DeniedError",
     "DiskError",
     "Evaluation",
+    "Feature",
     "ModelError",
     "RemoteError",
     "Report",
@@ -84,10 +91,14 @@ __all__ = [
     "Store",
     "StoreError",
     "TcsaeError",
+    "TextActivations",
     "TrainConfig",
     "__version__",
+    "activations",
+    "attach",
     "create_store",
     "evaluate",
+    "feature",
     "harvest",
     "iterate_segments",
     "iterate_tokens",
