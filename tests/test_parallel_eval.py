@@ -23,6 +23,8 @@ from tcsae.shared.base.errors import StoreError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import open_store
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).parent / "toy_eval.py")
 toy = importlib.util.module_from_spec(spec)
 sys.modules["toy_eval"] = toy
