@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.measures.core import Code, Output, join_codes
@@ -17,6 +18,7 @@ from tcsae.evaluate.measures.smoothing import (
     stay_above,
     stay_topk,
 )
+from tcsae.shared.sae.crosscoder import read_out
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
 
@@ -37,6 +39,16 @@ class SaeOutput:
         parts = [(decoded(self.sae, code, part), code) for part, code in code_parts(self.sae, x)]
         x_hats, codes = zip(*parts, strict=True)
         return Output(torch.cat(x_hats) if len(parts) > 1 else x_hats[0], join_codes(list(codes)))
+
+
+class CrosscoderOutput:
+    """A temporal crosscoder, read out on every window of each sequence."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+
+    def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+        return Output(*read_out(self.sae, x, sequence_lengths(sequence)))
 
 
 class SmoothedOutput:
@@ -81,9 +93,25 @@ def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) 
     return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae)
 
 
-def output_of(system: "System | SmoothedOutput", x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+SequenceSystem = SmoothedOutput | CrosscoderOutput
+"""Systems whose output at a token depends on other tokens of its sequence."""
+
+
+def output_of(system: System | SequenceSystem, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
     """What a system makes of activations; `sequence` numbers each one's sequence, ascending."""
-    return system(x, sequence) if isinstance(system, SmoothedOutput) else system(x)
+    return system(x, sequence) if isinstance(system, SequenceSystem) else system(x)
+
+
+def sequence_lengths(sequence: Int[Tensor, " n"]) -> Int[ndarray, " n_sequences"]:
+    """Tokens of each sequence that has any."""
+    return sequence.unique_consecutive(return_counts=True)[1].cpu().numpy()
+
+
+def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Code:
+    """An SAE's code of every token, whatever it reads of the token's sequence."""
+    if sae.config.window > 1:
+        return read_out(sae, x, sequence_lengths(sequence))[1]
+    return join_codes([code for _, code in code_parts(sae, x)])
 
 
 def code_parts(

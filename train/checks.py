@@ -23,9 +23,11 @@ def memory_bytes(configs: Sequence[TrainConfig]) -> int:
     """Bytes of runs that share a pass: weights, gradients and two moments of each; of the largest, the pre-activations
     of a batch and what a step makes of them, and a contrastive term's scores of all pairs; the batch.
     """
-    weights = sum(2 * config.sae.d_sae * config.sae.d_model + 3 * config.sae.d_sae for config in configs)
+    weights = sum(2 * config.sae.d_sae * config.sae.d_in + 3 * config.sae.d_sae for config in configs)
     tokens = [config.data.n_segments * config.data.segment_length for config in configs]
-    codes = max((n * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0)
+    codes = max(
+        (n // config.sae.window * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0
+    )
     batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
     pairs = max((config.data.n_segments**2 for config in configs if config.temporal.kind == "contrastive"), default=0)
     return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs)

@@ -243,6 +243,11 @@ class TrainConfig:
                 f"data.segment_length={self.data.segment_length} holds no window of temporal.window="
                 f"{self.temporal.window}. Raise the first or lower the second."
             )
+        if self.data.segment_length < self.sae.window:
+            raise ConfigError(
+                f"data.segment_length={self.data.segment_length} holds no window of sae.window={self.sae.window}. "
+                "Raise the first or lower the second."
+            )
         if self.sae.layer_norm != "none" and self.init.input_scale != "none":
             raise ConfigError(
                 f"sae.layer_norm={self.sae.layer_norm!r} undoes init.input_scale={self.init.input_scale!r}. "

@@ -28,10 +28,15 @@ PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
 
 def _ours(activation: Any, sae: dict[str, Any] | None = None, **settings: Any) -> Callable[[int], TrainConfig]:
     def make(d_model: int) -> TrainConfig:
-        shape = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=activation, k=K, **(sae or {}))
+        shape = SaeConfig(**{"d_model": d_model, "d_sae": D_SAE, "activation": activation, "k": K} | (sae or {}))
         return TrainConfig(sae=shape, **settings)
 
     return make
+
+
+def _crosscoder(window: int) -> Callable[[int], TrainConfig]:
+    """The window's code has `window` times the latents that a token's has: the same budget a token."""
+    return _ours("topk", {"window": window, "k": window * K})
 
 
 def _logged(
@@ -84,6 +89,8 @@ PRESETS = {
             temporal=TemporalConfig(kind="contrastive", scope="first", weight=1.0),
         ),
     ),
+    "crosscoder-3": Preset("temporal crosscoder: a TopK code for 3 positions, 32 active a position", _crosscoder(3)),
+    "crosscoder-5": Preset("the same for 5 positions", _crosscoder(5)),
     "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
     "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),
     "logged-run3": Preset("its run 3 as logged: the same network as run 2, no step", _logged()),

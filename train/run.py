@@ -137,9 +137,11 @@ class Member:
         trainer, config = self.trainer, self.run.config
         if number < trainer.progress.n_steps or not self.live:
             return
-        if not batch.n_whole:
+        if batch.longest < config.sae.window:
             trainer.count(batch)
             why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            if batch.longest:
+                why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
@@ -211,9 +213,11 @@ class _Pass:
         self.device = device
         self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
         for run in runs:
-            self.loader.check_temporal(run.config.temporal)
-        sample = self.loader.sample(SAMPLE_TOKENS)
-        self.members = [self._member(run, sample) for run in runs]
+            self.loader.check_windows(run.config)
+        samples = {
+            window: self.loader.sample(SAMPLE_TOKENS, window) for window in {run.config.sae.window for run in runs}
+        }
+        self.members = [self._member(run, samples[run.config.sae.window]) for run in runs]
 
     def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None

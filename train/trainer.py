@@ -125,6 +125,7 @@ class Trainer:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
         for parameter in self.parameters:
             parameter.grad = None
+        n_tokens, batch = batch.n_whole, self._rows(batch)
         x = batch.x * self.scale
         inputs, scaling = self._encoder_input(x)
         encoded = self._encode(inputs, batch)
@@ -139,12 +140,21 @@ class Trainer:
             assert parameter.grad is not None
             batch.group.sum_(parameter.grad)
         fired = batch.group.any(encoded.activity.fired)
-        self.tokens_since_fired.add_(batch.n_whole).masked_fill_(fired, 0)
+        self.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
         *values, n_active = self._whole_batch([*losses.values(), encoded.activity.n_active], batch)
         code = encoded.code.detached() if isinstance(encoded.code, SparseCode) else encoded.code.detach()
         return StepResult(
             dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / batch.n_whole, 0.0, temporal_weight
         )
+
+    def _rows(self, batch: Batch) -> Batch:
+        """What the SAE reads: tokens, or windows from a position of each segment that is drawn anew every step."""
+        window = self.config.sae.window
+        if window == 1:
+            return batch
+        n_offsets = min(window, batch.longest - window + 1)
+        assert n_offsets > 0, "no segment of the batch holds a window"
+        return batch.windows(window, self.step_seed() % n_offsets)
 
     def _encoder_input(self, x: Float[Tensor, "n d_model"]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What the encoder reads before b_dec is taken away, and (scale, shift) of the decoder's output, if any."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tcsae.shared.sae import sparse as sparse_codes
 from tcsae.shared.sae.sparse import SparseCode
 
 Code = SparseCode | Float[Tensor, "_ d_sae"]
@@ -57,19 +58,9 @@ def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> 
 
 def join_codes(parts: list[Code]) -> Code:
     """The codes of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    sparse = [part for part in parts if isinstance(part, SparseCode)]
-    if not sparse:
-        return torch.cat([part for part in parts if torch.is_tensor(part)])
-    ends = torch.tensor([0, *(len(part.values) for part in sparse)]).cumsum(0)
-    offsets = [part.offsets[:-1] + end for part, end in zip(sparse, ends, strict=False)]
-    return SparseCode(
-        torch.cat([part.values for part in sparse]),
-        torch.cat([part.latents for part in sparse]),
-        torch.cat([*offsets, ends[-1:]]),
-        sparse[0].d_sae,
-    )
+    if sparse := [part for part in parts if isinstance(part, SparseCode)]:
+        return sparse_codes.join_codes(sparse)
+    return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if torch.is_tensor(part)])
 
 
 def n_latents(code: Code) -> int:

@@ -78,6 +78,11 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def check_smoothing(smoothing: Smoothing, config: SaeConfig) -> None:
     """Raises ConfigError for a smoothing that an SAE of this activation has no meaning for."""
+    if config.window > 1:
+        raise ConfigError(
+            f"{smoothing} smooths the codes of tokens, and a crosscoder (sae.window={config.window}) has codes of "
+            "windows. Evaluate it without --smooth."
+        )
     allowed = {
         EMA_TOPK: ("topk",),
         HYSTERESIS: ("topk", *(name for name, kind in KINDS.items() if kind.threshold != "none")),

@@ -84,13 +84,14 @@ def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadat
 def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
     """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
 
-    gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
+    gelu, layer norms and crosscoders have no form there: the architecture says so, and SAELens refuses it by that name.
     """
     special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
     suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
+    suffix += f"-crosscoder-{config.window}" if config.window > 1 else ""
     return {
         "architecture": KINDS[config.activation].saelens + suffix,
-        "d_in": config.d_model,
+        "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": "cpu",
@@ -129,7 +130,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     config = _config(record, Path(path) / RECORD)
     file = Path(path) / WEIGHTS
     try:
-        tensors = load_tensors(file, {"W_enc": (config.d_model, config.d_sae)})
+        tensors = load_tensors(file, {"W_enc": (config.d_in, config.d_sae)})
         sae = SparseAutoencoder(config)
         tensors["W_enc_rows"] = tensors.pop("W_enc").T.contiguous()
         sae.load_state_dict(tensors)

@@ -33,9 +33,12 @@ class SaeConfig:
     """Shares of the latents, first to last; with several, each prefix learns to reconstruct alone (matryoshka)."""
     layer_norm: Literal["none", "in", "in_out"] = "none"
     """in: the encoder reads layer-normed x (the paper's run 4); in_out: the decoder's output is also scaled back."""
+    window: int = 1
+    """Consecutive positions that one code stands for; above 1 a temporal crosscoder, with an encoder and a decoder row
+    for each latent and position."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_sae"):
+        for name in ("d_model", "d_sae", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
         if self.activation not in KINDS:
@@ -48,6 +51,17 @@ class SaeConfig:
                 f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
             )
 
+        if self.window > 1 and self.layer_norm != "none":
+            raise ConfigError(
+                f"sae.window={self.window} with sae.layer_norm={self.layer_norm!r}: a crosscoder has no layer norm. "
+                "Set sae.layer_norm=none."
+            )
+
+    @property
+    def d_in(self) -> int:
+        """Width of what the module reads: the window's activations laid end to end."""
+        return self.window * self.d_model
+
     def group_ranges(self) -> list[tuple[int, int]]:
         """(first, stop) of each group's latents."""
         ends = [round(self.d_sae * share) for share in itertools.accumulate(self.groups)]
@@ -58,17 +72,18 @@ class SparseAutoencoder(nn.Module):
     """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
 
     W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model] and, where the activation has one,
-    threshold [d_sae]; all float32. With a layer norm, x is normed before b_dec is taken away.
+    threshold [d_sae]; all float32. With a layer norm, x is normed before b_dec is taken away. Of a crosscoder, d_model
+    is `config.d_in`: `tcsae.shared.sae.crosscoder` takes sequences to windows and back.
     """
 
     def __init__(self, config: SaeConfig) -> None:
         super().__init__()
         self.config = config
         # Latent by latent in memory, as gradients of sparse codes arrive; `W_enc` shows it the field's way round.
-        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.threshold: nn.Parameter | None = None
         if self.kind.threshold != "none":
             self.threshold = nn.Parameter(torch.zeros(config.d_sae))
@@ -107,7 +122,7 @@ class SparseAutoencoder(nn.Module):
 
         x may be of any float dtype and hold no token; the values are of the weights' dtype.
         """
-        x = x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)
+        x = x.reshape(-1, self.config.d_in).to(self.W_dec.dtype)
         return self.kind.sparse(self.pre_activations(x), self.config.k, self.threshold)
 
     def decode(

@@ -3,6 +3,7 @@
 All on float32 tensors of one device. The fast paths were chosen by measurement on a CPU; see tests/bench/.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,17 @@ class LatentOrder:
     ) -> Float[Tensor, "d_sae d_model"]:
         """For each latent, the sum over its entries of value times the token's row."""
         return F.embedding_bag(self.tokens, rows, self._starts, per_sample_weights=values[self.order], mode="sum")
+
+
+def join_codes(parts: Sequence[SparseCode]) -> SparseCode:
+    """The codes of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.tensor([0, *(len(part.values) for part in parts)]).cumsum(0)
+    offsets = [part.offsets[:-1] + end for part, end in zip(parts, ends.tolist(), strict=False)]
+    last = parts[0].offsets.new_tensor([int(ends[-1])])
+    values, latents = torch.cat([part.values for part in parts]), torch.cat([part.latents for part in parts])
+    return SparseCode(values, latents, torch.cat([*offsets, last]), parts[0].d_sae)
 
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
