@@ -72,7 +72,7 @@ def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
 
 def points(rows: Mapping[str, Tensor]) -> dict[str, float | None]:
     """The figures themselves, all of them: None where undefined or without a tail."""
-    names = [*metrics.DEFINITIONS, *tail_metrics.DEFINITIONS]
+    names = [*metrics.DEFINITIONS, *(name for name in metrics.PREDICTED if name in rows), *tail_metrics.DEFINITIONS]
     return {name: point(rows[name]) if name in rows else None for name in names}
 
 
@@ -120,6 +120,8 @@ def write_evaluation(group: Group, loaded: Loaded, figures: Figures, common: dic
     evaluation = _about(loaded, group.store) | {"metrics": points(rows)}
     evaluation["intervals"] = {name: interval(values) for name, values in rows.items() if name != "dead_fraction"}
     evaluation |= common
+    if rows.keys() & metrics.PREDICTED.keys():
+        evaluation["definitions"] = evaluation["definitions"] | metrics.PREDICTED
     assert firings is not None
     with writing(folder, AGAIN):
         files = [options.file(REPLICATES)]

@@ -22,7 +22,7 @@ from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import CrosscoderOutput, SaeOutput, SequenceSystem, SmoothedOutput, System
+from tcsae.evaluate.systems import SequenceSystem, System, system_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
 from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
@@ -157,9 +157,7 @@ def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
 
 def _system(loaded: Loaded) -> System | SequenceSystem:
     smooth = loaded.run.options.smooth
-    if smooth:
-        return SmoothedOutput(loaded.sae, parse_smoothing(smooth))
-    return CrosscoderOutput(loaded.sae) if loaded.sae.config.window > 1 else SaeOutput(loaded.sae)
+    return system_of(loaded.sae, parse_smoothing(smooth) if smooth else None)
 
 
 def _check_agreed(part: Part, no_tail: str | None) -> None:

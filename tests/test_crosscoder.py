@@ -161,5 +161,5 @@ def test_what_holds_no_window_is_refused(store, tmp_path, arguments, words):
 
 
 def test_its_codes_are_not_smoothed():
-    with pytest.raises(ConfigError, match="a crosscoder .* has codes of windows"):
+    with pytest.raises(ConfigError, match="with sae.window=2 a code is of several"):
         check_smoothing(parse_smoothing("ema=0.3"), make_sae(2).config)

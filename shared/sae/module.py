@@ -36,6 +36,14 @@ class SaeConfig:
     window: int = 1
     """Consecutive positions that one code stands for; above 1 a temporal crosscoder, with an encoder and a decoder row
     for each latent and position."""
+    predictor: Literal["none", "attention", "past"] = "none"
+    """attention: a code predicted from earlier positions' codes besides the novel TopK code (TFA); past: the same
+    without a look at the present position."""
+    n_heads: int = 4
+    """Of the predictor, as the two below."""
+    n_layers: int = 1
+    bottleneck: int = 1
+    """How many times narrower than d_sae queries and keys are."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_sae", "window"):
@@ -51,10 +59,29 @@ class SaeConfig:
                 f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
             )
 
+        self._check_predictor()
         if self.window > 1 and self.layer_norm != "none":
             raise ConfigError(
                 f"sae.window={self.window} with sae.layer_norm={self.layer_norm!r}: a crosscoder has no layer norm. "
                 "Set sae.layer_norm=none."
+            )
+
+    def _check_predictor(self) -> None:
+        for name in ("n_heads", "n_layers", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
+        if self.predictor == "none":
+            return
+        if self.d_sae % (self.n_heads * self.bottleneck):
+            raise ConfigError(
+                f"sae.d_sae={self.d_sae} is no multiple of sae.n_heads={self.n_heads} times sae.bottleneck="
+                f"{self.bottleneck}. Change one of them."
+            )
+        plain = {"activation": "topk", "groups": (1.0,), "layer_norm": "none", "window": 1}
+        if other := next((name for name, value in plain.items() if getattr(self, name) != value), None):
+            raise ConfigError(
+                f"sae.predictor={self.predictor!r} with sae.{other}={getattr(self, other)!r}: it is for "
+                f"sae.{other}={plain[other]!r} alone."
             )
 
     @property
