@@ -3,11 +3,11 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.device import to_device
 from tcsae.shared.base.windows import positions
 from tcsae.train.collectives import ONE_PROCESS, Collectives
 
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     def positions(self) -> Int[Tensor, " n"]:
         """Each token's position in its sequence."""
         position = positions(self.lengths) + np.repeat(self.starts, self.lengths)
-        return torch.from_numpy(position).to(self.x.device)
+        return to_device(position, self.x.device)
 
 
 # Controls of the temporal term: the same tokens in another order.
@@ -66,4 +66,4 @@ def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int
     draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":
         draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
-    return torch.from_numpy(np.argsort(draws)).to(batch.x.device)
+    return to_device(np.argsort(draws), batch.x.device)

@@ -350,7 +350,8 @@ class Trainer:
             return None
         assert isinstance(result._grad_norm, Tensor)
         readout = self.guard.judge(result.loss_there, result._grad_norm, self._may_die(batch))
-        self.optimizer.found_inf = self.guard.halted  # type: ignore[attr-defined]  # as torch.amp's scaler does
+        if self.optimizer.defaults["fused"]:  # as torch.amp's scaler does
+            self.optimizer.found_inf = self.guard.halted  # type: ignore[attr-defined]
         return readout
 
     def _dead_limit(self) -> float:
