@@ -3,11 +3,11 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.device import to_device
 from tcsae.shared.base.windows import positions, tiles
 from tcsae.train.collectives import ONE_PROCESS, Collectives
 
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     def positions(self) -> Int[Tensor, " n"]:
         """Each row's position in its sequence, its first where it is a window."""
         position = self.stride * positions(self.lengths) + np.repeat(self.starts, self.lengths)
-        return torch.from_numpy(position).to(self.x.device)
+        return to_device(position, self.x.device)
 
     def windows(self, window: int, offset: int) -> "Batch":
         """The batch as windows of consecutive positions laid end to end, side by side from `offset` of each segment on:
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
         Up to `window` - 1 positions at either end of a segment are in none.
         """
         first, lengths = tiles(self.lengths, window, window, offset)
-        rows = torch.from_numpy(first[:, None] + np.arange(window)).to(self.x.device)
+        rows = to_device(first[:, None] + np.arange(window), self.x.device)
         x = self.x[rows].flatten(1)
         whole = self.whole
         if whole is not None:
@@ -89,4 +89,4 @@ def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int
     draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":
         draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
-    return torch.from_numpy(np.argsort(draws)).to(batch.x.device)
+    return to_device(np.argsort(draws), batch.x.device)
