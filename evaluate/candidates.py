@@ -26,6 +26,7 @@ from tcsae.shared.sae.folder import (
     reason,
 )
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.other_formats import LOADERS
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
@@ -134,7 +135,9 @@ def why_not_evaluable(path: Path) -> str | None:
     if is_finished(path) or is_foreign(path):
         return None
     if form := other_format(path):
-        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS})"
+        loadable = any((path / name).is_file() for name in LOADERS)
+        by = f", tcsae.load_sae({str(path)!r}).save(FOLDER)" if loadable else ""
+        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS}{by})"
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
     if len(missing) == 1 and not (path / METRICS).is_file():
         there = WEIGHTS if missing == [CONFIG] else CONFIG

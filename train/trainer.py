@@ -16,6 +16,7 @@ from tcsae.shared.sae.activations import Encoded, Encoder
 from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
 from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, permuted
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
+from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_sae
 from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of
@@ -207,8 +208,12 @@ class Trainer:
         n_tokens, batch = batch.n_whole, self._rows(batch)
         x = batch.x * self.scale
         inputs, scaling = self._encoder_input(x)
-        encoded = self._encode(inputs, batch)
-        x_hats = self._reconstructions(encoded.code, scaling)
+        if isinstance(self.sae, TemporalFeatureAutoencoder):
+            encoded, x_hat = self.sae.train_pass(x, batch.lengths)
+            x_hats = [x_hat]
+        else:
+            encoded = self._encode(inputs, batch)
+            x_hats = self._reconstructions(encoded.code, scaling)
         losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / batch.n_whole}
         temporal_weight = self._add_code_losses(losses, encoded, batch)
         x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
@@ -391,7 +396,8 @@ class Trainer:
 
         A batchtopk's gets the threshold at which L0 is k on the sample.
         """
-        sae = SparseAutoencoder(self.config.sae).to(self.sample.device)
+        sae = new_sae(self.config.sae).to(self.sample.device)
+        sae.input_scale = self.sae.input_scale
         sae.load_state_dict(self.sae.state_dict())
         if sae.threshold is not None and sae.kind.threshold == "calibrated":
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
@@ -417,9 +423,11 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
 
     They are drawn on the CPU: a seed gives the same weights on every device.
     """
-    sae = SparseAutoencoder(config.sae)
+    sae = new_sae(config.sae)
     generator = torch.Generator().manual_seed(config.init_seed)
     match config.init.weights:
+        case _ if isinstance(sae, TemporalFeatureAutoencoder):
+            sae.draw(generator)
         case "xavier":
             torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
             torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)

@@ -75,6 +75,17 @@ class SparseCode:
         """Other values on the same pattern."""
         return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived, self.per_token, self.parked)
 
+    def to(self, device: torch.device | str) -> "SparseCode":
+        """The same code on another device."""
+        return SparseCode(self.values.to(device), self.latents.to(device), self.offsets.to(device), self.d_sae)
+
+    def to_torch_sparse(self) -> Tensor:
+        """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
+        places = torch.stack((self.rows, self.latents))
+        return torch.sparse_coo_tensor(
+            places, self.values, (self.n_tokens, self.d_sae), check_invariants=False
+        ).coalesce()
+
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
         empty = self.values.new_zeros(self.n_tokens, self.d_sae)

@@ -16,6 +16,7 @@ inference against a restatement of that module.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.activations import Encoded, encoded
+from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.ops import decode_code
 from tcsae.shared.sae.sparse import SparseCode, join_codes, select_topk
 
 SMALL = 1e-6
@@ -77,9 +81,8 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
 
     def __init__(self, config: SaeConfig, input_scale: float = 1.0) -> None:
         nn.Module.__init__(self)
-        self.config = config
-        self.input_scale = input_scale
-        """What x is multiplied by before, and x_hat divided by after: attention's biases leave no way to fold it in."""
+        self.config, self.metadata = config, SaeMetadata()
+        self.input_scale = input_scale  # attention's biases leave no way to fold it in
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
         self.threshold = None
@@ -110,6 +113,9 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # there is no encoder to turn around
 
     def predicted(
         self, r: Float[Tensor, "batch position d_model"]
@@ -166,6 +172,14 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
         values = pre.gather(1, latents).relu().flatten()
         return SparseCode(values, latents.flatten(), offsets, self.config.d_sae), predicted[valid]
 
+    def train_pass(
+        self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
+    ) -> tuple[Encoded, Float[Tensor, "n d_model"]]:
+        """Novel code and reconstruction, with gradients."""
+        novel, predicted = self.codes(x, lengths)
+        x_hat = decode_code(novel, self.W_dec, self.b_dec) + predicted @ self.W_dec
+        return encoded(novel), x_hat / self.input_scale
+
 
 def _valid(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> Bool[Tensor, "n_sequences longest"]:
     """Where the padded form of sequences laid end to end has a token."""
@@ -188,3 +202,8 @@ def read_out(
         novels.append(novel)
         predicteds.append(predicted)
     return torch.cat(x_hats), join_codes(novels), torch.cat(predicteds)
+
+
+def new_sae(config: SaeConfig) -> SparseAutoencoder:
+    """An SAE of this kind, all weights zero but a predictor's."""
+    return SparseAutoencoder(config) if config.predictor == "none" else TemporalFeatureAutoencoder(config)
