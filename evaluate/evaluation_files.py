@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae import __version__
 from tcsae.evaluate.candidates import EvalOptions, Loaded
+from tcsae.evaluate.halves import half
 from tcsae.evaluate.intervals import LEVEL, MIN_DOCUMENTS, N_RESAMPLINGS, interval, point
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures import cross_entropy as tail_metrics
@@ -78,7 +79,7 @@ def points(rows: Mapping[str, Tensor]) -> dict[str, float | None]:
 
 def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict[str, Any]:
     """What the evaluations of a group share."""
-    store, split = group.store, group.store.split(group.options.split)
+    store, split = group.store, half(group.store.split(group.options.split), group.options.documents)
     reference = measured.reference
     return {
         "definition_version": metrics.DEFINITION_VERSION,
