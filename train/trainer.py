@@ -232,9 +232,16 @@ class Trainer:
         result._temporal_weight = temporal_weight
         return result
 
+    @property
+    def reads_neighbours(self) -> bool:
+        """Whether a token's code depends on other tokens: then another order is one of the SAE's own input."""
+        return self.config.sae.window > 1 or self.config.sae.predictor != "none"
+
     def _rows(self, batch: Batch) -> Batch:
         """What the SAE reads: tokens, or windows from a position of each segment that is drawn anew every step."""
-        window = self.config.sae.window
+        window, order = self.config.sae.window, self.config.temporal.order
+        if self.reads_neighbours and order != "text":
+            batch = batch._replace(x=batch.x[shuffled(order, batch, self.step_seed())])
         if window == 1:
             return batch
         n_offsets = min(window, batch.longest - window + 1)
@@ -291,7 +298,7 @@ class Trainer:
     def _temporal(self, code: Code, batch: Batch) -> Float[Tensor, ""]:
         """The term at weight 1, over the scope's code; in another order of positions if a control asks for it."""
         config, seed = self.config.temporal, self.step_seed()
-        if config.order != "text":
+        if config.order != "text" and not self.reads_neighbours:
             tokens = shuffled(config.order, batch, seed)
             code, batch = permuted(code, tokens), batch._replace(x=batch.x[tokens])
         return temporal_term(config.kind)(config, code, batch, seed)
