@@ -18,7 +18,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """What both commands take."""
     options = (
         click.option(
-            "--quick", is_flag=True, help="Minutes: few tokens, few steps, one seed. Shows that everything runs."
+            "--quick", is_flag=True, help="Minutes: few tokens and steps, one seed. Shows that everything runs."
         ),
         click.option("--model", default="embedded", show_default=True, metavar="NAME", help="As of `harvest`."),
         click.option("--dataset", default="pydocs", show_default=True, metavar="NAME", help="As of `harvest`."),

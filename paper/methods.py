@@ -72,7 +72,7 @@ METHODS = (
         about="The same, with the code's variance between positions as a loss.",
     ),
     Method(
-        "contrastive, centred", "temporal-topk-centred", shuffled=SHUFFLED, about="Codes less their position's mean."
+        "contrastive, centred", "temporal-topk-centred", shuffled=SHUFFLED, about="Of codes less their position's mean."
     ),
     Method(
         "contrastive, same position",

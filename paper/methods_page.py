@@ -167,7 +167,7 @@ def _draw(results: Results, arms: Mapping[str, Arm], path: Path) -> None:
             axes.annotate(str(number_), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
         axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)
     handles, labels = drawing.axes[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside right", fontsize=7, frameon=False)
+    drawing.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
     with whole_file(path) as partial:
         drawing.savefig(partial, format="svg", metadata={"Date": None})
 

@@ -17,7 +17,7 @@ from tcsae.train.presets import preset
 
 
 def compare_methods(place: Place, out: Path, asked: Source, size: Size) -> None:
-    """Everything from the store to the page; what is done is not done again. In several processes runs are dealt out."""
+    """From the store to the page; what is done is not done again. In parallel processes runs are dealt out."""
     store = make_store(place, TEXT, asked, "methods")
     stores, results = {TEXT: store}, Results({}, {TEXT: place.runs(TEXT)})
     rates = {method.name: _tried(method, store) for method in METHODS}

@@ -107,8 +107,9 @@ class TemporalConfig:
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
     order: Literal["text", "segment", "batch"] = "text"
-    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls: shuffled within each segment (its pairs are of one
-    document, but not adjacent), or over the batch (of any documents)."""
+    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls:
+    shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
+    documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
