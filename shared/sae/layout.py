@@ -15,6 +15,8 @@ from tcsae.shared.base.files import file_digest, write_atomic, write_json
 from tcsae.shared.sae.activations import KINDS
 
 WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
+INPUT_SCALE = "activation_normalization_factor"
+"""In cfg.json: what x is multiplied by before a TFA reads it."""
 SAELENS_LAYOUT = "6.0.0"
 """The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
 
@@ -35,9 +37,20 @@ class SaeConfig:
     """Shares of the latents, first to last; with several, each prefix learns to reconstruct alone (matryoshka)."""
     layer_norm: Literal["none", "in", "in_out"] = "none"
     """in: the encoder reads layer-normed x (the paper's run 4); in_out: the decoder's output is also scaled back."""
+    window: int = 1
+    """Consecutive positions that one code stands for; above 1 a temporal crosscoder, with an encoder and a decoder row
+    for each latent and position."""
+    predictor: Literal["none", "attention", "past"] = "none"
+    """attention: a code predicted from earlier positions' codes besides the novel TopK code (TFA); past: the same
+    without a look at the present position."""
+    n_heads: int = 4
+    """Of the predictor, as the two below."""
+    n_layers: int = 1
+    bottleneck: int = 1
+    """How many times narrower than d_sae queries and keys are."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_sae"):
+        for name in ("d_model", "d_sae", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
         if self.activation not in KINDS:
@@ -49,6 +62,35 @@ class SaeConfig:
             raise ConfigError(
                 f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
             )
+        self._check_predictor()
+        if self.window > 1 and self.layer_norm != "none":
+            raise ConfigError(
+                f"sae.window={self.window} with sae.layer_norm={self.layer_norm!r}: a crosscoder has no layer norm. "
+                "Set sae.layer_norm=none."
+            )
+
+    def _check_predictor(self) -> None:
+        for name in ("n_heads", "n_layers", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
+        if self.predictor == "none":
+            return
+        if self.d_sae % (self.n_heads * self.bottleneck):
+            raise ConfigError(
+                f"sae.d_sae={self.d_sae} is no multiple of sae.n_heads={self.n_heads} times sae.bottleneck="
+                f"{self.bottleneck}. Change one of them."
+            )
+        plain = {"activation": "topk", "groups": (1.0,), "layer_norm": "none", "window": 1}
+        if other := next((name for name, value in plain.items() if getattr(self, name) != value), None):
+            raise ConfigError(
+                f"sae.predictor={self.predictor!r} with sae.{other}={getattr(self, other)!r}: it is for "
+                f"sae.{other}={plain[other]!r} alone."
+            )
+
+    @property
+    def d_in(self) -> int:
+        """Width of what the module reads: the window's activations laid end to end."""
+        return self.window * self.d_model
 
     def group_ranges(self) -> list[tuple[int, int]]:
         """(first, stop) of each group's latents."""
@@ -105,16 +147,33 @@ def write_sae(
         write_json(path / RECORD, {**record, "files": files})
 
 
-def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+def saelens_config(config: SaeConfig, metadata: dict[str, Any], input_scale: float = 1.0) -> dict[str, Any]:
     """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
 
-    gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
+    gelu, layer norms, crosscoders and predictors of the past alone have no form there: the architecture says so, and
+    SAELens refuses it by that name. `input_scale` is a TFA's.
     """
-    special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
+    architecture = KINDS[config.activation].saelens
+    special: dict[str, Any] = {}
+    if config.activation == "topk":
+        special = {"k": config.k, "rescale_acts_by_decoder_norm": False}
     suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
+    suffix += f"-crosscoder-{config.window}" if config.window > 1 else ""
+    if config.predictor != "none":
+        architecture, suffix = "temporal", "" if config.predictor == "attention" else f"-{config.predictor}"
+        special = {
+            "normalize_activations": "constant_scalar_rescale",
+            INPUT_SCALE: input_scale,
+            "n_heads": config.n_heads,
+            "n_attn_layers": config.n_layers,
+            "bottleneck_factor": config.bottleneck,
+            "sae_diff_type": "topk",
+            "kval_topk": config.k,
+            "tied_weights": True,
+        }
     return {
-        "architecture": KINDS[config.activation].saelens + suffix,
-        "d_in": config.d_model,
+        "architecture": architecture + suffix,
+        "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": "cpu",

@@ -20,21 +20,24 @@ class SparseAutoencoder(nn.Module):
     """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
 
     W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model] and, where the activation has one,
-    threshold [d_sae]; float32 unless moved. With a layer norm, x is normed before b_dec is taken away.
+    threshold [d_sae]; float32 unless moved. With a layer norm, x is normed before b_dec is taken away. Of a crosscoder,
+    d_model is `config.d_in`: `tcsae.shared.sae.crosscoder` takes sequences to windows and back.
     """
 
     metadata: SaeMetadata
     """Where the SAE comes from: hook, model, store content, position rules."""
+    input_scale: float = 1.0
+    """What x is multiplied by before it is read, where that cannot be folded into the weights (TFA)."""
 
     def __init__(self, config: SaeConfig) -> None:
         super().__init__()
         self.config = config
         self.metadata = SaeMetadata()
         # Latent by latent in memory, as gradients of sparse codes arrive; `W_enc` shows it the field's way round.
-        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.threshold: nn.Parameter | None = None
         if self.kind.threshold != "none":
             self.threshold = nn.Parameter(torch.zeros(config.d_sae))
@@ -68,7 +71,7 @@ class SparseAutoencoder(nn.Module):
 
     def saelens_config(self) -> dict[str, Any]:
         """cfg.json of this SAE."""
-        return saelens_config(self.config, self.metadata.to_saelens())
+        return saelens_config(self.config, self.metadata.to_saelens(), self.input_scale)
 
     def save(self, path: str | Path) -> None:
         """Write the SAE into the folder `path`, float32: cfg.json and sae_weights.safetensors in SAELens' layout.
@@ -107,7 +110,7 @@ class SparseAutoencoder(nn.Module):
 
         x may be of any float dtype and hold no token; the values are of the weights' dtype.
         """
-        x = x.reshape(-1, self.config.d_model)
+        x = x.reshape(-1, self.config.d_in)
         return self.kind.sparse(self.pre_activations(x), self.config.k, self.threshold)
 
     def decode(
