@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tcsae.api.attach import attach
+    from tcsae.api.convert import fold_decoder_norms, to_jumprelu
     from tcsae.api.feature import Feature, feature
     from tcsae.api.returned import Evaluation, Report, Run, Runs
     from tcsae.api.stages import evaluate, harvest, report, train
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "tcsae.api.attach": ("attach",),
+    "tcsae.api.convert": ("fold_decoder_norms", "to_jumprelu"),
     "tcsae.api.feature": ("Feature", "feature"),
     "tcsae.api.text": ("TextActivations", "activations"),
     "tcsae.api.returned": ("Evaluation", "Report", "Run", "Runs"),
@@ -99,12 +101,14 @@ __all__ = [
     "create_store",
     "evaluate",
     "feature",
+    "fold_decoder_norms",
     "harvest",
     "iterate_segments",
     "iterate_tokens",
     "load_sae",
     "open_store",
     "report",
+    "to_jumprelu",
     "train",
 ]
 

@@ -136,6 +136,10 @@ def attach(
     name = hook or sae.metadata.hook
     if name is None:
         raise ConfigError("The SAE does not say where it belongs. Give a hook, such as blocks.4.hook_resid_post.")
+    if sae.config.window > 1 or sae.config.predictor != "none":
+        raise ConfigError(
+            "The codes of a crosscoder or a TFA depend on several positions: they cannot be read token by token."
+        )
     first = sae.metadata.skip_first if skip_first is None else skip_first
     live = LiveSae(sae, name, splice, error, first)
     with ExitStack() as stack:
@@ -192,6 +196,15 @@ def _place(model: Any, name: str) -> tuple[nn.Module, bool]:
         f"{type(model).__name__} has no module {name!r}. Give blocks.N.hook_resid_pre, blocks.N.hook_resid_post or the "
         "path of a module; other hooks are TransformerLens' alone."
     )
+
+
+def has_place(model: nn.Module, name: str) -> bool:
+    """Whether a plain Hugging Face model has this hook, as `attach` finds it there."""
+    try:
+        _place(model, name)
+    except ModelError:
+        return False
+    return True
 
 
 def _counting(live: LiveSae) -> Callable[[Any, tuple, dict], None]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tcsae.api.attach import attach
+from tcsae.api.attach import attach, has_place
 from tcsae.api.shading import ShadedText
 from tcsae.shared.base.errors import ConfigError, DataError, ModelError
 from tcsae.shared.lm.token_text import TokenTexts
@@ -18,6 +18,8 @@ from tcsae.shared.sae.sparse import SparseCode
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from tcsae.harvest.language_model import LanguageModel
 
 SHOWN = 5
 """Latents that are shown when none is named."""
@@ -98,7 +100,7 @@ class TextActivations:
 @torch.no_grad()
 def activations(
     sae: SparseAutoencoder,
-    model: nn.Module | str,
+    model: "nn.Module | str | LanguageModel",
     text: str,
     *,
     hook: str | None = None,
@@ -111,7 +113,9 @@ def activations(
     the model's. `prepend_bos`: default as the SAE was trained.
     Raises DataError for a text without a token, ModelError if model, tokenizer or hook cannot be had.
     """
-    model, tokenizer = _loaded(model, tokenizer)
+    if not isinstance(model, nn.Module):
+        model, tokenizer = _loaded(model, tokenizer, hook or sae.metadata.hook)
+    tokenizer = tokenizer or _tokenizer_of(model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if sae.metadata.prepend_bos if prepend_bos is None else prepend_bos:
         ids = [tokenizer.bos_token_id, *ids]
@@ -124,26 +128,27 @@ def activations(
     return TextActivations(tokens[0].cpu(), [texts[one] for one in ids], live.code.to("cpu"), live.skip_first)
 
 
-def _loaded(model: nn.Module | str, tokenizer: Any) -> tuple[nn.Module, Any]:
-    if isinstance(model, str):
-        from tcsae.harvest.language_model import find_model, load_plain
-        from tcsae.shared.lm.tail import TailError
+def _loaded(model: "str | LanguageModel", tokenizer: Any, hook: str | None) -> tuple[nn.Module, Any]:
+    """A named model: the plain one where `hook` can be found in it, else TransformerLens' bridge."""
+    from tcsae.harvest.language_model import find_model, load_bridge, load_plain
+    from tcsae.shared.lm.tail import TailError
 
-        named = find_model(model)
-        try:
-            return load_plain(named), tokenizer or named.tokenizer()
-        except TailError as error:
-            raise ModelError(str(error).removeprefix("No tail: ")) from error
-    if tokenizer is None:
-        tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        from transformers import AutoTokenizer
+    named = find_model(model) if isinstance(model, str) else model
+    tokenizer = tokenizer or named.tokenizer()
+    try:
+        plain = load_plain(named)
+    except TailError:
+        return load_bridge(named), tokenizer
+    return (plain if hook and has_place(plain, hook) else load_bridge(named, plain=plain)), tokenizer
 
-        name = getattr(getattr(model, "config", None), "_name_or_path", "")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(
-                f"The model's tokenizer cannot be found ({name or 'no name'}). Give tokenizer=."
-            ) from error
-    return model, tokenizer
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    if (tokenizer := getattr(model, "tokenizer", None)) is not None:
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"The model's tokenizer is not at {name or 'any place'}. Give tokenizer=.") from error
