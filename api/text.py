@@ -91,7 +91,7 @@ class TextActivations:
         return "\n".join(map(str, self.shaded())) or "no latent is active"
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        yield from self.shaded() or ["no latent is active"]
+        yield from self.shaded()
 
     def _repr_html_(self) -> str:
         return "".join(one._repr_html_() for one in self.shaded()) or "no latent is active"

@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
 
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=256, k=8))
-    config = SAETrainerConfig(total_training_samples=256 * 20, train_batch_size_samples=256)
+    config = SAETrainerConfig(total_training_samples=256 * 20, train_batch_size_samples=256, lr_end=3e-4)
     with torch.enable_grad():
         SAETrainer(config, sae, vectors(store)).fit()
     sae.save_inference_model(folder / "runs" / "theirs")
