@@ -19,6 +19,16 @@ class Whole(NamedTuple):
     documents: Int[ndarray, " n_segments"]
     n_before: int
     """Tokens before this process's own."""
+    starts: Int[ndarray, " n_segments"]
+
+
+class Text(NamedTuple):
+    """What stands at each token of the whole batch."""
+
+    tokens: Int[ndarray, " n_whole"]
+    """Token ids."""
+    places: Int[ndarray, " n_whole"]
+    """Number of each token within its document."""
 
 
 class Batch(NamedTuple):
@@ -36,10 +46,12 @@ class Batch(NamedTuple):
     """None: these are all."""
     group: Collectives = ONE_PROCESS
     """The processes that have the other parts."""
+    text: Text | None = None
+    """Only where a loss reads it (TemporalConfig.reads_text)."""
 
     @property
     def all(self) -> Whole:
-        return self.whole or Whole(self.lengths, self.documents, 0)
+        return self.whole or Whole(self.lengths, self.documents, 0, self.starts)
 
     @property
     def n_whole(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.store.reader import Store
-from tcsae.train.config import TrainConfig
+from tcsae.train.config import CONTRASTIVE, TrainConfig
 
 FLOAT_BYTES = 4
 
@@ -27,8 +27,18 @@ def memory_bytes(configs: Sequence[TrainConfig]) -> int:
     tokens = [config.data.n_segments * config.data.segment_length for config in configs]
     codes = max((n * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0)
     batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
-    pairs = max((config.data.n_segments**2 for config in configs if config.temporal.kind == "contrastive"), default=0)
+    pairs = max((_n_pairs(config) ** 2 for config in configs), default=0)
     return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs)
+
+
+def _n_pairs(config: TrainConfig) -> int:
+    """Pairs of a batch that a contrastive term compares with each other."""
+    temporal, data = config.temporal, config.data
+    if not temporal.active or temporal.kind not in CONTRASTIVE:
+        return 0
+    one = temporal.kind in ("contrastive", "t-sae")
+    most = -(-data.segment_length // temporal.contrast.gap)
+    return data.n_segments * min(most, temporal.contrast.per_segment or (1 if one else most))
 
 
 def check_memory(store: Store, configs: Sequence[TrainConfig], device: torch.device) -> None:

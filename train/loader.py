@@ -199,7 +199,9 @@ class SegmentLoader:
         batch = Batch(x, lengths[ours], starts[ours], documents[ours], int(table[~keep, 1].sum()))
         if part == slice(0, len(table)):
             return batch
-        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())), group=self._group)
+        return batch._replace(
+            whole=Whole(lengths, documents, int(lengths[: ours.start].sum()), starts), group=self._group
+        )
 
     def _calm(
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_segments"]

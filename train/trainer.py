@@ -20,6 +20,8 @@ from tcsae.train.config import TrainConfig
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.position import PositionPenalty
+from tcsae.train.losses.state import BilinearHead, TermState
+from tcsae.train.losses.t_sae import next_threshold, paired, residual_variance
 
 LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
@@ -43,6 +45,8 @@ class StepResult:
     l0: float
     grad_norm: float = 0.0
     temporal_weight: float = 0.0
+    batch: Batch | None = None
+    """What was reconstructed, where that is not the whole batch."""
 
     @property
     def loss(self) -> float:
@@ -90,13 +94,18 @@ class Trainer:
         if self.sae.threshold is not None and self.sae.kind.threshold == "calibrated":
             self.sae.threshold.requires_grad_(False)
         self.parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
-        betas = (config.optimizer.beta1, config.optimizer.beta2)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.sample.device)
         ranges = config.sae.group_ranges()
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
+        self.head: BilinearHead | None = None
+        if config.temporal.active and config.temporal.kind == "direction":
+            self.head = BilinearHead(self.scope[1], config.temporal.contrast.rank, config.init_seed)
+            self.head.to(self.sample.device)
+            self.parameters += self.head.parameters()
+        betas = (config.optimizer.beta1, config.optimizer.beta2)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.optimizer.lr, betas=betas, fused=True)
         self.positions = None
-        if config.temporal.position_penalty > 0:
+        if config.temporal.position_penalty > 0 or config.temporal.contrast.centred:
             self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device)
 
     def step(self, batch: Batch) -> StepResult:
@@ -117,6 +126,7 @@ class Trainer:
             if config.unit_decoder:
                 self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
             if self.sae.threshold is not None:
+                self._average_threshold(result, batch)
                 self.sae.threshold.clamp_(min=0)
         self.count(batch)
         return result
@@ -125,15 +135,21 @@ class Trainer:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
         for parameter in self.parameters:
             parameter.grad = None
-        x = batch.x * self.scale
+        partner, temporal = None, self.config.temporal
+        if temporal.active and temporal.kind == "t-sae":
+            batch, partners = paired(temporal, batch, self.step_seed())
+            partner = self._encode(self._encoder_input(partners * self.scale)[0], batch).tap
+        x, n_whole = batch.x * self.scale, max(1, batch.n_whole)
         inputs, scaling = self._encoder_input(x)
         encoded = self._encode(inputs, batch)
         x_hats = self._reconstructions(encoded.code, scaling)
-        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / batch.n_whole}
-        temporal_weight = self._add_code_losses(losses, encoded, batch)
+        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / n_whole}
+        temporal_weight = self._add_code_losses(losses, encoded, partner, batch)
         x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
         if config.aux_weight and self.sae.kind.mostly_zero:
-            losses["aux"] = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, dead, config.aux_k)
+            losses["aux"] = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, dead, config.aux_k or self._half_width)
+            if config.aux_relative:
+                losses["aux"] = losses["aux"] / residual_variance(x - x_hat, batch)
         sum(losses.values(), start=torch.zeros((), device=x.device)).backward()
         for parameter in self.parameters:
             assert parameter.grad is not None
@@ -143,7 +159,7 @@ class Trainer:
         *values, n_active = self._whole_batch([*losses.values(), encoded.activity.n_active], batch)
         code = encoded.code.detached() if isinstance(encoded.code, SparseCode) else encoded.code.detach()
         return StepResult(
-            dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / batch.n_whole, 0.0, temporal_weight
+            dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / n_whole, 0.0, temporal_weight, batch
         )
 
     def _encoder_input(self, x: Float[Tensor, "n d_model"]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -175,16 +191,20 @@ class Trainer:
         spread, mean = scaling
         return [x_hat * spread + mean for x_hat in x_hats]
 
-    def _add_code_losses(self, losses: dict[str, Tensor], encoded: Encoded, batch: Batch) -> float:
+    def _add_code_losses(
+        self, losses: dict[str, Tensor], encoded: Encoded, partner: Code | None, batch: Batch
+    ) -> float:
         """Temporal term, position penalty, L1 and L0 of a code into `losses`; returns the temporal term's weight."""
         config, weight = self.config, 0.0
         code = part(encoded.tap, *self.scope)
         if config.temporal.active:
-            term = self._temporal(code, batch)
+            term = self._temporal(code, partner if partner is None else part(partner, *self.scope), batch)
             weight = self.temporal_weight(losses["reconstruction"], term, encoded, batch)
             losses["temporal"] = weight * term
         if self.positions is not None:
-            losses["position"] = config.temporal.position_penalty * self.positions(code, batch)
+            penalty = self.positions(code, batch)
+            if config.temporal.position_penalty > 0:
+                losses["position"] = config.temporal.position_penalty * penalty
         if config.sparsity.l1:  # eq. 4, second term
             losses["l1"] = config.sparsity.l1 * encoded.size / batch.n_whole
         if encoded.n_active is not None:  # Rajamanoharan et al. 2024, with a target for L0
@@ -192,13 +212,18 @@ class Trainer:
             losses["l0_loss"] = batch.group.share(config.sparsity.l0 * (l0 / config.sae.k - 1).square())
         return weight
 
-    def _temporal(self, code: Code, batch: Batch) -> Float[Tensor, ""]:
+    def _temporal(self, code: Code, partner: Code | None, batch: Batch) -> Float[Tensor, ""]:
         """The term at weight 1, over the scope's code; in another order of positions if a control asks for it."""
         config, seed = self.config.temporal, self.step_seed()
-        if config.order != "text":
+        state = TermState(head=self.head, partner=partner)
+        if config.contrast.centred and self.positions is not None:
+            state = state._replace(position=batch.positions(), means=self.positions.means())
+        if config.order != "text" and partner is None:  # pairs of t-sae are drawn in that order already
             tokens = shuffled(config.order, batch, seed)
             code, batch = take(code, tokens), batch._replace(x=batch.x[tokens])
-        return temporal_term(config.kind)(config, code, batch, seed)
+            if state.position is not None:
+                state = state._replace(position=state.position[tokens])
+        return temporal_term(config.kind)(config, code, batch, seed, state)
 
     def temporal_weight(self, reconstruction: Tensor, term: Tensor, encoded: Encoded, batch: Batch) -> float:
         """The weight now, risen by the warm-up: the set one, or with a budget such that the term's gradient at the
@@ -225,6 +250,21 @@ class Trainer:
         unit, target, size = (batch.group.norm(one * active) for one in (*grads, code.detach()))
         value = batch.group.sum_(term.detach().clone())
         return 0.0 if unit * size <= NO_GRADIENT * abs(float(value)) else risen * config.budget * target / unit
+
+    def _average_threshold(self, result: StepResult, batch: Batch) -> None:
+        """A batchtopk's threshold as a running mean, where sparsity.threshold says so."""
+        threshold = self.sae.learned_threshold
+        if self._averages and isinstance(result.code, SparseCode):
+            step, steps = self.progress.n_steps, self.config.steps
+            threshold.fill_(next_threshold(threshold[0], result.code.values, batch, step, steps))
+
+    @property
+    def _averages(self) -> bool:
+        return self.sae.kind.threshold == "calibrated" and self.config.sparsity.threshold == "average"
+
+    @property
+    def _half_width(self) -> int:
+        return max(1, self.config.sae.d_model // 2)
 
     def _project_decoder_gradient(self) -> None:
         """Take the gradient along each unit row away: the norm would undo it, yet it would feed Adam's moments."""
@@ -275,7 +315,7 @@ class Trainer:
         """
         sae = SparseAutoencoder(self.config.sae).to(self.sample.device)
         sae.load_state_dict(self.sae.state_dict())
-        if sae.threshold is not None and sae.kind.threshold == "calibrated":
+        if sae.threshold is not None and sae.kind.threshold == "calibrated" and not self._averages:
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
             last = [batchtopk_code(sae.pre_activations(part), self.config.sae.k).values for part in parts]
             lowest = [float(values.min()) for values in last if len(values)]

@@ -1,48 +1,83 @@
-"""InfoNCE between adjacent tokens (van den Oord et al. 2018, arXiv:1807.03748), against other documents' pairs."""
+"""InfoNCE between adjacent tokens (van den Oord et al. 2018, arXiv:1807.03748).
 
-import numpy as np
+Told from other documents' pairs, a code has to say what is common to a document; told from far pairs of the same
+segment ("local"), only what is common to neighbours, as topic and running means are shared by positives and negatives.
+With a symmetric score that measures locality, not direction: text read backwards scores the same.
+"""
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.sae.ops import Code, dense_rows
+from tcsae.shared.base.device import sum_dtype
+from tcsae.shared.sae.ops import Code, decode_code, dense_rows
+from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
+from tcsae.train.losses.pairs import choose_pairs
+from tcsae.train.losses.state import NO_STATE, TermState
 
 
-def contrastive(config: TemporalConfig, code: Code, batch: Batch, seed: int) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of one adjacent pair from every segment, with cosine scores over temperature."""
-    first, second, others = partners(batch, seed)
-    if len(others) < 2:
+def contrastive(
+    config: TemporalConfig, code: Code, batch: Batch, seed: int, state: TermState = NO_STATE
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE of adjacent pairs, with cosine scores over temperature."""
+    first, _, negatives = choose_pairs(config, batch, seed)
+    if len(first) < 2:
         return torch.zeros((), device=batch.x.device, dtype=batch.x.dtype)
-    tokens = torch.cat([first, second]) - batch.offset
-    at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
-    rows = batch.group.rows(dense_rows(code, tokens[at]), at, len(tokens))
-    pairs = len(others)
-    return batch.group.share(info_nce(rows[:pairs], rows[pairs:], others, config.temperature))
+    contrast = config.contrast
+    scores = cosines(code, torch.cat([first, first + 1]), batch, state if contrast.centred else NO_STATE)
+    return batch.group.share(info_nce(scores / contrast.temperature, negatives, contrast.min_negatives))
 
 
-def partners(batch: Batch, seed: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Bool[Tensor, "p p"]]:
-    """(first, second, others): one adjacent pair from each of the whole batch's segments that has one, drawn by `seed`,
-    as tokens of the whole batch, and which pairs are of other documents.
+def cosines(code: Code, tokens: Int[Tensor, " n_chosen"], batch: Batch, state: TermState = NO_STATE) -> Float[Tensor, "p p"]:
+    """Cosine of each of the first half of `tokens` (of the whole batch) with each of the second half.
+
+    Less the running means at their positions, if `state` has them.
     """
-    rng = np.random.default_rng(seed)
-    lengths = batch.all.lengths
-    starts = np.cumsum(lengths) - lengths
-    paired = np.flatnonzero(lengths >= 2)
-    first = starts[paired] + rng.integers(0, np.maximum(lengths[paired] - 1, 1))
-    documents = batch.all.documents[paired]
-    others = torch.from_numpy(documents[:, None] != documents[None, :]).to(batch.x.device)
-    tokens = torch.from_numpy(first).to(batch.x.device)
-    return tokens, tokens + 1, others
+    n = len(tokens) // 2
+    if isinstance(code, SparseCode) and batch.group.alone and state.means is None:
+        return sparse_products(unit(code.take(tokens[:n])[0]), unit(code.take(tokens[n:])[0]))
+    tokens = tokens - batch.offset
+    at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
+    rows = dense_rows(code, tokens[at])
+    if state.means is not None:
+        assert state.position is not None
+        rows = rows - state.means[state.position[tokens[at]]].to(rows)
+    rows = F.normalize(batch.group.rows(rows, at, len(tokens)), dim=1)
+    return rows[:n] @ rows[n:].T
+
+
+def unit(code: SparseCode) -> SparseCode:
+    """Each token's code at norm 1; one without an active latent stays 0."""
+    values = code.values.to(sum_dtype(code.values.device))
+    squares = values.new_zeros(code.n_tokens).index_add(0, code.rows, values.square())
+    norms = squares.clamp_min(1e-24).sqrt()
+    return code.with_values(code.values / norms.to(code.values.dtype).index_select(0, code.rows))
+
+
+def sparse_products(a: SparseCode, b: SparseCode) -> Float[Tensor, "n_a n_b"]:
+    """Inner product of each token of `a` with each of `b`.
+
+    256 tokens by 256 of 32 latents each out of 4096 take 2 million products, as matrices 268 million.
+    """
+    columns = b.values.new_zeros(b.d_sae, b.n_tokens).index_put((b.latents, b.rows), b.values)
+    return decode_code(a, columns, None)
 
 
 def info_nce(
-    a: Float[Tensor, "p d"], b: Float[Tensor, "p d"], others: Bool[Tensor, "p p"], temperature: float
+    scores: Float[Tensor, "p p"], negatives: Bool[Tensor, "p p"] | None, min_negatives: int = 1
 ) -> Float[Tensor, ""]:
-    """Mean over both directions: each row's partner against the partners of other documents' rows."""
-    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature
-    scores = scores.masked_fill(~(others | own), -torch.inf)
-    return -(scores.log_softmax(1).diagonal() + scores.log_softmax(0).diagonal()).mean() / 2
+    """Mean over both directions of -log softmax of each pair's score among its negatives' (None: all others').
+
+    Pairs with fewer than `min_negatives` are left out; 0 if all are.
+    """
+    kept = torch.ones_like(scores[0])
+    positive = scores.diagonal()
+    if negatives is not None:
+        kept = (negatives.sum(1) >= min_negatives).to(scores.dtype)
+        own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~(negatives | own), -torch.inf)
+    losses = (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - positive
+    return kept @ losses / kept.sum().clamp(min=1)
