@@ -35,9 +35,15 @@ spec.loader.exec_module(pretend)
 FAR = torch.device(pretend.NAME)
 
 WIDTH, LENGTH = 8, 6
-SMALL = ("sae.d_sae=64", "sae.k=3", "data.segment_length=6", "steps=100", "log_every=1", "dead.aux_k=8")
+SMALL = ("sae.d_sae=64", "sae.k=3", "data.segment_length=6", "steps=100", "log_every=1", "dead.aux_k=8",
+         "temporal.contrast.gap=2")  # fmt: skip
 VARIANTS = {
     "topk": ("data.seed=0",),
+    "topk, local": ("temporal.kind=local", "temporal.weight=0.1", "temporal.contrast.gap=2"),
+    "topk, direction": ("temporal.kind=direction", "temporal.weight=0.1", "temporal.contrast.gap=2"),
+    "topk, shuffled": ("temporal.kind=contrastive", "temporal.weight=0.1", "temporal.order=segment"),
+    "topk, centred": ("temporal.kind=contrastive", "temporal.weight=0.1", "temporal.contrast.centred=true"),
+    "batchtopk, t-sae": ("temporal.kind=t-sae", "temporal.weight=0.1", "sparsity.threshold=average"),
     "topk, other": ("sae.groups=0.25,0.75", "group_weights=1,1", "temporal.weight=0.1", "temporal.position_penalty=1"),
     "batchtopk": ("temporal.kind=gated", "temporal.weight=0.1", "temporal.pairs=all", "init.b_dec=median"),
     "relu-l1": ("sae.layer_norm=in_out", "init.input_scale=none", "temporal.kind=relative", "temporal.budget=0.1"),
@@ -45,7 +51,9 @@ VARIANTS = {
     "relu-l1, sparse": ("init_seed=3",),
     "written-run4": ("temporal.budget=0.1", "sae.groups=0.5,0.5", "group_weights=1,1"),
 }  # fmt: skip
-CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-")] + [*VARIANTS.items()]
+CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [
+    *VARIANTS.items()
+]
 
 
 def on(device: torch.device, name: str, settings: tuple[str, ...]) -> tuple[Trainer, Batch]:

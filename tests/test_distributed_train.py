@@ -63,6 +63,13 @@ KINDS = {
     "written-run3-budget": ("temporal.budget=0.3",),
     "topk-position": ("temporal.position_penalty=0.3",),
     "written-run3-position": ("temporal.position_penalty=0.3",),
+    "local-contrast-batch": ("temporal.contrast.gap=1",),
+    "temporal-topk-centred": (),
+    "temporal-topk-positions": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
+    "direction": ("temporal.contrast.gap=2", "temporal.contrast.rank=5"),
+    "t-sae": ("data.segment_length=2", "data.n_segments=24", "dead.after_share=0.05", "sparsity.threshold=average"),
+    # One pair a segment: with more, two may share a partner, and a BatchTopK's ties are cut otherwise.
+    "t-sae-past-shuffled": ("temporal.contrast.per_segment=1",),
     "temporal-matryoshka-outliers": ("data.max_norm=1.8", "data.n_segments=4"),
 }
 

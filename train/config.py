@@ -176,7 +176,16 @@ class TemporalConfig:
     @property
     def negatives(self) -> str:
         """What a contrastive kind's pairs are told from."""
-        return self.contrast.negatives or ("sequence" if self.kind in ("local", "local-topic") else "documents")
+        return self.contrast.negatives or (
+            "sequence" if self.kind in ("local", "direction", "local-topic") else "documents"
+        )
+
+    @property
+    def contrasts_documents(self) -> bool:
+        """Whether all that its pairs are told from lies in other documents."""
+        return self.kind in ("contrastive", "local", "topic", "local-topic") and (
+            self.kind == "topic" or self.negatives in ("documents", "position")
+        )
 
     @property
     def n_positions(self) -> int:

@@ -125,17 +125,17 @@ class SegmentLoader:
         """Raises ConfigError for a temporal term that would be 0 on every batch."""
         if not temporal.active:
             return
-        needed = 2 if temporal.kind == "contrastive" else temporal.window
+        needed = temporal.n_positions
         if self.longest < needed:
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} takes {needed} consecutive positions; the longest segment of "
                 f"{self.store.location} has {self.longest} (data.skip_first={self.config.skip_first}). Lower "
-                "data.skip_first or temporal.window, or set temporal.weight=0."
+                "data.skip_first, temporal.window or temporal.contrast.gap, or set temporal.weight=0."
             )
         documents = self.store.train.documents
-        if temporal.kind == "contrastive" and (documents == documents[0]).all():
+        if temporal.contrasts_documents and (documents == documents[0]).all():
             raise ConfigError(
-                f"temporal.kind='contrastive' contrasts documents; {self.store.location} has one alone. Use another "
+                f"temporal.kind={temporal.kind!r} contrasts documents; {self.store.location} has one alone. Use another "
                 "kind, or set temporal.weight=0."
             )
 

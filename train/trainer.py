@@ -147,7 +147,9 @@ class Trainer:
         temporal_weight = self._add_code_losses(losses, encoded, partner, batch)
         x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
         if config.aux_weight and self.sae.kind.mostly_zero:
-            losses["aux"] = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, dead, config.aux_k or self._half_width)
+            losses["aux"] = config.aux_weight * auxk(
+                self.sae, inputs, x, x_hat, batch, dead, config.aux_k or self._half_width
+            )
             if config.aux_relative:
                 losses["aux"] = losses["aux"] / residual_variance(x - x_hat, batch)
         sum(losses.values(), start=torch.zeros((), device=x.device)).backward()

@@ -266,15 +266,11 @@ def take(code: Code, tokens: Int[Tensor, " m"]) -> Code:
 
 
 def dense_rows(code: Code, tokens: Int[Tensor, " m"]) -> Float[Tensor, "m d_sae"]:
-    """The code of a few distinct tokens as a matrix."""
+    """The code of a few tokens as a matrix; one may come twice."""
     if isinstance(code, Tensor):
         return code[tokens]
-    row_of = torch.full_like(code.offsets[1:], -1)
-    row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
-    row = row_of[code.rows]
-    at = (row >= 0).nonzero().squeeze(1)
-    dense = code.values.new_zeros(len(tokens), code.d_sae)
-    return dense.index_put((row[at], code.latents[at]), code.values.index_select(0, at))
+    few = code.take(tokens)[0]
+    return few.values.new_zeros(len(tokens), few.d_sae).index_put((few.rows, few.latents), few.values)
 
 
 def square_norms(code: Code) -> Float[Tensor, " n"]:

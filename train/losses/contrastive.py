@@ -31,7 +31,9 @@ def contrastive(
     return batch.group.share(info_nce(scores / contrast.temperature, negatives, contrast.min_negatives))
 
 
-def cosines(code: Code, tokens: Int[Tensor, " n_chosen"], batch: Batch, state: TermState = NO_STATE) -> Float[Tensor, "p p"]:
+def cosines(
+    code: Code, tokens: Int[Tensor, " n_chosen"], batch: Batch, state: TermState = NO_STATE
+) -> Float[Tensor, "p p"]:
     """Cosine of each of the first half of `tokens` (of the whole batch) with each of the second half.
 
     Less the running means at their positions, if `state` has them.

@@ -107,4 +107,4 @@ def next_threshold(
 def residual_variance(residual: Float[Tensor, "n d_model"], batch: Batch) -> Float[Tensor, ""]:
     """Variance of the whole batch's residuals, summed over dimensions: T-SAE's AuxK is divided by it."""
     mean = batch.group.mean(residual, max(1, batch.n_whole))
-    return batch.group.sum_((residual - mean).square().sum()) / max(1, batch.n_whole)
+    return (batch.group.sum_((residual - mean).square().sum()) / max(1, batch.n_whole)).clamp_min(1e-30)
