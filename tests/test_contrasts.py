@@ -1,4 +1,4 @@
-"""Promise: every contrastive term is what its equation says, pair by pair, and what cannot be trained by it is refused."""
+"""Promise: every contrastive term is what its equation says, pair by pair, and what it cannot train is refused."""
 
 import re
 

@@ -31,7 +31,7 @@ from tcsae.train.config import (
     TrainConfig,
 )
 from tcsae.train.log import metrics_line
-from tcsae.train.losses import TEMPORAL, temporal_term
+from tcsae.train.losses import STATEFUL, TEMPORAL, temporal_term
 from tcsae.train.losses.contrastive import contrastive, info_nce
 from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.losses.position import PositionPenalty
@@ -112,7 +112,7 @@ OF_PAIRS = {"local", "direction", "t-sae"}
 
 
 def test_every_kind_of_temporal_term_is_held_against_an_oracle():
-    assert set(TEMPORAL) == {"difference", "relative", "gated", "contrastive"} | OF_PAIRS
+    assert {*TEMPORAL, *STATEFUL} == {"difference", "relative", "gated", "contrastive"} | OF_PAIRS
     with pytest.raises(ConfigError, match=r"Unknown temporal.kind 'contrastiv'.*'contrastive'"):
         temporal_term("contrastiv")
 

@@ -135,8 +135,8 @@ class SegmentLoader:
         documents = self.store.train.documents
         if temporal.contrasts_documents and (documents == documents[0]).all():
             raise ConfigError(
-                f"temporal.kind={temporal.kind!r} contrasts documents; {self.store.location} has one alone. Use another "
-                "kind, or set temporal.weight=0."
+                f"temporal.kind={temporal.kind!r} contrasts documents; {self.store.location} has one alone. Use "
+                "another kind, or set temporal.weight=0."
             )
 
     def block_bytes(self) -> int:

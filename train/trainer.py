@@ -225,7 +225,7 @@ class Trainer:
             code, batch = take(code, tokens), batch._replace(x=batch.x[tokens])
             if state.position is not None:
                 state = state._replace(position=state.position[tokens])
-        return temporal_term(config.kind)(config, code, batch, seed, state)
+        return temporal_term(config.kind, state)(config, code, batch, seed)
 
     def temporal_weight(self, reconstruction: Tensor, term: Tensor, encoded: Encoded, batch: Batch) -> float:
         """The weight now, risen by the warm-up: the set one, or with a budget such that the term's gradient at the

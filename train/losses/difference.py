@@ -15,7 +15,6 @@ from tcsae.shared.base.windows import n_windows, pair_weights
 from tcsae.shared.sae.ops import Code, pair_differences, square_norms
 from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
-from tcsae.train.losses.state import NO_STATE, TermState
 
 
 class Pairs(NamedTuple):
@@ -43,16 +42,12 @@ def mean_difference(code: Code, pairs: list[Pairs]) -> Float[Tensor, ""]:
     return torch.stack(parts).sum()
 
 
-def difference(
-    config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0, _state: TermState = NO_STATE
-) -> Float[Tensor, ""]:
+def difference(config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0) -> Float[Tensor, ""]:
     """Eq. 3: mean over windows and their pairs of ||f_j - f_i||^2."""
     return mean_difference(code, pairs_of(batch, config.window, _lags(config)))
 
 
-def gated(
-    config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0, _state: TermState = NO_STATE
-) -> Float[Tensor, ""]:
+def gated(config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0) -> Float[Tensor, ""]:
     """Eq. 3 with each pair weighted by relu(cos(x_i, x_j))."""
     pairs = pairs_of(batch, config.window, _lags(config))
     for lag, weights in pairs:
@@ -62,9 +57,7 @@ def gated(
     return mean_difference(code, pairs)
 
 
-def relative(
-    config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0, _state: TermState = NO_STATE
-) -> Float[Tensor, ""]:
+def relative(config: TemporalConfig, code: Code, batch: Batch, _seed: int = 0) -> Float[Tensor, ""]:
     """Eq. 3 over the pairs' squared norms: in 0..1 for non-negative codes, whatever their scale."""
     pairs = pairs_of(batch, config.window, _lags(config))
     squares = square_norms(code)

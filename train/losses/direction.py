@@ -20,7 +20,7 @@ from tcsae.train.losses.state import NO_STATE, TermState
 def direction(
     config: TemporalConfig, code: Code, batch: Batch, seed: int, state: TermState = NO_STATE
 ) -> Float[Tensor, ""]:
-    """InfoNCE of (t, t + 1) against (t, t - 1) and (t, u + 1) with u at the gap or more; score h_t U V^T h_u, unit h."""
+    """InfoNCE of (t, t + 1) against (t, t - 1) and (t, u + 1) with u at the gap; score h_t U V^T h_u, unit h."""
     head = state.head
     assert head is not None, "the bilinear score has weights"
     first, _, far = choose_pairs(config, batch, seed, before=1)

@@ -95,7 +95,7 @@ def _currents(
 def next_threshold(
     threshold: Float[Tensor, ""], values: Float[Tensor, " n"], batch: Batch, step: int, steps: int
 ) -> Float[Tensor, ""]:
-    """The threshold after 0-based `step`: from a start on, a running mean of the smallest activation kept in a batch."""
+    """The threshold after 0-based `step`: from a start on, the running mean of the smallest activation kept."""
     start = min(THRESHOLD_START, steps // 2)
     if step <= start:
         return threshold
