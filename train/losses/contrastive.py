@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.base.device import sum_dtype
-from tcsae.shared.sae.ops import Code, decode_code, dense_rows
+from tcsae.shared.sae.ops import Code, decode_code, dense_rows, square_norms
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
@@ -39,8 +38,12 @@ def cosines(
     Less the running means at their positions, if `state` has them.
     """
     n = len(tokens) // 2
-    if isinstance(code, SparseCode) and batch.group.alone and state.means is None:
-        return sparse_products(unit(code.take(tokens[:n])[0]), unit(code.take(tokens[n:])[0]))
+    if isinstance(code, SparseCode) and batch.group.alone:
+        a, b = code.take(tokens[:n])[0], code.take(tokens[n:])[0]
+        if state.means is None:
+            return sparse_products(unit(a), unit(b))
+        assert state.position is not None
+        return _centred_cosines(a, b, state.means, state.position[tokens[:n]], state.position[tokens[n:]])
     tokens = tokens - batch.offset
     at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
     rows = dense_rows(code, tokens[at])
@@ -51,11 +54,31 @@ def cosines(
     return rows[:n] @ rows[n:].T
 
 
+def _centred_cosines(
+    a: SparseCode,
+    b: SparseCode,
+    means: Float[Tensor, "n_positions d"],
+    at_a: Int[Tensor, " p"],
+    at_b: Int[Tensor, " p"],
+) -> Float[Tensor, "p p"]:
+    """Cosines of a - m and b - m' without a row that is dense: (a - m)(b - m') = ab - am' - mb + mm'."""
+    means = means.to(a.values.dtype)
+    columns, of_means = means.T.contiguous(), means @ means.T
+    a_means, b_means = decode_code(a, columns, None), decode_code(b, columns, None)
+    products = sparse_products(a, b) - a_means[:, at_b] - b_means[:, at_a].T + of_means[at_a[:, None], at_b]
+
+    def norm(code: SparseCode, with_means: Tensor, at: Tensor) -> Float[Tensor, " p"]:
+        own = with_means.gather(1, at[:, None]).squeeze(1)
+        squares = square_norms(code)
+        squares = squares - 2 * own.to(squares) + of_means.diagonal()[at].to(squares)
+        return squares.clamp_min(1e-24).sqrt().to(means.dtype)
+
+    return products / (norm(a, a_means, at_a)[:, None] * norm(b, b_means, at_b))
+
+
 def unit(code: SparseCode) -> SparseCode:
     """Each token's code at norm 1; one without an active latent stays 0."""
-    values = code.values.to(sum_dtype(code.values.device))
-    squares = values.new_zeros(code.n_tokens).index_add(0, code.rows, values.square())
-    norms = squares.clamp_min(1e-24).sqrt()
+    norms = square_norms(code).clamp_min(1e-24).sqrt()
     return code.with_values(code.values / norms.to(code.values.dtype).index_select(0, code.rows))
 
 
