@@ -107,8 +107,8 @@ def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):
     )
 
 
-OF_PAIRS = {"local", "direction", "t-sae"}
-"""Held against theirs in test_contrasts."""
+OF_PAIRS = {"local", "direction", "t-sae", "topic", "local-topic"}
+"""Held against theirs in test_contrasts, test_t_sae and test_topic."""
 
 
 def test_every_kind_of_temporal_term_is_held_against_an_oracle():

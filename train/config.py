@@ -8,6 +8,8 @@ from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
 
+FOLDABLE = ("batchtopk", "jumprelu", "relu")
+"""Activations that a linear part folds into: a latent is on by its own value alone, once trained."""
 MAX_SEED = 2**63 - 1
 """What torch's generators take."""
 MAX_STEPS = 10**12
@@ -31,6 +33,9 @@ class DataConfig:
     """Shorter sequences are left out; sequence_length keeps only those that were cut off, not ended."""
     max_norm: float | None = None
     """Leave out segments that hold a norm above this many times the median; None keeps all."""
+    document_segments: int = 1
+    """Segments of one document that come one after the other, at most, drawn from all over it: for terms that compare
+    far parts of a document."""
     buffer_sequences: int = 2048
     """Segments are shuffled within blocks of this many sequences, from chunks in random order."""
     seed: int = 0
@@ -41,6 +46,7 @@ class DataConfig:
         _at_least("data.segment_length", self.segment_length, 1)
         _at_least("data.skip_first", self.skip_first, 0)
         _at_least("data.min_sequence_length", self.min_sequence_length, 1)
+        _at_least("data.document_segments", self.document_segments, 1)
         _at_least("data.buffer_sequences", self.buffer_sequences, 1)
         if self.n_segments * self.segment_length > MAX_BATCH_TOKENS:
             raise ConfigError(
@@ -103,7 +109,8 @@ class ContrastConfig:
     gap: int = 16
     """Positions between the pairs of one segment, at least."""
     per_segment: int | None = None
-    """Pairs drawn from a segment, at most. None: as the kind says (contrastive and t-sae: 1; the others: all)."""
+    """Pairs drawn from a segment, at most. None: as the kind says (local and direction: all that fit; the
+    others: 1)."""
     min_negatives: int = 1
     """Pairs with fewer negatives are left out."""
     centred: bool = False
@@ -115,7 +122,7 @@ class ContrastConfig:
     distance: int = 64
     """Positions between the two tokens of a topic pair, at least."""
     around: int = 4
-    """Tokens on either side of a topic pair's two that must not occur in both."""
+    """Tokens on either side of each of a topic pair's two, of which none may occur around both."""
 
     def __post_init__(self) -> None:
         _positive("temporal.contrast.temperature", self.temperature)
@@ -184,7 +191,7 @@ class TemporalConfig:
     def contrasts_documents(self) -> bool:
         """Whether all that its pairs are told from lies in other documents."""
         return self.kind in ("contrastive", "local", "topic", "local-topic") and (
-            self.kind == "topic" or self.negatives in ("documents", "position")
+            "topic" in self.kind or self.negatives in ("documents", "position")
         )
 
     @property
@@ -255,6 +262,19 @@ class DeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearConfig:
+    """Directions that are taken as they are, beside the SAE of what they leave; a baseline for temporal terms."""
+
+    kind: Literal["none", "sfa", "pca"] = "none"
+    """sfa: the slowest ones (slow feature analysis). pca: the widest ones."""
+    n: int = 4
+    """How many. Each is two latents of the finished SAE, of which one is on: L0 is so much more than sae.k."""
+
+    def __post_init__(self) -> None:
+        _at_least("linear.n", self.n, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
     """What counts as instability, and what follows; checkpoints."""
 
@@ -303,6 +323,7 @@ class TrainConfig:
     dead: DeadConfig = field(default_factory=DeadConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     init_seed: int = 0
     """Of the initial weights and of whatever a run draws for itself."""
     group_weights: tuple[float, ...] = (1.0,)
@@ -330,10 +351,27 @@ class TrainConfig:
             )
         if self.init.weights == "zero" and self.steps and self.optimizer.unit_decoder:
             raise ConfigError("init.weights='zero' has no decoder row to norm. Set optimizer.unit_decoder=false.")
+        self._check_linear()
         if self.sparsity.l0 and KINDS[self.sae.activation].threshold != "learned":
             raise ConfigError(
                 f"sparsity.l0={self.sparsity.l0} acts through learned thresholds (jumprelu); sae.activation is "
                 f"{self.sae.activation!r}. Set sparsity.l0=0."
+            )
+
+    def _check_linear(self) -> None:
+        if self.linear.kind == "none":
+            return
+        what = f"linear.kind={self.linear.kind!r}"
+        if self.sae.activation not in FOLDABLE:
+            raise ConfigError(
+                f"{what} folds into an SAE whose latents do not compete: sae.activation={self.sae.activation!r} has no "
+                f"such form. There is: {', '.join(FOLDABLE)}."
+            )
+        if self.sae.layer_norm != "none" or len(self.sae.groups) > 1 or self.temporal.kind == "t-sae":
+            raise ConfigError(
+                f"{what} takes sae.layer_norm=none, one group and a temporal.kind other than t-sae; they are "
+                f"{self.sae.layer_norm!r}, sae.groups={self.sae.groups} and {self.temporal.kind!r}. Set "
+                "linear.kind=none."
             )
 
     def _check_segments(self) -> None:

@@ -15,6 +15,7 @@ from tcsae.train.config import (
     DataConfig,
     DeadConfig,
     InitConfig,
+    LinearConfig,
     OptimizerConfig,
     SparsityConfig,
     TemporalConfig,
@@ -73,6 +74,16 @@ def _t_sae(partner: Any, data: DataConfig, per_segment: int) -> Callable[[int], 
             init=InitConfig(b_dec="median", input_scale="none"),
             group_weights=(0.1, 0.4),  # the mean over two prefixes of .2 and .8 times their errors
         )
+
+    return make
+
+
+def _linear(kind: Any, n: int = 4) -> Callable[[int], TrainConfig]:
+    """BatchTopK beside linear directions, as many active scalars as the others."""
+
+    def make(d_model: int) -> TrainConfig:
+        sae = SaeConfig(d_model=d_model, d_sae=D_SAE, activation="batchtopk", k=K - n)
+        return TrainConfig(sae=sae, linear=LinearConfig(kind=kind, n=n))
 
     return make
 
@@ -146,6 +157,14 @@ PRESETS = {
         "TopK that tells the next token from the one before, by a bilinear score",
         _contrast("direction", WHOLE, penalty=1.0),
     ),
+    "topic": Preset(
+        "TopK whose codes of one document's far tokens are contrasted with those of documents of similar words",
+        _contrast("topic", DataConfig(document_segments=4), penalty=1.0),
+    ),
+    "local-topic": Preset(
+        "local contrast and topic, half of each",
+        _contrast("local-topic", DataConfig(n_segments=32, segment_length=64, document_segments=2), penalty=1.0),
+    ),
     "t-sae": Preset(
         "T-SAE (arXiv 2511.05541) as its code trains it, partners one token before",
         _t_sae("previous", DataConfig(n_segments=2048, segment_length=2), 1),
@@ -153,6 +172,13 @@ PRESETS = {
     "t-sae-past": Preset(
         "T-SAE with partners from anywhere before, eight pairs a sequence",
         _t_sae("past", DataConfig(n_segments=256, segment_length=128), 8),
+    ),
+    "slow-linear": Preset(
+        "baseline: the 4 slowest linear directions (SFA) and BatchTopK on the rest, 32 active in all",
+        _linear("sfa"),
+    ),
+    "wide-linear": Preset(
+        "baseline: the 4 widest linear directions (PCA) and BatchTopK on the rest, 32 active in all", _linear("pca")
     ),
     "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
     "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),

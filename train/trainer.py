@@ -17,6 +17,7 @@ from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, take
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
+from tcsae.train.linear import LinearPart
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.position import PositionPenalty
@@ -81,9 +82,14 @@ class Trainer:
     initial: SparseAutoencoder | None = None
     """Weights to start from, in the units of the data."""
     progress: Progress = field(default_factory=Progress)
+    linear: LinearPart | None = None
+    """What `config.linear` asks for (tcsae.train.linear.fit_linear)."""
 
     def __post_init__(self) -> None:
         config = self.config
+        if self.linear is not None:
+            self.linear = self.linear.to(self.sample)
+            self.sample = self.linear.rest(self.sample)
         unit = config.init.input_scale == "unit"
         self.scale = math.sqrt(1 / float(self.sample.square().mean())) if unit else 1.0
         if self.initial is None:
@@ -139,6 +145,9 @@ class Trainer:
         if temporal.active and temporal.kind == "t-sae":
             batch, partners = paired(temporal, batch, self.step_seed())
             partner = self._encode(self._encoder_input(partners * self.scale)[0], batch).tap
+        whole_x = batch.x
+        if self.linear is not None:
+            batch = batch._replace(x=self.linear.rest(batch.x))
         x, n_whole = batch.x * self.scale, max(1, batch.n_whole)
         inputs, scaling = self._encoder_input(x)
         encoded = self._encode(inputs, batch)
@@ -160,6 +169,9 @@ class Trainer:
         self.tokens_since_fired.add_(batch.n_whole).masked_fill_(fired, 0)
         *values, n_active = self._whole_batch([*losses.values(), encoded.activity.n_active], batch)
         code = encoded.code.detached() if isinstance(encoded.code, SparseCode) else encoded.code.detach()
+        if self.linear is not None:
+            x_hat, x = x_hat + (whole_x * self.scale - x), whole_x * self.scale
+            n_active += self.linear.W.shape[1] * n_whole
         return StepResult(
             dict(zip(losses, values, strict=True)), x, x_hat, code, n_active / n_whole, 0.0, temporal_weight, batch
         )
@@ -324,7 +336,8 @@ class Trainer:
             # The last entry kept has to stay above the threshold: fires on strict >.
             sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
-        return sae.cpu().eval()
+        sae = sae.cpu().eval()
+        return sae if self.linear is None else LinearPart(*(one.cpu() for one in self.linear)).folded(sae)
 
 
 def prefix_error(

@@ -19,6 +19,7 @@ from tcsae.train.losses.difference import difference, gated, relative
 from tcsae.train.losses.direction import direction
 from tcsae.train.losses.state import NO_STATE, TermState
 from tcsae.train.losses.t_sae import t_sae
+from tcsae.train.losses.topic import local_topic, topic
 
 Term = Callable[[TemporalConfig, Code, Batch, int], Float[Tensor, ""]]
 StatefulTerm = Callable[[TemporalConfig, Code, Batch, int, TermState], Float[Tensor, ""]]
@@ -32,6 +33,8 @@ STATEFUL: dict[str, StatefulTerm] = {
     "contrastive": contrastive,
     "local": contrastive,  # from far pairs of the same segment
     "direction": direction,
+    "topic": topic,
+    "local-topic": local_topic,
     "t-sae": t_sae,
 }
 

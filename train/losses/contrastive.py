@@ -101,7 +101,8 @@ def info_nce(
     kept = torch.ones_like(scores[0])
     positive = scores.diagonal()
     if negatives is not None:
-        kept = (negatives.sum(1) >= min_negatives).to(scores.dtype)
+        fewest = torch.minimum(negatives.sum(1), negatives.sum(0))
+        kept = (fewest >= min_negatives).to(scores.dtype)
         own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(~(negatives | own), -torch.inf)
     losses = (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - positive
