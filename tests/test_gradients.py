@@ -243,7 +243,7 @@ def same_as_textbook(trainer: Trainer, batch: Batch) -> StepResult:
     torch.testing.assert_close(dense, theirs.code)
     torch.testing.assert_close(result.x_hat - result.x, theirs.error)
     assert (trainer.tokens_since_fired == 0).tolist() == (theirs.code > 0).any(0).tolist()
-    assert_figures(metrics_line(trainer, batch, result), theirs, batch)
+    assert_figures(metrics_line(trainer, result), theirs, batch)
     return result
 
 

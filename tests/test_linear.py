@@ -106,7 +106,14 @@ def test_it_is_trained_saved_and_read_as_saelens_reads_it(planted, tmp_path):
     ("settings", "line"),
     [
         (("sae.activation=topk",), "sae.activation='topk' has no such form. There is: batchtopk, jumprelu, relu"),
-        (("sae.groups=0.5,0.5", "group_weights=1,1"), "takes sae.layer_norm=none, one group and a temporal.kind other"),
+        (
+            ("sae.groups=0.5,0.5", "group_weights=1,1"),
+            "takes sae.layer_norm=none, one group and sae.window=1; they are",
+        ),
+        (
+            ("temporal.kind=t-sae", "temporal.weight=1"),
+            "temporal.kind='t-sae' picks single tokens: it takes sae.window=1",
+        ),
         (("linear.n=0",), "linear.n=0: must be at least 1"),
         (("linear.kind=sfe",), "Unknown value 'sfe'. Did you mean 'sfa'?"),
     ],

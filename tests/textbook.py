@@ -138,7 +138,7 @@ def contrastive(config, f, batch, seed):
     losses = []
     for rows, columns in ((f[first], f[second]), (f[second], f[first])):
         for i in range(len(rows)):
-            chosen = [i, *others[i].nonzero().flatten().tolist()]
+            chosen = [i, *others[i].nonzero()[0].tolist()]
             scores = F.cosine_similarity(rows[i][None], columns[chosen], dim=1, eps=1e-12) / config.contrast.temperature
             losses.append(torch.logsumexp(scores, 0) - scores[0])
     return torch.stack(losses).mean() if len(first) > 1 else f.sum() * 0

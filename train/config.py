@@ -151,8 +151,9 @@ class TemporalConfig:
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
     order: Literal["text", "segment", "batch"] = "text"
-    """Order of the positions that the term sees. As controls: shuffled within each segment (its pairs are of one
-    document, but not adjacent), or over the batch (of any documents)."""
+    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls:
+    shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
+    documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
@@ -343,7 +344,13 @@ class TrainConfig:
             raise ConfigError(
                 f"group_weights={self.group_weights}: one weight, at least 0, for each of sae.groups={self.sae.groups}."
             )
+        if self.data.segment_length < self.sae.window:
+            raise ConfigError(
+                f"data.segment_length={self.data.segment_length} holds no window of sae.window={self.sae.window}. "
+                "Raise the first or lower the second."
+            )
         self._check_segments()
+        self._check_predictor()
         if self.sae.layer_norm != "none" and self.init.input_scale != "none":
             raise ConfigError(
                 f"sae.layer_norm={self.sae.layer_norm!r} undoes init.input_scale={self.init.input_scale!r}. "
@@ -367,15 +374,20 @@ class TrainConfig:
                 f"{what} folds into an SAE whose latents do not compete: sae.activation={self.sae.activation!r} has no "
                 f"such form. There is: {', '.join(FOLDABLE)}."
             )
-        if self.sae.layer_norm != "none" or len(self.sae.groups) > 1 or self.temporal.kind == "t-sae":
+        if self.sae.layer_norm != "none" or len(self.sae.groups) > 1 or self.sae.window > 1:
             raise ConfigError(
-                f"{what} takes sae.layer_norm=none, one group and a temporal.kind other than t-sae; they are "
-                f"{self.sae.layer_norm!r}, sae.groups={self.sae.groups} and {self.temporal.kind!r}. Set "
-                "linear.kind=none."
+                f"{what} takes sae.layer_norm=none, one group and sae.window=1; they are {self.sae.layer_norm!r}, "
+                f"sae.groups={self.sae.groups} and {self.sae.window}. Set linear.kind=none."
             )
 
     def _check_segments(self) -> None:
         temporal, length = self.temporal, self.data.segment_length
+        alone = temporal.active and temporal.kind in ("t-sae", "topic", "local-topic")
+        if alone and (self.sae.window > 1 or self.sae.predictor != "none" or self.linear.kind != "none"):
+            raise ConfigError(
+                f"temporal.kind={temporal.kind!r} picks single tokens: it takes sae.window=1, sae.predictor=none and "
+                f"linear.kind=none, and they are {self.sae.window}, {self.sae.predictor!r} and {self.linear.kind!r}."
+            )
         if not temporal.active or length >= temporal.n_positions:
             return
         if temporal.kind not in CONTRASTIVE:
@@ -389,6 +401,22 @@ class TrainConfig:
             f"data.segment_length={length}: {what} takes segments of {temporal.n_positions} positions, and finds no "
             "pair to compare in shorter ones. Raise data.segment_length (whole sequences are best)."
         )
+
+    def _check_predictor(self) -> None:
+        """Raises ConfigError for what a tied dictionary of free norms, whose rows are its encoder, cannot have."""
+        if self.sae.predictor == "none":
+            return
+        needed = {
+            "optimizer.unit_decoder": (self.optimizer.unit_decoder, False),
+            "dead.aux_weight": (self.dead.aux_weight, 0),
+            "init.weights": (self.init.weights, "transpose"),
+        }
+        for name, (value, allowed) in needed.items():
+            if value != allowed:
+                raise ConfigError(
+                    f"{name}={value} with sae.predictor={self.sae.predictor!r}: set {name}={str(allowed).lower()}, as "
+                    "the decoder's rows, of any norm, are the encoder as well."
+                )
 
 
 def _at_least(name: str, value: float, least: float) -> None:

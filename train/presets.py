@@ -32,6 +32,7 @@ class Preset:
 
 
 D_SAE, K = 4096, 32
+TFA_D_SAE = 1024
 PAPER_INIT = InitConfig(weights="xavier", b_dec="zero", input_scale="none")
 PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
 WHOLE = DataConfig(n_segments=16, segment_length=128)
@@ -40,7 +41,7 @@ WHOLE = DataConfig(n_segments=16, segment_length=128)
 
 def _ours(activation: Any, sae: dict[str, Any] | None = None, **settings: Any) -> Callable[[int], TrainConfig]:
     def make(d_model: int) -> TrainConfig:
-        shape = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=activation, k=K, **(sae or {}))
+        shape = SaeConfig(**{"d_model": d_model, "d_sae": D_SAE, "activation": activation, "k": K} | (sae or {}))
         return TrainConfig(sae=shape, **settings)
 
     return make
@@ -73,6 +74,26 @@ def _t_sae(partner: Any, data: DataConfig, per_segment: int) -> Callable[[int], 
             dead=DeadConfig(aux_k=0, aux_relative=True, after_share=1.0),
             init=InitConfig(b_dec="median", input_scale="none"),
             group_weights=(0.1, 0.4),  # the mean over two prefixes of .2 and .8 times their errors
+        )
+
+    return make
+
+
+def _crosscoder(window: int) -> Callable[[int], TrainConfig]:
+    """The window's code has `window` times the latents that a token's has: the same budget a token."""
+    return _ours("topk", {"window": window, "k": window * K})
+
+
+def _tfa(predictor: Any) -> Callable[[int], TrainConfig]:
+    """The published rates (warm-up aside), on whole sequences, one attention layer of 4 heads."""
+
+    def make(d_model: int) -> TrainConfig:
+        # Attention has 4 d_sae^2 weights: 1024 latents, four times the width of the embedded model and more.
+        return TrainConfig(
+            sae=SaeConfig(d_model=d_model, d_sae=TFA_D_SAE, k=K, predictor=predictor),
+            data=DataConfig(n_segments=16, segment_length=128),
+            optimizer=OptimizerConfig(lr=1e-3, beta2=0.95, unit_decoder=False),
+            dead=DeadConfig(aux_weight=0.0),
         )
 
     return make
@@ -180,6 +201,12 @@ PRESETS = {
     "wide-linear": Preset(
         "baseline: the 4 widest linear directions (PCA) and BatchTopK on the rest, 32 active in all", _linear("pca")
     ),
+    "crosscoder-3": Preset("temporal crosscoder: a TopK code for 3 positions, 32 active a position", _crosscoder(3)),
+    "crosscoder-5": Preset("the same for 5 positions", _crosscoder(5)),
+    "tfa": Preset(
+        "temporal feature analysis: attention over past codes and a TopK code of the rest", _tfa("attention")
+    ),
+    "tfa-past": Preset("the same, predicted from the past alone", _tfa("past")),
     "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
     "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),
     "logged-run3": Preset("its run 3 as logged: the same network as run 2, no step", _logged()),
@@ -193,7 +220,7 @@ PRESETS = {
 
 
 def _shuffled(name: str) -> Preset:
-    """The control of a temporal preset: its term sees each segment's tokens in random order."""
+    """The control of a temporal preset: it sees each segment's tokens in random order."""
 
     def make(d_model: int) -> TrainConfig:
         config = PRESETS[name].make(d_model)
@@ -206,8 +233,12 @@ def _shuffled(name: str) -> Preset:
     return Preset(f"control: {name} on shuffled positions", make)
 
 
-TEMPORAL_PRESETS = [name for name in PRESETS if PRESETS[name].make(8).temporal.kind != "difference"]
-"""Those with a twin, NAME-shuffled, whose pairs are of one document but not adjacent."""
+def _is_temporal(config: TrainConfig) -> bool:
+    return config.temporal.kind != "difference" or config.sae.window > 1 or config.sae.predictor != "none"
+
+
+TEMPORAL_PRESETS = [name for name in PRESETS if _is_temporal(PRESETS[name].make(8))]
+"""Those with a twin, NAME-shuffled, whose neighbours are of one document but not adjacent."""
 PRESETS |= {f"{name}-shuffled": _shuffled(name) for name in TEMPORAL_PRESETS}
 DEFAULT = "temporal-topk"
 """By docs/results: what the temporal term costs is within the budget of 0.01, in explained variance and in CE score."""

@@ -5,11 +5,14 @@ segment ("local"), only what is common to neighbours, as topic and running means
 With a symmetric score that measures locality, not direction: text read backwards scores the same.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tcsae.shared.base.device import static_shapes, to_device
 from tcsae.shared.sae.ops import Code, decode_code, dense_rows, square_norms
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch
@@ -26,32 +29,41 @@ def contrastive(
     if len(first) < 2:
         return torch.zeros((), device=batch.x.device, dtype=batch.x.dtype)
     contrast = config.contrast
-    scores = cosines(code, torch.cat([first, first + 1]), batch, state if contrast.centred else NO_STATE)
+    scores = cosines(code, first, first + 1, batch, state if contrast.centred else NO_STATE)
+    negatives = to_device(negatives, batch.x.device)
     return batch.group.share(info_nce(scores / contrast.temperature, negatives, contrast.min_negatives))
 
 
 def cosines(
-    code: Code, tokens: Int[Tensor, " n_chosen"], batch: Batch, state: TermState = NO_STATE
+    code: Code, first: Int[ndarray, " p"], second: Int[ndarray, " p"], batch: Batch, state: TermState = NO_STATE
 ) -> Float[Tensor, "p p"]:
-    """Cosine of each of the first half of `tokens` (of the whole batch) with each of the second half.
+    """Cosine of each token of `first` (of the whole batch) with each of `second`.
 
     Less the running means at their positions, if `state` has them.
     """
-    n = len(tokens) // 2
-    if isinstance(code, SparseCode) and batch.group.alone:
-        a, b = code.take(tokens[:n])[0], code.take(tokens[n:])[0]
+    device = batch.x.device
+    if isinstance(code, SparseCode) and batch.group.alone and not static_shapes(code.values):
+        at_a, at_b = torch.from_numpy(first), torch.from_numpy(second)
+        a, b = code.take(at_a)[0], code.take(at_b)[0]
         if state.means is None:
             return sparse_products(unit(a), unit(b))
         assert state.position is not None
-        return _centred_cosines(a, b, state.means, state.position[tokens[:n]], state.position[tokens[n:]])
-    tokens = tokens - batch.offset
-    at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
-    rows = dense_rows(code, tokens[at])
+        return _centred_cosines(a, b, state.means, state.position[at_a], state.position[at_b])
+    tokens, place = np.unique(np.concatenate([first, second]), return_inverse=True)
+    rows = whole_rows(code, tokens, batch)
     if state.means is not None:
         assert state.position is not None
-        rows = rows - state.means[state.position[tokens[at]]].to(rows)
-    rows = F.normalize(batch.group.rows(rows, at, len(tokens)), dim=1)
-    return rows[:n] @ rows[n:].T
+        position = whole_rows(state.position[:, None].to(rows), tokens, batch)[:, 0].long()
+        rows = rows - state.means[position].to(rows)
+    rows = F.normalize(rows, dim=1)[to_device(place.reshape(2, -1), device)]
+    return rows[0] @ rows[1].T
+
+
+def whole_rows(code: Code, tokens: Int[ndarray, " m"], batch: Batch) -> Float[Tensor, "m d"]:
+    """The code of distinct tokens of the whole batch, which several processes may have a part of each."""
+    device, ours = batch.x.device, tokens - batch.offset
+    at = np.flatnonzero((ours >= 0) & (ours < len(batch.x)))  # on the host, so that a GPU is not waited for
+    return batch.group.rows(dense_rows(code, to_device(ours[at], device)), to_device(at, device), len(tokens))
 
 
 def _centred_cosines(
@@ -96,7 +108,7 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """Mean over both directions of -log softmax of each pair's score among its negatives' (None: all others').
 
-    Pairs with fewer than `min_negatives` are left out; 0 if all are.
+    Pairs with fewer than `min_negatives` in either direction are left out; 0 if all are.
     """
     kept = torch.ones_like(scores[0])
     positive = scores.diagonal()

@@ -3,12 +3,14 @@
 A cosine cannot tell the two apart; a bilinear score, learned beside the SAE, can.
 """
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.sae.ops import Code, decode_code, take
+from tcsae.shared.base.device import static_shapes, to_device
+from tcsae.shared.sae.ops import Code, decode_code, dense_rows
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch
 from tcsae.train.config import TemporalConfig
@@ -23,17 +25,21 @@ def direction(
     """InfoNCE of (t, t + 1) against (t, t - 1) and (t, u + 1) with u at the gap; score h_t U V^T h_u, unit h."""
     head = state.head
     assert head is not None, "the bilinear score has weights"
-    first, _, far = choose_pairs(config, batch, seed, before=1)
+    first, _, negatives = choose_pairs(config, batch, seed, before=1)
     if not len(first):
         return 0 * (head.U.sum() + head.V.sum())
-    n = len(first)
-    tokens = torch.cat([first, first + 1, first - 1]) - batch.offset
-    at = ((tokens >= 0) & (tokens < len(batch.x))).nonzero().squeeze(1)
-    rows = take(code, tokens[at])
-    rows = unit(rows) if isinstance(rows, SparseCode) else F.normalize(rows, dim=1)
+    n, device = len(first), batch.x.device
+    far = to_device(negatives, device)
+    tokens, place = np.unique(np.concatenate([first, first + 1, first - 1]), return_inverse=True)
+    t, after, before = to_device(place.reshape(3, n), device)
+    ours = tokens - batch.offset
+    at = np.flatnonzero((ours >= 0) & (ours < len(batch.x)))
+    rows = _unit_rows(code, to_device(ours[at], device))
     U, V = (weights.to(batch.x.dtype) for weights in (head.U, head.V))
-    from_t = batch.group.rows(decode_code(rows, U, None), at, 3 * n)[:n]
-    of_next, of_last = batch.group.rows(decode_code(rows, V, None), at, 3 * n)[n:].split(n)
+    from_all, of_all = (
+        batch.group.rows(decode_code(rows, one, None), to_device(at, device), len(tokens)) for one in (U, V)
+    )
+    from_t, of_next, of_last = from_all[t], of_all[after], of_all[before]
     scores = from_t @ of_next.T / config.contrast.temperature
     backward = (from_t * of_last).sum(1) / config.contrast.temperature
     kept = (far.sum(1) + 1 >= config.contrast.min_negatives).to(scores.dtype)
@@ -41,3 +47,10 @@ def direction(
     own = torch.eye(n, dtype=torch.bool, device=scores.device)
     scores = torch.cat([scores.masked_fill(~(far | own), -torch.inf), backward[:, None]], 1)
     return batch.group.share(kept @ (scores.logsumexp(1) - positive) / kept.sum().clamp(min=1))
+
+
+def _unit_rows(code: Code, tokens: Int[Tensor, " m"]) -> Code:
+    """The code of distinct tokens, each at norm 1."""
+    if isinstance(code, SparseCode) and not static_shapes(code.values):
+        return unit(code.take(tokens)[0])
+    return F.normalize(dense_rows(code, tokens), dim=1)

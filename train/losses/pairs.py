@@ -6,10 +6,8 @@ All processes of a run draw the same pairs of the whole batch, from its lengths 
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
-from torch import Tensor
 
 from tcsae.shared.base.windows import positions
 from tcsae.train.batch import Batch
@@ -17,11 +15,11 @@ from tcsae.train.config import TemporalConfig
 
 
 class Pairs(NamedTuple):
-    """Tokens t of the whole batch, whose partners are the next ones."""
+    """Tokens t of the whole batch, whose partners are the next ones; on the host, as all that is drawn."""
 
-    first: Int[Tensor, " p"]
+    first: Int[ndarray, " p"]
     segment: Int[ndarray, " p"]
-    negatives: Bool[Tensor, "p p"]
+    negatives: Bool[ndarray, "p p"]
     """[i, j]: whether pair j is what pair i is told from; symmetric, never with itself."""
 
 
@@ -43,7 +41,7 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
     else:
         segment, offset = _grid(room, contrast.gap, limit, aligned, rng)
     first = (np.cumsum(whole.lengths) - whole.lengths)[segment] + before + offset
-    documents, place = whole.documents[segment], whole.starts[segment] + before + offset
+    documents, place = whole.documents[segment], whole.starts[segment] + batch.stride * (before + offset)
     other, same = documents[:, None] != documents, segment[:, None] == segment
     np.fill_diagonal(same, False)
     match config.negatives:
@@ -55,8 +53,7 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
             negatives = other & (place[:, None] == place)
         case _:
             negatives = other
-    device = batch.x.device
-    return Pairs(torch.from_numpy(first).to(device), segment, torch.from_numpy(negatives).to(device))
+    return Pairs(first, segment, negatives)
 
 
 def _grid(

@@ -16,11 +16,11 @@ class BilinearHead(nn.Module):
     It starts near the cosine: U = V, entries of variance 1 / rank.
     """
 
-    def __init__(self, d: int, rank: int, seed: int) -> None:
+    def __init__(self, d: int, rank: int, seed: int, device: torch.device | None = None) -> None:
         super().__init__()
         # Drawn on the CPU: a seed gives the same weights on every device.
         start = torch.randn(d, rank, generator=torch.Generator().manual_seed(seed)) / math.sqrt(rank)
-        self.U, self.V = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        self.U, self.V = (nn.Parameter(start.clone().to(device or start.device)) for _ in range(2))
 
 
 class TermState(NamedTuple):

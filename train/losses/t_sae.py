@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.device import static_shapes, to_device
 from tcsae.shared.base.windows import positions
-from tcsae.shared.sae.ops import Code, dense_rows
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch, Whole, shuffled
 from tcsae.train.config import TemporalConfig
@@ -43,10 +44,13 @@ def t_sae(
     assert partner is not None, "its pairs are encoded by the trainer"
     if batch.n_whole < 2:
         return torch.zeros((), device=batch.x.device, dtype=batch.x.dtype)
-    if isinstance(code, SparseCode) and isinstance(partner, SparseCode) and batch.group.alone:
-        return info_nce(sparse_products(code, partner), None)
-    mine = torch.arange(len(batch.x), device=batch.x.device)
-    a, b = (batch.group.rows(dense_rows(one, mine), mine + batch.offset, batch.n_whole) for one in (code, partner))
+    if isinstance(code, SparseCode) and isinstance(partner, SparseCode):
+        if batch.group.alone and not static_shapes(code.values):
+            return info_nce(sparse_products(code, partner), None)
+        code, partner = code.dense(), partner.dense()
+    assert isinstance(code, Tensor) and isinstance(partner, Tensor)
+    mine = torch.arange(len(batch.x), device=batch.x.device) + batch.offset
+    a, b = (batch.group.rows(one, mine, batch.n_whole) for one in (code, partner))
     return batch.group.share(info_nce(a @ b.T, None))
 
 
@@ -69,7 +73,7 @@ def paired(config: TemporalConfig, batch: Batch, seed: int) -> Paired:
     partner = current - 1 if contrast.partner == "previous" else rng.integers(0, np.maximum(current, 1))
     first = (np.cumsum(whole.lengths) - whole.lengths)[segment]
     ours = (first >= batch.offset) & (first < batch.offset + len(batch.x))
-    index = torch.from_numpy(np.stack([first + current, first + partner])[:, ours] - batch.offset).to(batch.x.device)
+    index = to_device(np.stack([first + current, first + partner])[:, ours] - batch.offset, batch.x.device)
     if config.order != "text":
         index = shuffled(config.order, batch, seed)[index]
     start, documents = whole.starts[segment] + current, whole.documents[segment]

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.device import to_device
 from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.ops import Code
 from tcsae.train.batch import Batch
@@ -43,9 +44,8 @@ def topic(
     anchor, partner, negatives = topic_pairs(contrast, batch, seed)
     if len(anchor) < 2:
         return torch.zeros((), device=device, dtype=batch.x.dtype)
-    tokens = torch.from_numpy(np.concatenate([anchor, partner])).to(device)
-    scores = cosines(code, tokens, batch, state if contrast.centred else NO_STATE) / contrast.temperature
-    return batch.group.share(info_nce(scores, torch.from_numpy(negatives).to(device), contrast.min_negatives))
+    scores = cosines(code, anchor, partner, batch, state if contrast.centred else NO_STATE) / contrast.temperature
+    return batch.group.share(info_nce(scores, to_device(negatives, device), contrast.min_negatives))
 
 
 def local_topic(
