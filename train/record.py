@@ -24,6 +24,8 @@ from tcsae.train.trainer import Trainer
 
 RETIRED = {"optimizer.gradients": "written"}
 """Settings of older versions that are gone, and the value at which nothing changed."""
+MOVED = {"temporal.temperature": "temporal.contrast.temperature"}
+"""Settings of older versions by the names that they have now."""
 LOCK = "train.lock"
 
 
@@ -83,13 +85,20 @@ def clear_run(path: Path) -> None:
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, and a retired
-    setting at its only value that is left is as good as absent.
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, a retired
+    setting at its only value that is left is as good as absent, and one that was moved stands where it does now.
     """
     settings = {
         key: {k: v for k, v in value.items() if RETIRED.get(f"{key}.{k}") != v} if isinstance(value, dict) else value
         for key, value in settings.items()
     }
+    for old, new in MOVED.items():
+        (*_, parent, key), (*parents, name) = old.split("."), new.split(".")
+        if isinstance(settings.get(parent), dict) and key in settings[parent]:
+            inner = settings
+            for one in parents:
+                inner = inner.setdefault(one, {})
+            inner.setdefault(name, settings[parent].pop(key))
     try:
         return to_dict(from_dict(TrainConfig, settings))
     except ConfigError:  # a setting that is gone, or none at all: it differs

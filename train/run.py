@@ -23,6 +23,7 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
+from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
@@ -159,7 +160,7 @@ class Member:
                 self.step(batch, number)
             return
         if logs:
-            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
+            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
         if saves:
             self.checkpoint()
             if self.bring_back is not None:
@@ -226,7 +227,8 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        text = any(run.config.temporal.reads_text for run in runs)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
         for run in runs:
             self.loader.check_windows(run.config)
         samples = {
@@ -240,7 +242,8 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
+        linear = fit_linear(self.store, run.config)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
