@@ -27,6 +27,7 @@ from tcsae.shared.sae.folder import (
 )
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
@@ -52,10 +53,31 @@ class EvalOptions:
     split: str = "eval"
     smooth: str | None = None
     """How the SAE's codes are smoothed before they are decoded, as in "ema=0.3"; None: not at all."""
+    exclude_tokens: tuple[str, ...] = ()
+    """Tokens that are not counted: as in training."""
+    positions: tuple[str, ...] = ()
+    """Roles whose tokens are counted; empty: everybody's."""
+    max_norm: float | None = None
+    """Largest norm that is counted, in medians: as in training."""
+
+    @property
+    def rules(self) -> CountingRules:
+        """Which positions are counted."""
+        return CountingRules(
+            skip_first=self.skip_first,
+            exclude_tokens=self.exclude_tokens,
+            positions=self.positions,
+            max_norm=self.max_norm,
+            hook=self.hook,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluations hold them: nothing is said of smoothing where there is none."""
-        return {name: value for name, value in to_dict(self).items() if (name, value) != ("smooth", None)}
+        """As evaluations hold them: nothing is said of smoothing or of rules where there are none."""
+        return {
+            name: value
+            for name, value in to_dict(self).items()
+            if value or name not in ("smooth", "exclude_tokens", "positions", "max_norm")
+        }
 
     def file(self, name: str) -> str:
         return smoothed_file(name, self.smooth)
@@ -73,6 +95,8 @@ class EvalRequest:
     splice: Literal["counted", "all"] = "counted"
     temporal: bool = True
     baselines: bool = False
+    positions: Collection[str] = ()
+    """Roles whose tokens are counted; none: as each run was trained."""
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -160,13 +184,17 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
             f"its SAE reads d_model {width}, but {hook} in {store.location} has d_model {d_store}. "
             "Evaluate it on a store of its own model, or name the runs that fit with --run."
         )
-    skip_first = record["train"]["data"]["skip_first"] if request.skip_first is None else request.skip_first
+    data = record["train"]["data"]
+    skip_first = data["skip_first"] if request.skip_first is None else request.skip_first
     options = EvalOptions(
         hook=hook,
         skip_first=skip_first,
         splice=request.splice,
         temporal=request.temporal,
         baselines=request.baselines,
+        exclude_tokens=tuple(data.get("exclude_tokens", ())),
+        positions=tuple(request.positions or data.get("positions", ())),
+        max_norm=data.get("max_norm"),
     )
     return Candidate(path, record, options, tuple(differences))
 
@@ -176,11 +204,16 @@ RECORD_VALUES: dict[str, type | UnionType] = {
     "hook": str,
     "sae.d_model": int,
     "train.data.skip_first": int,
+    "train.data.exclude_tokens": list | None,
+    "train.data.positions": list | None,
+    "train.data.max_norm": float | int | None,
     "steps": int | None,
     "tokens": int | None,
     "store.content": str | None,
 }
 """What an evaluation reads of tcsae.json, and what it may be."""
+LATER = ("train.data.exclude_tokens", "train.data.positions", "train.data.max_norm")
+"""Of these, what records of older versions and of others lack."""
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -188,6 +221,9 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
     for name, kind in RECORD_VALUES.items():
         value: Any = record
         for key in name.split("."):
+            if isinstance(value, dict) and key not in value and name in LATER:
+                value = None
+                break
             if not isinstance(value, dict) or key not in value:
                 raise RunError(
                     f"{path / RECORD} lacks {key!r}: it is damaged, or no run of ours. Train it again, or remove it."

@@ -109,7 +109,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
         "left_out": {
-            "skip_first_per_epoch": loader.n_skipped,
+            **{f"{name}_per_epoch": n for name, n in loader.left_out().items()},
             "short_per_epoch": loader.n_short,
             "max_norm": progress.n_left_out,
         },

@@ -139,7 +139,7 @@ class Member:
             return
         if not batch.n_whole:
             trainer.count(batch)
-            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no token of it."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
@@ -278,8 +278,11 @@ class _Pass:
         """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
-        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
-        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
+        out = loader.left_out() | ({"min_sequence_length": loader.n_short} if loader.n_short else {})
+        reasons = ", ".join(f"{n:,} by data.{name}" for name, n in out.items())
+        tokens = f"{loader.n_tokens:,} tokens an epoch (left out: {reasons})"
+        if loader.config.max_norm is not None:
+            tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 

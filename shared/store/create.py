@@ -159,14 +159,14 @@ class StoreCreation:
         if not n:
             return
         parts = self._pending[split]
-        rows = Rows(*(np.concatenate(one) for one in zip(*(vars(rows).values() for rows, _ in parts), strict=True)))
+        rows = Rows.joined([rows for rows, _ in parts])
         values = {hook: np.concatenate([one[hook] for _, one in parts]) for hook in self._widths}
-        now, rest = (Rows(*(one[part] for one in vars(rows).values())) for part in (slice(n), slice(n, None)))
+        now, rest = rows.part(slice(n)), rows.part(slice(n, None))
         self._pending[split] = (
             [(rest, {hook: one[n:].copy() for hook, one in values.items()})] if len(rest.lengths) else []
         )
         self._n_pending[split] -= n
-        nothing = Rows(*(one[:0] for one in vars(rows).values()))
+        nothing = rows.part(slice(0))
         self._writer.commit({one: now if one == split else nothing for one in SPLITS}, {})
         counts = self._counts[split]
         start = counts["sequences"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 import zarr
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from numpy import ndarray
 
 from tcsae.shared.base.errors import ConfigError, DeniedError, StoreError, unknown
@@ -66,6 +66,7 @@ class Split:
     lengths    int32 [n_sequences]; valid tokens, left-aligned
     documents  int64 [n_sequences]; number of the document in the corpus
     starts     int32 [n_sequences]; first token of the sequence within its document
+    roles      uint8 [n_sequences, sequence_length]; whose token it is, by number in the recipe's roles, 0: nobody's
     """
 
     def __init__(self, store: "Store", name: str) -> None:
@@ -90,6 +91,16 @@ class Split:
     @cached_property
     def starts(self) -> Int[ndarray, " n_sequences"]:
         return self.store.values(f"{self.name}/starts")
+
+    @cached_property
+    def roles(self) -> UInt8[ndarray, "n_sequences sequence_length"]:
+        """Raises StoreError for a store that has none."""
+        if not self.store.manifest.recipe.roles:
+            raise StoreError(
+                f"{self.store.location} does not say whose tokens are whose. Harvest conversations with "
+                "--chat-template and --roles."
+            )
+        return self.store.values(f"{self.name}/roles")
 
     def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
         """Activations of sequences start..stop-1, float32 whatever they are stored as; zero beyond a length.
