@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.measures.positions import Layout
@@ -160,7 +161,7 @@ def test_a_run_is_scored_on_what_it_was_trained_on(store, tmp_path):
 def test_a_store_with_roles_is_of_version_3_and_others_stay_of_version_2(store, tmp_path):
     assert store.manifest.version == 3
     assert store.train.roles.dtype == np.uint8
-    assert not list(find_faults(store.location, lambda n: None))
+    assert not list(find_faults(store.location, [].append))
     plain = store_at(tmp_path / "b.zarr", roles=False)
     assert plain.manifest.version == 2
     assert "chat" not in plain.manifest.to_json()["recipe"]
@@ -183,4 +184,6 @@ def test_a_store_with_roles_is_of_version_3_and_others_stay_of_version_2(store, 
 )
 def test_what_cannot_be_left_out_is_said(store, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
-        train_runs(store, tmp_path, plan_runs(store, Request(["topk"], (*settings, "steps=1", "sae.d_sae=8", "sae.k=2"))))
+        train_runs(
+            store, tmp_path, plan_runs(store, Request(["topk"], (*settings, "steps=1", "sae.d_sae=8", "sae.k=2")))
+        )

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "shared/commands": {"shared/commands", *SHARED},
     "data": {"data", *SHARED},
     "harvest": {"harvest", "data", *SHARED},
+    "harvest/imports": {"harvest", "harvest/imports", "data", *SHARED},
     "train": {"train", *SHARED},
     "evaluate/measures": {"evaluate", "evaluate/measures", *SHARED},
     "evaluate": {"evaluate", "evaluate/measures", *SHARED},

@@ -18,6 +18,7 @@ from tcsae.shared.base.files import disk_line
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
+    "import": "tcsae.harvest.imports.command:import_",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
     "report": "tcsae.evaluate.report.command:report",

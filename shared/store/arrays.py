@@ -147,7 +147,8 @@ def open_or_create(
     if parent := path.rpartition("/")[0]:
         group.require_group(parent)
     if path in group:
-        array = group[path]
+        with zarr.config.set({"array.write_empty_chunks": True}):  # no array remembers that it was created so
+            array = group[path]
         assert isinstance(array, zarr.Array)
         return array
     return group.create_array(
