@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "evaluate/measures": {"evaluate", "evaluate/measures", *SHARED},
     "evaluate": {"evaluate", "evaluate/measures", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
+    "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},
     # On top of the stages, as a user is.
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }

@@ -27,7 +27,7 @@ STAGES = {
     "inspect": "tcsae.shared.commands.store_commands:inspect",
     "verify": "tcsae.shared.commands.store_commands:verify",
     "copy": "tcsae.shared.commands.store_commands:copy",
-    "export": "tcsae.shared.commands.store_commands:export",
+    "export": "tcsae.evaluate.exports.command:export",
     "paper": "tcsae.paper.command:paper",
 }
 
