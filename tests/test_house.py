@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "shared/store": SHARED,
     "shared/lm": SHARED,
     "shared/commands": {"shared/commands", *SHARED},
+    "shared/hub": {"shared/hub", *SHARED},
     "data": {"data", *SHARED},
     "harvest": {"harvest", "data", *SHARED},
     "harvest/imports": {"harvest", "harvest/imports", "data", *SHARED},

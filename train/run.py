@@ -15,6 +15,7 @@ from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.base.trackers import open_tracker
 from tcsae.shared.sae.folder import METRICS, load_record, load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
@@ -23,7 +24,7 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
 from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
@@ -124,7 +125,8 @@ class Member:
         self.log: RunLog | NoLog = NoLog()
         if writes:
             with disk_errors(path):
-                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+                passed_on = open_tracker(tracker, path, to_dict(config), trainer.progress.n_steps)
+                self.log = RunLog(path / METRICS, n_bytes, passed_on)
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property

@@ -28,6 +28,8 @@ STAGES = {
     "verify": "tcsae.shared.commands.store_commands:verify",
     "copy": "tcsae.shared.commands.store_commands:copy",
     "export": "tcsae.evaluate.exports.command:export",
+    "push": "tcsae.shared.hub.command:push",
+    "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
 }
 
