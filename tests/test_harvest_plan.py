@@ -25,6 +25,7 @@ def small_steps(monkeypatch):
     toy.small_steps(monkeypatch, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
     config = dataclasses.replace(tiny_config, codec=codec)
@@ -49,6 +50,7 @@ def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
     assert plan.left == sum(plan.tokens.values())
 
 
+@pytest.mark.slow
 def test_an_error_of_compact_costs_bits(tiny_config, tmp_path):
     plans = [
         plan_harvest(str(tmp_path / str(error)), dataclasses.replace(tiny_config, codec="compact", codec_error=error))
@@ -58,6 +60,7 @@ def test_an_error_of_compact_costs_bits(tiny_config, tmp_path):
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
 
 
+@pytest.mark.slow
 def test_what_is_on_disk_is_not_planned_again(tiny_config, tmp_path):
     location = tmp_path / "store.zarr"
     whole = plan_harvest(str(location), tiny_config)
@@ -85,6 +88,7 @@ def test_break_even(model, write, read, passes):
         assert (passes - 1) * model <= model + write + (passes - 1) * read + 1e-9
 
 
+@pytest.mark.slow
 def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     location = tmp_path / "store.zarr"
     monkeypatch.setattr("tcsae.harvest.cost.disk_usage", lambda _: SimpleNamespace(free=5000))
@@ -94,6 +98,7 @@ def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     assert harvest(str(location), tiny_config, force=True).manifest.state == "sealed"
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_the_same_command_goes_on(tiny_lm, tiny_corpus, tmp_path):
     options = [
         "--store",

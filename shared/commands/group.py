@@ -31,6 +31,7 @@ STAGES = {
     "push": "tcsae.shared.hub.command:push",
     "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
+    "methods": "tcsae.paper.command:methods",
 }
 
 
