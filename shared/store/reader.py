@@ -41,6 +41,7 @@ from tcsae.shared.store.integrity import (
     DamagedError,
     Digests,
     check_count,
+    check_layers,
     checked_folder,
     checksum_rows,
 )
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 
     from tcsae.shared.store.codecs import Decoder
 
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-"""Names that a model's config has for how many layers there are."""
 LARGE_BYTES = 256 << 20
 """A chunk that claims more is held to its file's size before memory is taken for it."""
 
@@ -295,7 +294,7 @@ class Store(StoreData):
         if "none" in tail:
             raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
         folder = self._folder(f"tail/{self.hook(hook)}")
-        _check_layers(folder)
+        check_layers(folder)
         return folder
 
     @property
@@ -319,25 +318,6 @@ class Store(StoreData):
             part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
             parts[part] = parts.get(part, 0) + n_bytes
         return parts
-
-
-def _check_layers(tail: Path) -> None:
-    """Raises StoreError if a tail's config claims more layers than there are tensors: they would all be allocated."""
-    from safetensors import SafetensorError, safe_open
-
-    config, weights = tail / "config.json", tail / "model.safetensors"
-    if not config.is_file() or not weights.is_file():
-        return  # which is what loading it says
-    try:
-        values = json.loads(config.read_bytes())
-        with safe_open(weights, "np") as tensors:
-            n_tensors = len(tensors.keys())
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise StoreError(f"{tail} cannot be loaded as a tail ({error}). Harvest the store again.") from error
-    parts = [values, *values.values()] if isinstance(values, dict) else []
-    claims = [part.get(name) for part in parts if isinstance(part, dict) for name in LAYER_COUNTS]
-    if most := max((n for n in claims if isinstance(n, int) and n > n_tensors), default=0):
-        raise StoreError(f"{config} claims {most:,} layers; its weights are {n_tensors:,} tensors. Harvest again.")
 
 
 def open_store(location: str | Path) -> Store:
