@@ -43,6 +43,12 @@ from tcsae.shared.base.cli import Place, StageCommand
     metavar="N",
     help="First positions of each sequence that are not counted. Default: each run's own in training.",
 )
+@click.option(
+    "--positions",
+    multiple=True,
+    metavar="ROLE",
+    help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,

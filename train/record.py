@@ -13,6 +13,7 @@ from tcsae import __version__
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, from_dict, to_dict
+from tcsae.shared.base.trackers import TRACKED
 from tcsae.shared.sae.folder import METRICS, RECORD, load_record, save_sae
 from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.reader import Store
@@ -80,7 +81,7 @@ def writable_folder(path: Path) -> Iterator[None]:
 def clear_run(path: Path) -> None:
     """Remove what an earlier training left, the record first: without it there is no finished SAE."""
     with disk_errors(path):
-        for file in (path / RECORD, *checkpoints(path), path / METRICS):
+        for file in (path / RECORD, *checkpoints(path), path / METRICS, path / TRACKED):
             file.unlink(missing_ok=True)
 
 
@@ -118,7 +119,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
         "left_out": {
-            "skip_first_per_epoch": loader.n_skipped,
+            **{f"{name}_per_epoch": n for name, n in loader.left_out().items()},
             "short_per_epoch": loader.n_short,
             "max_norm": progress.n_left_out,
         },

@@ -20,6 +20,7 @@ from tcsae.shared.base.errors import TcsaeError
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, Store
 
 # What single latents do over time: the measures of `temporal_figures`, latent by latent instead of pooled.
@@ -239,8 +240,8 @@ class Excerpt(NamedTuple):
 
     split: Split
     hook: str
-    skip_first: int
-    """First positions of each sequence that are left out."""
+    skip_first: CountingRules | int
+    """Positions that count; a number: those from it on."""
     max_tokens: int | None = None
     """About how many tokens; None: all of the split."""
 

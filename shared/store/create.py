@@ -1,6 +1,7 @@
 """Creation of a store from given activations: of other models, of images or sound, from any hook."""
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class StoreCreation:
         self._seen: dict[str, list[ndarray]] = {split: [] for split in SPLITS}
         self._last: dict[str, tuple[int, int]] = {}
         """Per split: the last sequence's document, and where the document goes on."""
+        self._files: list[str] = []
+        self._sealed = False
 
     def __enter__(self) -> "StoreCreation":
         return self
@@ -45,6 +48,8 @@ class StoreCreation:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self.discard()
+            return
+        if self._sealed:
             return
         try:
             self.seal()
@@ -101,8 +106,17 @@ class StoreCreation:
         for split in SPLITS:
             self._flush(split, whole_chunks=False)
         self._writer.finish_sequences(self._counts)
-        self._writer.seal({hook: {"none": NO_TAIL} for hook in self._widths}, [], {})
+        self._writer.seal({hook: {"none": NO_TAIL} for hook in self._widths}, self._files, {})
+        self._sealed = True
         return open_store(self.location)
+
+    def keep_tokenizer(self, save: Callable[[str], object]) -> None:
+        """Store a tokenizer, so that tokens can be read as text; `save` writes its files into a folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder)
+            for code in Path(folder).rglob("*.py"):  # no store holds code that a reader might run
+                code.unlink()
+            self._files += self._writer.add_folder("tokenizer", Path(folder))
 
     def discard(self) -> None:
         """Delete what was written: an unfinished creation cannot be gone on with."""
@@ -159,14 +173,14 @@ class StoreCreation:
         if not n:
             return
         parts = self._pending[split]
-        rows = Rows(*(np.concatenate(one) for one in zip(*(vars(rows).values() for rows, _ in parts), strict=True)))
+        rows = Rows.joined([rows for rows, _ in parts])
         values = {hook: np.concatenate([one[hook] for _, one in parts]) for hook in self._widths}
-        now, rest = (Rows(*(one[part] for one in vars(rows).values())) for part in (slice(n), slice(n, None)))
+        now, rest = rows.part(slice(n)), rows.part(slice(n, None))
         self._pending[split] = (
             [(rest, {hook: one[n:].copy() for hook, one in values.items()})] if len(rest.lengths) else []
         )
         self._n_pending[split] -= n
-        nothing = Rows(*(one[:0] for one in vars(rows).values()))
+        nothing = rows.part(slice(0))
         self._writer.commit({one: now if one == split else nothing for one in SPLITS}, {})
         counts = self._counts[split]
         start = counts["sequences"]
@@ -187,11 +201,13 @@ def create_store(
     codec: str = "float16",
     codec_error: float | None = None,
     source: str = "own activations",
+    model: str | None = None,
 ) -> StoreCreation:
     """Begin a store of your own activations, for `tcsae train` and `tcsae eval` (without cross-entropies).
 
     hooks: name -> d_model of what is stored side by side, e.g. {"layer4": 768}. sequence_length: positions of a
-    sequence, at most (1 for single vectors). codec, codec_error: as in `tcsae harvest --help`. source: said of it.
+    sequence, at most (1 for single vectors). codec, codec_error: as in `tcsae harvest --help`. source: said of it;
+    model: the language model's name (default: the source's).
 
         with tcsae.create_store("a.zarr", hooks={"layer4": 768}, sequence_length=64) as store:
             store.append("train", {"layer4": x})  # [n, 64, 768]
@@ -206,7 +222,9 @@ def create_store(
     if not hooks or min(hooks.values()) < 1 or sequence_length < 1 or any(not name or "/" in name for name in hooks):
         raise ConfigError("create_store: give at least one hook (a name without /), widths and lengths from 1 on.")
     recipe = Recipe(
-        model=ModelRecipe(name=source, revision="as given", device="unknown", attention="unknown", batch_size=0),
+        model=ModelRecipe(
+            name=model or source, revision="as given", device="unknown", attention="unknown", batch_size=0
+        ),
         corpus=CorpusRecipe(name=source, revision="as given"),
         sequences=SequenceRecipe(length=sequence_length, min_length=1, eval_every=0),
         hooks=tuple(HookRecipe(requested=name, canonical=name, d_model=width) for name, width in hooks.items()),
