@@ -25,7 +25,7 @@ from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -251,8 +251,11 @@ class _Pass:
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
         for member in self.members if self.ranks.rank == 0 else ():
+            state = member.trainer.progress
+            if can_follow := not state.ended and goes_on(member.run, state.n_tokens):
+                member.checkpoint()
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if can_follow else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:
