@@ -155,16 +155,21 @@ def compare(place: Place, name: str | None, others: tuple[str, ...], details: bo
     pairs = [(other, differences(runs_path, one, other)) for other in rest]
     said = [headline.sentences(one, other, paired) for other, paired in pairs]
     if as_json:
-        rows = [dict(zip(("run", *headline.COLUMNS[1:]), row, strict=True)) for row in headline.rows([*rest, one])]
+        columns = ("run", *headline.COLUMNS[1:])
+        figures = [dict(zip(columns, row, strict=True)) for row in headline.rows([*rest, one])]
         compared = [
             {"run": one["name"], "with": other["name"], "differences": paired, "sentences": lines}
             for (other, paired), lines in zip(pairs, said, strict=True)
         ]
-        click.echo(json.dumps({"rows": rows, "comparisons": compared}, indent=2))
+        click.echo(json.dumps({"rows": figures, "comparisons": compared}, indent=2))
         return
     for other, paired in pairs:
         difference_table(one, other, paired, details)
-    table(f"On {one['n_tokens']:,} eval tokens", headline.COLUMNS, headline.rows([*rest, one]))
+    table(
+        f"On {one['n_tokens']:,} eval tokens",
+        headline.COLUMNS,
+        [headline.shown(row) for row in headline.rows([*rest, one])],
+    )
     echo(headline.LEGEND)
     for lines in said:
         echo("\n" + "\n".join(lines))

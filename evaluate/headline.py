@@ -10,15 +10,27 @@ LEGEND = (
     "whose document the code names."
 )
 MEDIAN, POOLED, PROBE = "rho_1_within_median", "rho_1_within", "probe_document"
-VARIANTS = (
-    "explained_variance_all_positions",
-    "explained_variance_legacy",
-    "explained_variance_saebench",
-    "mse_saebench",
-    "l0_nonzero",
-    "l1_signed",
+MAIN = (
+    "explained_variance",
+    "ce_loss_with_sae",
+    "kl_div_with_sae",
+    "l0",
+    "dead_fraction",
+    "jaccard_corrected",
+    POOLED,
+    MEDIAN,
+    "rho_8_within",
+    "slowness_to_x",
+    "dwell",
+    "boundary_auc",
+    "position_share",
+    "token_share",
+    "document_share",
+    PROBE,
+    "probe_token",
+    "probe_position",
 )
-"""Other definitions of figures that stand beside them."""
+"""Figures of a comparison that are printed without --details: one of each kind."""
 
 
 def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[object]]:
@@ -26,21 +38,30 @@ def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[object]]:
     first = evaluations[0]
     x = (first.get("temporal") or {}).get("x", {}).get("measures", {})
     known = first["metrics"]["ce_loss_without_sae"] is not None
-    own = ["x itself", 1.0, 0.0 if known else None, None, None, None, _value(x, POOLED), _value(x, PROBE)]
-    return [own, *map(_row, evaluations)]
+    x_row: list[object] = [
+        "x itself",
+        1.0,
+        0.0 if known else None,
+        None,
+        None,
+        None,
+        _value(x, POOLED),
+        _value(x, PROBE),
+    ]
+    return [x_row, *map(_row, evaluations)]
 
 
 def _row(evaluation: Mapping[str, Any]) -> list[object]:
     figures, measures = evaluation["metrics"], _measures(evaluation)
+    alive = None if figures["dead_fraction"] is None else 100 * (1 - figures["dead_fraction"])
     temporal = (_value(measures, name) for name in (MEDIAN, POOLED, PROBE))
-    return [
-        evaluation["name"],
-        figures["explained_variance"],
-        delta_ce(figures),
-        figures["l0"],
-        None if figures["dead_fraction"] is None else 100 * (1 - figures["dead_fraction"]),
-        *temporal,
-    ]
+    return [evaluation["name"], figures["explained_variance"], delta_ce(figures), figures["l0"], alive, *temporal]
+
+
+def shown(row: Sequence[object]) -> list[object]:
+    """A row as it is printed: four decimals of explained variance, three of the rest, one of counts and percentages."""
+    digits = (0, 4, 3, 1, 1, 3, 3, 3)
+    return [f"{value:.{n}f}" if isinstance(value, float) else value for value, n in zip(row, digits, strict=True)]
 
 
 def delta_ce(figures: Mapping[str, float | None]) -> float | None:
@@ -52,8 +73,8 @@ def delta_ce(figures: Mapping[str, float | None]) -> float | None:
 def sentences(
     one: Mapping[str, Any], other: Mapping[str, Any], differences: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """What `one` costs and gains against `other`, by their evaluations and paired differences. A word such as "more"
-    stands only where the 95% interval of the difference leaves out zero.
+    """What `one` costs and gains against `other`, by their evaluations and paired differences, a sentence each. A word
+    such as "more" stands only where the 95% interval of the difference leaves out zero.
     """
     said = [_cost(one, other, differences)]
     if _measures(one) and _measures(other):
@@ -64,13 +85,11 @@ def sentences(
 def _cost(one: Mapping[str, Any], other: Mapping[str, Any], differences: Mapping[str, Mapping[str, Any]]) -> str:
     ours, theirs = one["metrics"], other["metrics"]
     word = _word(differences.get("explained_variance"), "better than", "worse than", "as well as")
-    said = (
-        f"{one['name']} reconstructs {word} {other['name']}: it explains {_percent(ours['explained_variance'])} of the "
-        f"variance ({other['name']}: {_percent(theirs['explained_variance'])})"
-    )
+    ev = f"{_figure(ours['explained_variance'], 4)} against {_figure(theirs['explained_variance'], 4)}"
+    said = f"{one['name']} reconstructs {word} {other['name']}: explained variance {ev}"
     if (cost := delta_ce(ours)) is not None and (their_cost := delta_ce(theirs)) is not None:
-        said += f" and costs the language model {cost:.3f} nats a token ({their_cost:.3f})"
-    return f"{said}, with {ours['l0']:.3g} latents active per token ({theirs['l0']:.3g})."
+        said += f", cross-entropy raised by {cost:.3f} against {their_cost:.3f} nats a token"
+    return f"{said}, L0 {ours['l0']:.3g} against {theirs['l0']:.3g}."
 
 
 def _gain(one: Mapping[str, Any], other: Mapping[str, Any], differences: Mapping[str, Mapping[str, Any]]) -> str:
@@ -79,19 +98,13 @@ def _gain(one: Mapping[str, Any], other: Mapping[str, Any], differences: Mapping
     def pair(name: str) -> str:
         return f"{_figure(_value(ours, name))} against {_figure(_value(theirs, name))}"
 
-    median = _word(differences.get(MEDIAN), "is more", "is less", "is no more")
+    code, latent = (_word(differences.get(name), "more", "less", "no more") for name in (POOLED, MEDIAN))
     said = (
-        f"Between neighbouring tokens of a document its median latent {median} persistent (correlation "
-        f"{pair(MEDIAN)}), its code weighted by variance {_word(differences.get(POOLED), 'more', 'less', 'no more')} "
-        f"({pair(POOLED)}; the activations {_figure(_value(x, POOLED))})"
+        f"Between adjacent tokens of a document its code is {code} persistent (variance-weighted correlation "
+        f"{pair(POOLED)}, the activations {_figure(_value(x, POOLED))}), its median latent {latent} ({pair(MEDIAN)})"
     )
     if None not in (shares := (_widest(one), _widest(other))):
-        said += f", of which the widest 1% of latents hold {_percent(shares[0])} ({_percent(shares[1])})"
-    if _value(ours, PROBE) is not None and _value(theirs, PROBE) is not None:
-        named = f"{_percent(_value(ours, PROBE))} against {_percent(_value(theirs, PROBE))}"
-        said += f"; a probe on the code names the document of {named} of held-out tokens"
-        if (of_x := _value(x, PROBE)) is not None:
-            said += f" ({_percent(of_x)} from the activations)"
+        said += "; the widest 1% of latents hold {:.0%} of the code's variance, against {:.0%}".format(*shares)
     return f"{said}."
 
 
@@ -115,9 +128,5 @@ def _widest(evaluation: Mapping[str, Any]) -> float | None:
     return evaluation.get("measures", {}).get("concentration", {}).get("figures", {}).get("widest_share")
 
 
-def _percent(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{100 * value:.1f}%"
-
-
-def _figure(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
-from tcsae.evaluate.headline import VARIANTS
+from tcsae.evaluate.headline import MAIN
 from tcsae.evaluate.intervals import interval, jackknife, point
 from tcsae.shared.base.console import legible, sparkline, table
 from tcsae.shared.base.errors import RunError
@@ -61,12 +61,12 @@ def _temporal_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[st
 def difference_table(
     one: dict[str, Any], other: dict[str, Any], paired: dict[str, dict[str, Any]], details: bool = False
 ) -> None:
-    """Print `differences`, a star where the interval leaves out zero. Without `details` figures that are equal, or a
-    variant of another, are left out.
+    """Print `differences`, a star where the interval leaves out zero. Without `details` only `headline.MAIN`, and of
+    these no figures that are equal.
     """
     rows = []
     for name, figure in paired.items():
-        if not details and (name in VARIANTS or figure["difference"] in (0, None)):
+        if not details and (name not in MAIN or figure["difference"] in (0, None)):
             continue
         interval = figure["interval"]
         star = "*" if interval and not interval[0] <= 0 <= interval[1] else ""
@@ -76,7 +76,7 @@ def difference_table(
     left_out = len(paired) - len(rows)
     click.echo(
         "* The interval leaves out zero."
-        + (f" {left_out} more figures, equal or variants of these: --details." if left_out else "")
+        + (f" {left_out} more figures, equal ones and variants: --details." if left_out else "")
     )
 
 

@@ -21,7 +21,7 @@ from tcsae.train.checkpoint import checkpoints, read_about
 from tcsae.train.config import MAX_STEPS, TrainConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.plan import Run
-from tcsae.train.trainer import Trainer
+from tcsae.train.trainer import Progress, Trainer
 
 RETIRED = {"optimizer.gradients": "written"}
 """Settings of older versions that are gone, and the value at which nothing changed."""
@@ -106,11 +106,12 @@ def steps_dependence(config: TrainConfig, before: int, after: int, n_tokens: int
     return lost
 
 
-def goes_on(run: Run, n_tokens: int) -> bool:
-    """Whether a finished run keeps its last checkpoint, as more steps can follow."""
+def goes_on(run: Run, progress: Progress) -> bool:
+    """Whether more steps can follow the last one, so that its checkpoint stays."""
     config = run.config
-    kept = config.steps > 0 and config.guard.checkpoint_steps > 0
-    return kept and not steps_dependence(config, config.steps, MAX_STEPS, n_tokens)
+    if not config.steps or not config.guard.checkpoint_steps or progress.ended:
+        return False
+    return not steps_dependence(config, config.steps, MAX_STEPS, progress.n_tokens)
 
 
 @contextmanager

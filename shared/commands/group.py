@@ -21,7 +21,7 @@ from tcsae.shared.base.console import OUTPUT, legible
 from tcsae.shared.base.errors import DiskError, Stopped, TcsaeError, unknown
 from tcsae.shared.base.files import disk_line
 from tcsae.shared.commands.completion import with_values
-from tcsae.shared.commands.help_groups import GROUPS
+from tcsae.shared.commands.help_groups import GROUPS, LINES
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
@@ -60,6 +60,7 @@ class StageGroup(click.Group):
         command = with_values(getattr(importlib.import_module(module), name))
         if isinstance(command, StageCommand):
             command.groups = GROUPS.get(cmd_name, {})
+            command.short_help = LINES.get(cmd_name, command.short_help)
         return command
 
     def resolve_command(

@@ -1,4 +1,4 @@
-"""Titles of the options on each command's help page. Options that no title names come last."""
+"""The commands' lines in `tcsae --help`, and the titles of their options. Options that no title names come last."""
 
 from collections.abc import Mapping, Sequence
 
@@ -41,3 +41,20 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "Folders": ["--work", "--out"],
     },
 }
+
+LINES = {
+    "harvest": "Run a language model over text, store its activations",
+    "train": "Train sparse autoencoders from the store",
+    "eval": "Score them on the eval split, without the language model",
+    "compare": "Compare a run with others on the same documents",
+    "report": "Write pages with results and every feature",
+    "feature": "Show one feature in the terminal",
+    "presets": "List the presets of train",
+    "inspect": "Show what the store and the runs hold",
+    "verify": "Check every byte of the store",
+    "copy": "Copy the store to another place or codec",
+    "export": "Write an SAE in another library's format",
+    "paper": "Reproduce the paper and test its claim",
+    "completion": "Print the completion script of a shell",
+}
+"""At most 57 characters: a line of 80 columns holds them whole."""

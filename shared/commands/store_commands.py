@@ -1,13 +1,12 @@
-"""The commands that act on a store: verify, copy, inspect."""
+"""The commands that act on what is on disk: verify, copy and inspect a store, export a trained SAE."""
 
+import json
 from pathlib import Path
 
 import click
 
 from tcsae.shared.base.cli import Place, StageCommand
 from tcsae.shared.base.errors import StoreError
-
-# The command that acts on a trained SAE: export.
 
 
 @click.command(cls=StageCommand)
@@ -22,7 +21,7 @@ from tcsae.shared.base.errors import StoreError
 @click.option("--out", metavar="PATH", help="Folder to write. Default: export-LIBRARY in the run's folder.")
 @click.pass_obj
 def export(place: Place, form: str, name: str, out: str | None) -> None:
-    """Write a trained SAE in another library's format, with the same codes and reconstructions there.
+    """Write a trained SAE in another library's format; it computes the same codes and reconstructions there.
 
     \b
       tcsae export --to dictionary_learning --run topk
@@ -47,28 +46,38 @@ def export(place: Place, form: str, name: str, out: str | None) -> None:
 
 
 @click.command(cls=StageCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of lines.")
 @click.pass_obj
-def verify(place: Place) -> None:
-    """Check the store against what was written: every byte of it, and what the bytes say.
+def verify(place: Place, as_json: bool) -> None:
+    """Check every byte of a store against its digest, and what the bytes say.
 
-    Each object's bytes against its digest, and that no object lacks or is too many; shapes, lengths, ids, finite
-    values, no document in both splits, the tails, the manifest. Every object at fault is named, and the
-    exit code is then 1. Nothing is changed.
+    \b
+      tcsae verify
+      tcsae --store s3://bucket/activations.zarr verify --json
+
+    Checked: the digest of each object, missing and surplus objects, shapes, lengths, ids, finite values, no document in
+    both splits, the tails, the manifest. Every object at fault is named, and the exit code is then 1. Nothing is
+    changed.
     """
     from tcsae.shared.base.console import progress, size
     from tcsae.shared.store.reader import open_store
     from tcsae.shared.store.verify import find_faults, stored_bytes
 
-    n_bytes = stored_bytes(place.store)
-    n_faults = 0
+    n_bytes, faults = stored_bytes(place.store), []
     with progress(f"verify {place.store}", n_bytes, unit="bytes") as advance:
         for fault in find_faults(place.store, advance):
-            click.echo(fault)
-            n_faults += 1
-    if n_faults:
-        raise StoreError(
-            f"{place.store} is damaged: {n_faults} fault{'s' * (n_faults > 1)}, named above. Harvest it again."
+            faults.append(fault)
+            if not as_json:
+                click.echo(fault)
+    if as_json:
+        click.echo(
+            json.dumps({"store": place.store, "whole": not faults, "bytes": n_bytes, "faults": faults}, indent=2)
         )
+    if faults:
+        n = len(faults)
+        raise StoreError(f"{place.store} is damaged: {n} fault{'s' * (n > 1)}, named above. Harvest it again.")
+    if as_json:
+        return
     store = open_store(place.store)
     n_tokens = store.train.n_tokens + store.eval.n_tokens
     click.echo(
@@ -87,7 +96,7 @@ def verify(place: Place) -> None:
 )
 @click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
 def copy(source: str, target: str, codec: str | None, codec_error: float | None) -> None:
-    """Copy a store to another place, or into another codec.
+    """Copy a store to another place or into another codec, checked and resumable.
 
     \b
       tcsae copy --from data/activations.zarr --to s3://bucket/activations.zarr
@@ -120,17 +129,32 @@ def copy(source: str, target: str, codec: str | None, codec_error: float | None)
     default=3,
     show_default=True,
     metavar="N",
-    help="Sequences shown as text.",
+    help="Number of sequences shown as text.",
 )
 @click.option(
-    "--split", type=click.Choice(("train", "eval")), default="eval", show_default=True, help="Where they are from."
+    "--split",
+    type=click.Choice(("train", "eval")),
+    default="eval",
+    show_default=True,
+    help="Split that the sequences are from.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 @click.pass_obj
-def inspect(place: Place, n_sequences: int, split: str) -> None:
-    """Show what the store and the runs hold: the manifest, sizes on disk, a few sequences as text, figures of the runs.
+def inspect(place: Place, n_sequences: int, split: str, as_json: bool) -> None:
+    """Show what the store and the runs hold: recipe, sizes on disk, a few sequences as text, figures of the runs.
+
+    \b
+      tcsae inspect
+      tcsae inspect --split train --sequences 10
+      tcsae inspect --json
 
     An unfinished store says how far its harvest is. Nothing is changed, and no language model is loaded.
     """
+    if as_json:
+        from tcsae.shared.commands.store_json import summary
+
+        click.echo(json.dumps(summary(place.store, Path(place.runs)), indent=2))
+        return
     from tcsae.shared.store.inspect import show
 
     show(place.store, Path(place.runs), n_sequences, split)
