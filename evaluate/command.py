@@ -82,7 +82,7 @@ def evaluate(
 
     from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.measures.smoothing import split_name
-    from tcsae.evaluate.printed_tables import difference_table, differences, show
+    from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import say
     from tcsae.shared.base.distributed import ranks
@@ -100,12 +100,7 @@ def evaluate(
     by_name = {one["name"]: one for one in evaluations}
     full_names = ["+".join(filter(None, one)) for one in parts]
     if pair and not refused and all(name in by_name for name in full_names):  # without a rendezvous each has its own
-        one, theirs = (by_name[name] for name in full_names)
-        pairs = differences(runs_path, one, theirs)
-        if as_json:
-            click.echo(json.dumps({"run": one["name"], "with": theirs["name"], "differences": pairs}, indent=2))
-        else:
-            difference_table(one, theirs, pairs, details)
+        show_pair(runs_path, *(by_name[name] for name in full_names), details=details, as_json=as_json)
     elif as_json and (evaluations or not processes.rank):
         click.echo(json.dumps({"evaluations": evaluations}, indent=2))
     elif evaluations or not processes.parallel:
@@ -114,6 +109,17 @@ def evaluate(
         for line in refused[:-1]:
             say(f"Error: {line}")
         raise RunError(refused[-1])
+
+
+def show_pair(runs_path: "Path", one: dict[str, Any], other: dict[str, Any], *, details: bool, as_json: bool) -> None:
+    """Print the paired differences of two evaluations."""
+    from tcsae.evaluate.printed_tables import difference_table, differences
+
+    paired = differences(runs_path, one, other)
+    if as_json:
+        click.echo(json.dumps({"run": one["name"], "with": other["name"], "differences": paired}, indent=2))
+    else:
+        difference_table(one, other, paired, details)
 
 
 @click.command(cls=StageCommand)
