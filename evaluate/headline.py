@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = ("", "EV", "delta CE", "L0", "alive %", "persistence", "pooled", "document probe")
+COLUMNS = ("", "EV", "delta CE", "L0", "alive %", "median persistence", "pooled persistence", "document probe")
 LEGEND = (
-    "delta CE: nats a prediction that the reconstruction costs. persistence: correlation of adjacent tokens within a "
-    "document, median over latents;\npooled: the same weighted by variance. document probe: share of held-out tokens "
-    "whose document the code names."
+    "delta CE: nats a token that the reconstruction costs. persistence: correlation of adjacent tokens of a document, "
+    "median over latents or pooled by variance.\ndocument probe: share of held-out tokens whose document is named."
 )
 MEDIAN, POOLED, PROBE = "rho_1_within_median", "rho_1_within", "probe_document"
 MAIN = (

@@ -1,6 +1,6 @@
 """Promise: every command in README.md runs as it stands there, in order, in one folder.
 
-Sizes are small here: presets get 64 latents, the language model and the corpus are the tests' own, also where the page
+Sizes are small here: presets get 128 latents, the language model and the corpus are the tests' own, also where the page
 names one of the Hub or an object store, and torchrun's command runs in one process (tests/test_parallel_*.py have
 several). `make` and `pip` are looked at, not run.
 """
@@ -26,8 +26,7 @@ PROGRAMS = ("tcsae", ".venv/bin/tcsae", "torchrun", "make", "pip", "python")
 def commands() -> list[list[str]]:
     """All commands of the page's indented blocks, without comments; `tcsae` however it is called."""
     lines = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
-    return [one for one in found if one]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
 
 
 def of_program(name: str) -> list[list[str]]:
@@ -69,8 +68,8 @@ def test_scripts_that_it_names_are_there():
 def toy(command: list[str], lm: Path, corpus: Path) -> list[str]:
     """The command at the tests' size: what it names of the world replaced, what it leaves to defaults made small."""
     words = command[command.index("tcsae") + 1 :] if command[0] == "torchrun" else command[1:]
-    words = [word.replace("s3://bucket/", "bucket-") for word in words]
-    replaced = {"--model": str(lm), "--dataset": str(corpus), "--tokens": "2500", "--steps": "6", "--device": "cpu"}
+    words = [word.replace("s3://bucket/", "bucket-").replace("sae.d_sae=2048", "sae.d_sae=128") for word in words]
+    replaced = {"--model": str(lm), "--dataset": str(corpus), "--tokens": "1500", "--steps": "6", "--device": "cpu"}
     replaced |= {"--lm-dtype": "float32"}  # halves are refused on a CPU
     words = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if "harvest" in words:
@@ -87,21 +86,18 @@ def toy(command: list[str], lm: Path, corpus: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def small_presets():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.train.presets.D_SAE", 64)
+        patch.setattr("tcsae.train.presets.D_SAE", 128)
         yield
 
 
 @pytest.mark.slow
 def test_its_commands_run_in_order(small_presets, tiny_lm, tiny_corpus, tmp_path, monkeypatch):  # noqa: ARG001
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bucket-").mkdir()
     monkeypatch.setattr("tcsae.train.plan.UNNAMED", ("steps", "log_every", "guard.", "data.n_segments"))
-    made = [
-        ["tcsae", *["harvest", "train", "--preset", "temporal-topk", "--preset", "topk", "eval", "report", "compare"]]
-    ]  # make run's
-    made[0] += ["--run", "temporal-topk", "--with", "topk"]
+    first = "tcsae harvest train --preset temporal-topk --preset topk eval report compare"  # of `make run`
+    called = [first.split(), *(one for one in commands() if "tcsae" in (one[0].removeprefix(".venv/bin/"), *one))]
     ran = []
-    for command in [*made, *(one for one in commands() if "tcsae" in (one[0].removeprefix(".venv/bin/"), *one))]:
+    for command in called:
         words = toy(command, tiny_lm, tiny_corpus)
         done = CliRunner().invoke(cli, words[: words.index(">")] if ">" in words else words)
         assert done.exit_code == 0, f"{' '.join(command)} -> {' '.join(words)}\n{done.output}"
@@ -112,7 +108,7 @@ def test_its_commands_run_in_order(small_presets, tiny_lm, tiny_corpus, tmp_path
     assert (tmp_path / "data" / "report" / "index.html").is_file()
     assert (tmp_path / "bucket-activations.zarr").exists() and (tmp_path / "null.zarr").exists()
     said = CliRunner().invoke(cli, ["compare", "--run", "temporal-topk", "--with", "topk"]).stdout.splitlines()
-    assert said[-4].startswith("temporal-topk reconstructs "), "make run ends on two sentences and where to look"
+    assert said[-5].startswith("temporal-topk reconstructs "), "make run ends on two sentences and where to look"
     assert said[-1] == "Curves, features and text: open data/report/index.html"
 
 

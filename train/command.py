@@ -103,7 +103,7 @@ def show(records: list[dict[str, Any]], runs: str) -> None:
     from tcsae.shared.base.console import sparkline, table
     from tcsae.shared.sae.folder import read_metrics
 
-    columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
+    columns = ("run", "latents", "steps", "tokens", "EV (last batch)", "over time", "L0", "dead %", "minutes")
     rows = []
     for record in records:
         lines = [line for line in read_metrics(f"{runs}/{record['name']}") if "event" not in line]

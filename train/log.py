@@ -107,7 +107,7 @@ class NoLog:
 def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Tracker | None:
     """What passes lines of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
 
-    Raises ConfigError if the tracker is unknown or not installed.
+    Raises ConfigError if the tracker is unknown or not installed, or refuses to begin (no login).
     """
     if kind is None:
         return None
@@ -138,7 +138,13 @@ def _tensorboard(folder: Path) -> Tracker:
 def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
     import wandb
 
-    run = wandb.init(project="tcsae", name=folder.name, dir=str(folder), config=config, reinit="create_new")
+    try:
+        run = wandb.init(project="tcsae", name=folder.name, dir=str(folder), config=config, reinit="create_new")
+    except wandb.errors.Error as error:  # no login, no network
+        raise ConfigError(
+            f"--tracker wandb: {' '.join(str(error).split())} Log in with `wandb login`, or set WANDB_MODE=offline and "
+            "send the run later with `wandb sync`."
+        ) from error
 
     def log(line: dict[str, Any]) -> None:
         run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
