@@ -208,7 +208,7 @@ def chosen_runs(runs_path: "Path", name: str | None, others: "Sequence[str]") ->
         temporal = records[run].get("train", {}).get("temporal", {})
         return not (temporal.get("weight") or temporal.get("budget"))
 
-    first = name or (others and next(run for run in names if run not in others)) or sorted(names, key=plain)[0]
+    first = name or next((run for run in names if others and run not in others), sorted(names, key=plain)[0])
     return [first, *(run for run in names if run != first)]
 
 
@@ -225,10 +225,10 @@ def evaluated(store: "Store", runs_path: "Path", names: "Sequence[str]") -> list
     smoothings: dict[str, list[str]] = {}
     for run, smooth in map(split_name, names):
         smoothings.setdefault(run, []).extend([smooth] if smooth else [])
-    by_name = {}
-    for smooth in dict.fromkeys(map(tuple, smoothings.values())):
-        runs = [run for run, ones in smoothings.items() if tuple(ones) == smooth]
-        evaluations, refused = evaluate_runs(store, runs_path, EvalRequest(names=runs, smooth=smooth))
+    by_name: dict[str, dict[str, Any]] = {}
+    for shared in dict.fromkeys(map(tuple, smoothings.values())):
+        runs = [run for run, ones in smoothings.items() if tuple(ones) == shared]
+        evaluations, refused = evaluate_runs(store, runs_path, EvalRequest(names=runs, smooth=shared))
         if refused:
             raise RunError(refused[-1])
         by_name |= {one["name"]: one for one in evaluations}

@@ -128,11 +128,11 @@ def _scratch(location: str) -> Iterator[str]:
         return
     root = objects.root.absolute()
     has_parent = root.parent.exists()
-    folder = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
+    scratch = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
     try:
-        yield str(folder)
+        yield str(scratch)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         if not has_parent:
             with contextlib.suppress(OSError):  # something else has come to lie there
                 root.parent.rmdir()

@@ -166,8 +166,8 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from error
     except (KeyError, ValueError, TypeError, OverflowError):
         pass
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ConfigError(f"{where}={value!r} is not {wanted}.")
+    allowed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    raise ConfigError(f"{where}={value!r} is not {allowed}.")
 
 
 def _whole(value: Any) -> int:

@@ -14,9 +14,7 @@ from tcsae.shared.store.reader import check_manifest, open_store, read_attribute
 def summary(location: str, runs_path: Path) -> dict[str, Any]:
     """The manifest's main parts, bytes on disk of a sealed store, and the runs. Raises StoreError if there is none."""
     values = read_attributes(objects_at(location))
-    if values is None:
-        open_store(location)  # says that there is none
-    manifest = check_manifest(location, values)
+    manifest = check_manifest(location, values) if values is not None else open_store(location).manifest
     store: dict[str, Any] = {
         "location": location,
         "state": manifest.state,
