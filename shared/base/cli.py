@@ -18,11 +18,11 @@ CHAIN = "tcsae.chain"
 
 
 def check_alone(ctx: click.Context) -> None:
-    """Raises ConfigError for a chain of commands in several processes that cannot wait for each other."""
+    """Raises ConfigError for a chain of commands in parallel processes without a rendezvous."""
     if len(chain := ctx.meta.get(CHAIN, [])) > 1 and ranks().parallel and not has_rendezvous():
         raise ConfigError(
-            f"{' '.join(chain)}: in several processes (WORLD_SIZE) each of these takes a start of its own, as the last "
-            "process may still be at the first when another begins the second. Or start them with torchrun."
+            f"{' '.join(chain)}: processes that WORLD_SIZE counts cannot wait for each other between two commands. "
+            "Start each command on its own, or start them with torchrun."
         )
 
 

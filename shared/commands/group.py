@@ -85,8 +85,8 @@ class StageGroup(click.Group):
             raise
         except MemoryError as error:
             raise failure(
-                f"Out of memory ({one_line(str(error)) or 'no more could be had'}). Ask for less at a time, or use a "
-                "machine with more."
+                f"Out of memory ({one_line(str(error)) or 'no more could be had'}). Lower the sizes, or use a machine "
+                "with more."
             ) from error
         except Exception as error:
             line = disk_line(error)

@@ -81,8 +81,7 @@ def verify(place: Place, as_json: bool) -> None:
     store = open_store(place.store)
     n_tokens = store.train.n_tokens + store.eval.n_tokens
     click.echo(
-        f"{place.store} is whole: {len(store.manifest.objects()) + 3:,} objects, {size(n_bytes)}, {n_tokens:,} tokens, "
-        f"content {store.content[:12]}"
+        f"{place.store} is whole: {len(store.manifest.objects()) + 3:,} objects, {size(n_bytes)}, {n_tokens:,} tokens"
     )
 
 
@@ -138,9 +137,10 @@ def copy(source: str, target: str, codec: str | None, codec_error: float | None)
     show_default=True,
     help="Split that the sequences are from.",
 )
+@click.option("--details", is_flag=True, help="Also print digests and revisions.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 @click.pass_obj
-def inspect(place: Place, n_sequences: int, split: str, as_json: bool) -> None:
+def inspect(place: Place, n_sequences: int, split: str, details: bool, as_json: bool) -> None:
     """Show what the store and the runs hold: recipe, sizes on disk, a few sequences as text, figures of the runs.
 
     \b
@@ -157,4 +157,4 @@ def inspect(place: Place, n_sequences: int, split: str, as_json: bool) -> None:
         return
     from tcsae.shared.store.inspect import show
 
-    show(place.store, Path(place.runs), n_sequences, split)
+    show(place.store, Path(place.runs), n_sequences, split, details)
