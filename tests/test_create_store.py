@@ -25,6 +25,7 @@ def given_activations(rng, n: int) -> dict[str, np.ndarray]:
     return {hook: rng.normal(size=(n, LENGTH, width)).astype(np.float32) for hook, width in WIDTHS.items()}
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), min_size=1, max_size=8), st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
 @pytest.mark.parametrize("codec", ["float32", "bfloat16"])
@@ -166,6 +167,7 @@ def test_a_buffer_can_be_used_again(tmp_path):
         np.testing.assert_array_equal(split.documents, each + 20 + more)
 
 
+@pytest.mark.slow
 def test_appending_is_linear(tmp_path, monkeypatch):
     """What is read back for each shard does not grow with the store."""
     layout = Layout(sequences_per_chunk=2, sequences_per_token_chunk=8)

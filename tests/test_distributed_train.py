@@ -1,17 +1,16 @@
 """Promise: several processes train what one would: one run together to the same weights, a sweep each as if alone."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from toy_ranks import spawn
 
 import tcsae
 from tcsae.shared.base.distributed import ALONE, Ranks, start_group
@@ -26,11 +25,6 @@ from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_parallel, train_runs
 from tcsae.train.trainer import Trainer
-
-spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
-toy_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy_ranks)
-fork = toy_ranks.fork
 
 D, LENGTH = 16, 12
 SETTINGS = (
@@ -119,7 +113,7 @@ def done(location, tmp_path_factory):
             torch.save(found, folder / f"{ours.rank}.pt")
 
         if world not in known:
-            fork(world, do)
+            spawn(world, do)
             found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
             known[world] = {kind: [one[kind] for one in found] for kind in KINDS}
         return known[world]
@@ -162,11 +156,11 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
         with pytest.raises(KeyboardInterrupt):
             train_parallel(store, tmp_path / "killed", [dies], ours)
 
-    fork(2, whole)
-    fork(2, interrupted)
+    spawn(2, whole)
+    spawn(2, interrupted)
     with pytest.raises(RunError, match=r"was begun by 2 process\(es\), this start has 1"):
         train_runs(store, tmp_path / "killed", [run])
-    fork(2, lambda ours: train_parallel(store, tmp_path / "killed", [run], ours))
+    spawn(2, lambda ours: train_parallel(store, tmp_path / "killed", [run], ours))
     weights = [(tmp_path / name / "topk" / "sae_weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     (record,) = train_runs(store, tmp_path / "killed", [run])  # finished: anybody may use it
@@ -186,7 +180,7 @@ def test_a_sweep_is_dealt_out_and_each_is_as_alone(location, tmp_path):
         records = train_parallel(store, tmp_path / "dealt", runs, ours)
         assert [record["name"] for record in records] == (["s0", "s1", "s2"] if ours.rank == 0 else [])
 
-    fork(2, do)
+    spawn(2, do)
     train_runs(store, tmp_path / "alone", runs)
     for run in runs:
         file = f"{run.name}/sae_weights.safetensors"

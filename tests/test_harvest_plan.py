@@ -25,6 +25,7 @@ def small_steps(monkeypatch):
     toy.small_steps(monkeypatch, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
     config = dataclasses.replace(tiny_config, codec=codec)
@@ -47,6 +48,7 @@ def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
     assert plan.left == sum(plan.tokens.values())
 
 
+@pytest.mark.slow
 def test_an_error_of_compact_costs_bits(tiny_config, tmp_path):
     plans = [
         plan_harvest(str(tmp_path / str(error)), dataclasses.replace(tiny_config, codec="compact", codec_error=error))
@@ -56,6 +58,7 @@ def test_an_error_of_compact_costs_bits(tiny_config, tmp_path):
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
 
 
+@pytest.mark.slow
 def test_what_is_on_disk_is_not_planned_again(tiny_config, tmp_path):
     location = tmp_path / "store.zarr"
     whole = plan_harvest(str(location), tiny_config)
@@ -88,6 +91,7 @@ def test_break_even(model, write, read, passes):
         assert (passes - 1) * model <= model + write + (passes - 1) * read + 1e-9
 
 
+@pytest.mark.slow
 def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     location = tmp_path / "store.zarr"
     monkeypatch.setattr("tcsae.harvest.cost.disk_usage", lambda _: SimpleNamespace(free=5000))
@@ -106,6 +110,7 @@ def test_a_dry_run_of_another_harvest_is_refused_as_that_is(tiny_config, tmp_pat
         plan_harvest(str(location), dataclasses.replace(tiny_config, hooks=(toy.RESIDUAL,)))
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_leaves_the_way_free(tiny_lm, tiny_corpus, tmp_path):
     options = [
         "--store",

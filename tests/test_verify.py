@@ -88,6 +88,7 @@ def test_the_kinds_of_files_are_all_kinds(original):
     assert all((original / key).is_file() for key in KINDS)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_a_flipped_bit_anywhere_is_found(original, data):
