@@ -84,7 +84,7 @@ def evaluate(
     from tcsae.evaluate.measures.smoothing import split_name
     from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
-    from tcsae.shared.base.console import say
+    from tcsae.shared.base.console import complain
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
@@ -107,7 +107,7 @@ def evaluate(
         show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:
-            say(f"Error: {line}")
+            complain(line)
         raise RunError(refused[-1])
 
 

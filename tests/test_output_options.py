@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_quiet_leaves_results_and_errors(place):
     assert quiet.stderr == "" and quiet.stdout == loud.stdout
     failed = call(place, "eval", "--run", "three", before=("-q",))
     assert failed.exit_code == 1 and "Unknown run 'three'" in failed.stderr
+
+
+def test_quiet_hides_no_error_of_many(place, tmp_path):
+    shutil.copytree(place, tmp_path / "place")
+    for name in ("one", "two"):
+        (tmp_path / "place" / "runs" / name / "sae_weights.safetensors").write_bytes(b"no")
+    done = call(tmp_path / "place", "eval", before=("--quiet",))
+    lines = done.stderr.splitlines()
+    assert done.exit_code == 1 and len(lines) == 2
+    assert all(line.startswith(f"Error: {name}: ") for line, name in zip(lines, ("one", "two"), strict=True))
 
 
 def test_quiet_belongs_before_the_command(place):

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TextIO
 
-from tcsae.shared.base.meter import Meter, duration, si
-
-__all__ = ["OUTPUT", "duration", "echo", "legible", "legible_lines", "progress", "say", "size", "sparkline", "table"]
+from tcsae.shared.base.meter import Meter, si
+from tcsae.shared.base.meter import duration as duration
 
 PLAIN_EVERY_S = 30.0
 LEGIBLE = {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0x2028: "⏎", 0x2029: "⏎"}
@@ -60,6 +59,14 @@ def say(text: str) -> None:
     OUTPUT.record(text)
     if not OUTPUT.quiet:
         Console(stderr=True, highlight=False, soft_wrap=True).print(legible_lines(text), markup=False)
+
+
+def complain(text: str) -> None:
+    """One line about an error that ends nothing yet, on stderr and in the log file, also with --quiet."""
+    import click
+
+    OUTPUT.record(f"Error: {text}")
+    click.echo(f"Error: {legible_lines(text)}", err=True)
 
 
 @contextmanager
