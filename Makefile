@@ -2,6 +2,7 @@
 # make test   install with the development extras, then lint, type check and test
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
+# make methods  every temporal method on one store, in one table into docs/results, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run tempor
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper clean
+.PHONY: run test fast torture lint types paper methods clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -30,6 +31,9 @@ fast: .venv/installed-dev
 
 torture: .venv/installed-dev
 	$(BIN)/python tests/torture/run.py $(TORTURE)
+
+methods: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae methods
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -56,4 +60,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
+from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures.smoothing import Smoothing, check_smoothing, parse_smoothing
 from tcsae.shared.base.console import say
@@ -26,6 +27,7 @@ from tcsae.shared.sae.folder import (
     reason,
 )
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.other_formats import LOADERS
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
@@ -50,12 +52,19 @@ class EvalOptions:
     baselines: bool = False
     """Whether the baselines that have the size of an SAE are scored."""
     split: str = "eval"
+    documents: Documents = "all"
+    """Which of the split's documents are counted: `halves`."""
     smooth: str | None = None
     """How the SAE's codes are smoothed before they are decoded, as in "ema=0.3"; None: not at all."""
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluations hold them: nothing is said of smoothing where there is none."""
-        return {name: value for name, value in to_dict(self).items() if (name, value) != ("smooth", None)}
+        """As evaluations hold them: without smoothing or a half of the documents, nothing is said of either."""
+        silent = {("smooth", None), ("documents", "all")}
+        return {name: value for name, value in to_dict(self).items() if (name, value) not in silent}
+
+    @property
+    def split_name(self) -> str:
+        return self.split if self.documents == "all" else f"{self.split}-{self.documents}"
 
     def file(self, name: str) -> str:
         return smoothed_file(name, self.smooth)
@@ -73,6 +82,7 @@ class EvalRequest:
     splice: Literal["counted", "all"] = "counted"
     temporal: bool = True
     baselines: bool = False
+    documents: Documents = "all"
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -134,7 +144,9 @@ def why_not_evaluable(path: Path) -> str | None:
     if is_finished(path) or is_foreign(path):
         return None
     if form := other_format(path):
-        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS})"
+        loadable = any((path / name).is_file() for name in LOADERS)
+        by = f", tcsae.load_sae({str(path)!r}).save(FOLDER)" if loadable else ""
+        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS}{by})"
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
     if len(missing) == 1 and not (path / METRICS).is_file():
         there = WEIGHTS if missing == [CONFIG] else CONFIG
@@ -167,6 +179,7 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         splice=request.splice,
         temporal=request.temporal,
         baselines=request.baselines,
+        documents=request.documents,
     )
     return Candidate(path, record, options, tuple(differences))
 

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     "the k largest), mean=3 (last positions), hysteresis=2 (latents stay on while among the 2 k largest), scale=0.9 "
     "(only smaller: a control). Repeatable; named like RUN+ema=0.3.",
 )
+@click.option(
+    "--documents",
+    type=click.Choice(("all", "choose", "report")),
+    default="all",
+    show_default=True,
+    help="Documents that are counted. Choose settings on one half, and report figures on the other.",
+)
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
     "--splice",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae import __version__
 from tcsae.evaluate.candidates import EvalOptions, Loaded
+from tcsae.evaluate.halves import half
 from tcsae.evaluate.intervals import LEVEL, MIN_DOCUMENTS, N_RESAMPLINGS, interval, point
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures import cross_entropy as tail_metrics
@@ -72,13 +73,13 @@ def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
 
 def points(rows: Mapping[str, Tensor]) -> dict[str, float | None]:
     """The figures themselves, all of them: None where undefined or without a tail."""
-    names = [*metrics.DEFINITIONS, *tail_metrics.DEFINITIONS]
+    names = [*metrics.DEFINITIONS, *(name for name in metrics.PREDICTED if name in rows), *tail_metrics.DEFINITIONS]
     return {name: point(rows[name]) if name in rows else None for name in names}
 
 
 def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict[str, Any]:
     """What the evaluations of a group share."""
-    store, split = group.store, group.store.split(group.options.split)
+    store, split = group.store, half(group.store.split(group.options.split), group.options.documents)
     reference = measured.reference
     return {
         "definition_version": metrics.DEFINITION_VERSION,
@@ -120,6 +121,8 @@ def write_evaluation(group: Group, loaded: Loaded, figures: Figures, common: dic
     evaluation = _about(loaded, group.store) | {"metrics": points(rows)}
     evaluation["intervals"] = {name: interval(values) for name, values in rows.items() if name != "dead_fraction"}
     evaluation |= common
+    if rows.keys() & metrics.PREDICTED.keys():
+        evaluation["definitions"] = evaluation["definitions"] | metrics.PREDICTED
     assert firings is not None
     with writing(folder, AGAIN):
         files = [options.file(REPLICATES)]

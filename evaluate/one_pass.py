@@ -24,7 +24,7 @@ from tcsae.evaluate.measures.core import (
 )
 from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SmoothedOutput, System, output_of
+from tcsae.evaluate.systems import SequenceSystem, System, output_of
 from tcsae.shared.base.distributed import ALONE
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import Split
@@ -71,7 +71,7 @@ class Measured(NamedTuple):
 def measure(
     split: Split,
     settings: Settings,
-    systems: Sequence[System | SmoothedOutput],
+    systems: Sequence[System | SequenceSystem],
     tail: Tail | None,
     reference: Reference | None,
     observers: Sequence[Observer],
@@ -237,7 +237,7 @@ class _Accumulator:
 
 
 def _look_back(
-    split: Split, settings: Settings, systems: Sequence[System | SmoothedOutput], observer: Observer, part: Part
+    split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
         x = batch.x[batch.counted]

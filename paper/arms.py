@@ -5,6 +5,8 @@ Arms that differ in one setting share seeds, data order and steps, so that they 
 
 from dataclasses import dataclass, replace
 
+from tcsae.evaluate.halves import Documents
+
 TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments"
 """Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
 moments that the paper's had."""
@@ -25,6 +27,11 @@ class Arm:
     """Whether temporal measures are taken of it."""
     smooth: str = ""
     """How its codes are smoothed after training, as `tcsae eval --smooth` says it."""
+    documents: Documents = "all"
+    """Documents of the eval split that its figures are of."""
+    vary: tuple[str, ...] = ("init_seed",)
+    """Settings that take the seed's number."""
+    first_seed: int = 0
 
     def on(self, store: str) -> "Arm":
         return replace(self, store=store)

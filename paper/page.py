@@ -282,18 +282,22 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: PageConte
             "picture": "",
         }
         shown.insert(0, body | {"made": _made(TABLE, TABLE_ARMS, results, made)})
+    text = rendered("page.md.j2", sections=shown, cut=CUT, **_about(results, keys, made))
+    with writing(out, CURE):
+        write_json(out / DATA, _data(chosen, results, keys))
+        write_atomic(out / PAGE, text.encode())
+    return out / PAGE
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder, filled; every value has to be there."""
     environment = Environment(
         loader=PackageLoader("tcsae.paper", "."),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    about = _about(results, keys, made)
-    text = environment.get_template("page.md.j2").render(sections=shown, cut=CUT, **about)
-    with writing(out, CURE):
-        write_json(out / DATA, _data(chosen, results, keys))
-        write_atomic(out / PAGE, text.encode())
-    return out / PAGE
+    return environment.get_template(template).render(**values)
 
 
 def _about(results: Results, keys: Sequence[str], made: PageContext) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Promise: training does the same on another device: no tensor is forgotten on the CPU, and files know no device."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
+import pretend
 import pytest
 import safetensors.torch
 import torch
@@ -28,10 +26,6 @@ from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
 from tcsae.train.trainer import Trainer
 
-spec = importlib.util.spec_from_file_location("pretend", Path(__file__).with_name("pretend.py"))
-pretend = importlib.util.module_from_spec(spec)
-sys.modules["pretend"] = pretend
-spec.loader.exec_module(pretend)
 FAR = torch.device(pretend.NAME)
 
 WIDTH, LENGTH = 8, 6

@@ -65,6 +65,7 @@ def restore(file: Path, trainer: Trainer) -> None:
     except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
     trainer.progress = progress
+    trainer.restart()
 
 
 def _damaged(file: Path, error: Exception) -> RunError:
@@ -84,6 +85,7 @@ def remember(trainer: Trainer) -> Callable[[], None]:
             with torch.no_grad():
                 tensor.copy_(copies[name]) if name in copies else tensor.zero_()
         trainer.progress.mean_loss = mean_loss
+        trainer.restart()
 
     return bring_back
 

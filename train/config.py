@@ -107,8 +107,9 @@ class TemporalConfig:
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
     order: Literal["text", "segment", "batch"] = "text"
-    """Order of the positions that the term sees. As controls: shuffled within each segment (its pairs are of one
-    document, but not adjacent), or over the batch (of any documents)."""
+    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls:
+    shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
+    documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
@@ -243,6 +244,12 @@ class TrainConfig:
                 f"data.segment_length={self.data.segment_length} holds no window of temporal.window="
                 f"{self.temporal.window}. Raise the first or lower the second."
             )
+        if self.data.segment_length < self.sae.window:
+            raise ConfigError(
+                f"data.segment_length={self.data.segment_length} holds no window of sae.window={self.sae.window}. "
+                "Raise the first or lower the second."
+            )
+        self._check_predictor()
         if self.sae.layer_norm != "none" and self.init.input_scale != "none":
             raise ConfigError(
                 f"sae.layer_norm={self.sae.layer_norm!r} undoes init.input_scale={self.init.input_scale!r}. "
@@ -255,6 +262,22 @@ class TrainConfig:
                 f"sparsity.l0={self.sparsity.l0} acts through learned thresholds (jumprelu); sae.activation is "
                 f"{self.sae.activation!r}. Set sparsity.l0=0."
             )
+
+    def _check_predictor(self) -> None:
+        """Raises ConfigError for what a tied dictionary of free norms, whose rows are its encoder, cannot have."""
+        if self.sae.predictor == "none":
+            return
+        needed = {
+            "optimizer.unit_decoder": (self.optimizer.unit_decoder, False),
+            "dead.aux_weight": (self.dead.aux_weight, 0),
+            "init.weights": (self.init.weights, "transpose"),
+        }
+        for name, (value, allowed) in needed.items():
+            if value != allowed:
+                raise ConfigError(
+                    f"{name}={value} with sae.predictor={self.sae.predictor!r}: set {name}={str(allowed).lower()}, as "
+                    "the decoder's rows, of any norm, are the encoder as well."
+                )
 
 
 def _at_least(name: str, value: float, least: float) -> None:

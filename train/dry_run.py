@@ -79,8 +79,7 @@ def estimate(
 def _pass(store: Store, data: DataConfig, runs: Sequence[Run], device: torch.device) -> PassEstimate:
     loader = SegmentLoader(store, data, device=device)
     for run in runs:
-        loader.check_temporal(run.config.temporal)
-    sample = loader.sample(SAMPLE_TOKENS)
+        loader.check_windows(run.config)
     start = time.perf_counter()
     batches = [batch._replace(x=batch.x.clone()) for batch in itertools.islice(loader, N_WARM + N_TIMED)]
     # The first batch waits for a whole block, whose batches then cost nothing more.
@@ -88,12 +87,13 @@ def _pass(store: Store, data: DataConfig, runs: Sequence[Run], device: torch.dev
     batch_s = (time.perf_counter() - start) / max(per_block, len(batches))
     estimates = []
     for run in runs:
-        trainer = Trainer(run.config, sample, store.sequence_length)
+        trainer = Trainer(run.config, loader.sample(SAMPLE_TOKENS, run.config.sae.window), store.sequence_length)
         for batch in batches[:N_WARM] if run.config.steps else ():
             trainer.step(batch)
         start = time.perf_counter()
         for batch in batches[N_WARM:] if run.config.steps else ():
             trainer.step(batch)
+        trainer.settle()  # on a GPU steps are only queued
         step_s = (time.perf_counter() - start) / N_TIMED
         tokens = round(loader.n_tokens / loader.n_segments * data.n_segments * run.config.steps)
         estimates.append(RunEstimate(run, tokens, tokens / loader.n_tokens, step_s))

@@ -25,7 +25,7 @@ from tcsae.shared.store.format import NORM_EDGES
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig, TemporalConfig
+from tcsae.train.config import DataConfig, TrainConfig
 
 FIRST_READS = 8
 
@@ -121,12 +121,21 @@ class SegmentLoader:
         lengths = self.store.train.lengths
         return int(lengths[lengths < self.config.min_sequence_length].sum())
 
-    def check_temporal(self, temporal: TemporalConfig) -> None:
-        """Raises ConfigError for a temporal term that would be 0 on every batch."""
+    def check_windows(self, config: TrainConfig) -> None:
+        """Raises ConfigError for windows that no segment holds: of a crosscoder, or of a temporal term, which would be
+        0 on every batch.
+        """
+        if self.longest < config.sae.window:
+            raise ConfigError(
+                f"sae.window={config.sae.window} positions a code; the longest segment of {self.store.location} has "
+                f"{self.longest} (data.segment_length={self.config.segment_length}, data.skip_first="
+                f"{self.config.skip_first}). Lower sae.window or raise data.segment_length."
+            )
+        temporal = config.temporal
         if not temporal.active:
             return
         needed = 2 if temporal.kind == "contrastive" else temporal.window
-        if self.longest < needed:
+        if self.longest // config.sae.window < needed:
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} takes {needed} consecutive positions; the longest segment of "
                 f"{self.store.location} has {self.longest} (data.skip_first={self.config.skip_first}). Lower "
@@ -160,8 +169,11 @@ class SegmentLoader:
             self.n_batches_done += 1
             yield self._batch(np.concatenate(taken), self._buffer[:n_rows])
 
-    def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
-        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
+    def sample(self, n_tokens: int, window: int = 1) -> Float[Tensor, "n d_in"]:
+        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is.
+
+        With a window, their windows side by side, [n, window * d_model].
+        """
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
         x = self._decode(self._moved(block.values[_token_rows(keep)]))
@@ -170,7 +182,9 @@ class SegmentLoader:
             raise StoreError(
                 f"data.max_norm={self.config.max_norm} leaves none of the first {len(keep)} segments. Raise it."
             )
-        return x if calm.all() else x[torch.from_numpy(np.repeat(calm, keep[:, 1])).to(self._device)]
+        if not calm.all():
+            x, keep = x[torch.from_numpy(np.repeat(calm, keep[:, 1])).to(self._device)], keep[calm]
+        return x if window == 1 else Batch(x, keep[:, 1], keep[:, 2], keep[:, 3]).windows(window, 0).x
 
     def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""

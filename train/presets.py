@@ -10,7 +10,15 @@ from typing import Any
 
 from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.module import SaeConfig
-from tcsae.train.config import DataConfig, InitConfig, OptimizerConfig, SparsityConfig, TemporalConfig, TrainConfig
+from tcsae.train.config import (
+    DataConfig,
+    DeadConfig,
+    InitConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TemporalConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,35 @@ class Preset:
 
 
 D_SAE, K = 4096, 32
+TFA_D_SAE = 1024
 PAPER_INIT = InitConfig(weights="xavier", b_dec="zero", input_scale="none")
 PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
 
 
 def _ours(activation: Any, sae: dict[str, Any] | None = None, **settings: Any) -> Callable[[int], TrainConfig]:
     def make(d_model: int) -> TrainConfig:
-        shape = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=activation, k=K, **(sae or {}))
+        shape = SaeConfig(**{"d_model": d_model, "d_sae": D_SAE, "activation": activation, "k": K} | (sae or {}))
         return TrainConfig(sae=shape, **settings)
+
+    return make
+
+
+def _crosscoder(window: int) -> Callable[[int], TrainConfig]:
+    """The window's code has `window` times the latents that a token's has: the same budget a token."""
+    return _ours("topk", {"window": window, "k": window * K})
+
+
+def _tfa(predictor: Any) -> Callable[[int], TrainConfig]:
+    """The published rates (warm-up aside), on whole sequences, one attention layer of 4 heads."""
+
+    def make(d_model: int) -> TrainConfig:
+        # Attention has 4 d_sae^2 weights: 1024 latents, four times the width of the embedded model and more.
+        return TrainConfig(
+            sae=SaeConfig(d_model=d_model, d_sae=TFA_D_SAE, k=K, predictor=predictor),
+            data=DataConfig(n_segments=16, segment_length=128),
+            optimizer=OptimizerConfig(lr=1e-3, beta2=0.95, unit_decoder=False),
+            dead=DeadConfig(aux_weight=0.0),
+        )
 
     return make
 
@@ -84,6 +113,12 @@ PRESETS = {
             temporal=TemporalConfig(kind="contrastive", scope="first", weight=1.0),
         ),
     ),
+    "crosscoder-3": Preset("temporal crosscoder: a TopK code for 3 positions, 32 active a position", _crosscoder(3)),
+    "crosscoder-5": Preset("the same for 5 positions", _crosscoder(5)),
+    "tfa": Preset(
+        "temporal feature analysis: attention over past codes and a TopK code of the rest", _tfa("attention")
+    ),
+    "tfa-past": Preset("the same, predicted from the past alone", _tfa("past")),
     "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
     "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),
     "logged-run3": Preset("its run 3 as logged: the same network as run 2, no step", _logged()),

@@ -22,6 +22,7 @@ from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, s
 from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
+from tcsae.train.guard import UnstableError
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
 from tcsae.train.plan import Run
@@ -137,30 +138,46 @@ class Member:
         trainer, config = self.trainer, self.run.config
         if number < trainer.progress.n_steps or not self.live:
             return
-        if not batch.n_whole:
+        if batch.longest < config.sae.window:
             trainer.count(batch)
             why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            if batch.longest:
+                why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
             result = trainer.step(batch)
-        except RunError as error:
-            self._unstable(str(error), batch, number)
+            n = trainer.progress.n_steps
+            logs = n % config.log_every == 0 or n == config.steps
+            saves = bool(config.guard.checkpoint_steps) and n % config.guard.checkpoint_steps == 0 and self.live
+            late = time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes
+            if logs or saves or late:
+                trainer.settle()
+        except UnstableError as error:
+            self._unstable(error)
+            if error.batch is not batch:  # this one has moved nothing yet
+                self.step(batch, number)
             return
-        n = trainer.progress.n_steps
-        if n % config.log_every == 0 or n == config.steps:
+        if logs:
             self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
-        if config.guard.checkpoint_steps and n % config.guard.checkpoint_steps == 0 and self.live:
+        if saves:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
-        elif time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes:
+        elif late:
             self.checkpoint_between()
 
-    def _unstable(self, why: str, batch: Batch, number: int) -> None:
-        """End the run, or bring back its last good state and leave this batch out."""
+    def settle(self) -> None:
+        """Wait for the verdict on the last step, and act on it."""
+        try:
+            self.trainer.settle()
+        except UnstableError as error:
+            self._unstable(error)
+
+    def _unstable(self, error: UnstableError) -> None:
+        """End the run, or bring back its last good state and leave the batch out."""
         progress = self.trainer.progress
-        why = f"Batch {number}, {why}"
+        why = f"Batch {progress.n_steps}, {error}"
         if self.bring_back is None or progress.n_restored >= RESTORES:
             progress.ended = why
             self.log.write({"event": "ended", "step": progress.n_steps, "why": why})
@@ -168,7 +185,7 @@ class Member:
             return
         self.bring_back()
         progress.n_restored += 1
-        self.trainer.count(batch)
+        self.trainer.count(error.batch)
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
@@ -211,9 +228,11 @@ class _Pass:
         self.device = device
         self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
         for run in runs:
-            self.loader.check_temporal(run.config.temporal)
-        sample = self.loader.sample(SAMPLE_TOKENS)
-        self.members = [self._member(run, sample) for run in runs]
+            self.loader.check_windows(run.config)
+        samples = {
+            window: self.loader.sample(SAMPLE_TOKENS, window) for window in {run.config.sae.window for run in runs}
+        }
+        self.members = [self._member(run, samples[run.config.sae.window]) for run in runs]
 
     def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None
@@ -264,6 +283,7 @@ class _Pass:
         if not requested.item():
             return
         for member in self.members:
+            member.settle()
             member.checkpoint_between()
         kept = min(member.steps_on_disk for member in self.members)
         if stop.number is None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
-from tcsae.evaluate.measures.core import Code, join_codes
+from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.contexts import ContextCollector
-from tcsae.evaluate.systems import code_parts
+from tcsae.evaluate.systems import sae_code
 from tcsae.shared.base.errors import TcsaeError
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.sae.module import SparseAutoencoder
@@ -274,7 +274,7 @@ def collect_features(
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():
-            code = join_codes([code for _, code in code_parts(maker.sae, x)])
+            code = sae_code(maker.sae, x, batch.counted.nonzero()[:, 0])
             maker.sums.add(view, code)
             maker.contexts.add(batch.start, batch.counted, code)
             maker.firing.add(batch.start, batch.counted, code)

@@ -52,6 +52,19 @@ def pair_weights_masked(
     return weights
 
 
+def tiles(
+    lengths: Int[ndarray, " n_segments"], window: int, stride: int = 1, offset: int = 0
+) -> tuple[Int[ndarray, " n_tiles"], Int[ndarray, " n_segments"]]:
+    """Windows of runs laid end to end, every `stride` positions from `offset` on, none across two runs.
+
+    Returns the first token of each window and the number of windows of each run.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    counts = np.maximum((lengths - offset - window) // stride + 1, 0)
+    first = np.repeat(np.cumsum(lengths) - lengths, counts)
+    return first + offset + stride * positions(counts), counts
+
+
 def positions(lengths: Int[ndarray, " n"]) -> Int[ndarray, " n_tokens"]:
     """0-based position of every token within its run, for runs of these lengths laid end to end."""
     lengths = np.asarray(lengths, dtype=np.int64)

@@ -36,6 +36,7 @@ STAGES = {
     "copy": "tcsae.shared.commands.store_commands:copy",
     "export": "tcsae.shared.commands.store_commands:export",
     "paper": "tcsae.paper.command:paper",
+    "methods": "tcsae.paper.command:methods",
     "completion": "tcsae.shared.commands.completion:completion",
 }
 SPINS = "10000"

@@ -28,7 +28,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "How": ["--device", "--tracker", "--dry-run", "--fresh"],
     },
     "eval": {
-        "What to score": ["--run", "--smooth", "--baselines", "--temporal", "--skip-first", "--splice"],
+        "What to score": ["--run", "--documents", "--smooth", "--baselines", "--temporal", "--skip-first", "--splice"],
         "What to print": ["--details", "--compare", "--with", "--json"],
         "How": ["--force"],
     },
@@ -38,6 +38,10 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "paper": {
         "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
+    "methods": {
+        "What to run": ["--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
     },
 }
@@ -55,6 +59,7 @@ LINES = {
     "copy": "Copy the store to another place or codec",
     "export": "Write an SAE in another library's format",
     "paper": "Reproduce the paper and test its claim",
+    "methods": "Train every temporal method, print one table",
     "completion": "Print the completion script of a shell",
 }
 """At most 57 characters: a line of 80 columns holds them whole."""

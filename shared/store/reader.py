@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from tcsae.shared.base.errors import ConfigError, DeniedError, StoreError, unknown
 from tcsae.shared.store.codecs import representation
+from tcsae.shared.store.dataset import SplitItems, StoreData
 from tcsae.shared.store.format import (
     FORMAT,
     SEALED,
@@ -52,14 +53,13 @@ if TYPE_CHECKING:
 
     from tcsae.shared.store.codecs import Decoder
 
-
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Names that a model's config has for how many layers there are."""
 LARGE_BYTES = 256 << 20
 """A chunk that claims more is held to its file's size before memory is taken for it."""
 
 
-class Split:
+class Split(SplitItems):
     """The sequences of one split, in corpus order.
 
     tokens     int32 [n_sequences, sequence_length]; beyond a sequence's length: the pad id
@@ -160,7 +160,7 @@ class Split:
             raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
 
 
-class Store:
+class Store(StoreData):
     """A sealed activation store, read-only."""
 
     def __init__(self, objects: Objects, manifest: Manifest) -> None:
@@ -345,6 +345,9 @@ def open_store(location: str | Path) -> Store:
         raise StoreError(unfinished(location, manifest))
     check_count(objects, manifest)
     return Store(objects, manifest)
+
+
+Store.reopen = staticmethod(open_store)
 
 
 def unfinished(location: str, manifest: Manifest) -> str:

@@ -28,7 +28,10 @@ class PositionPenalty:
         decay = MEANS_DECAY if batch.group.is_first else 0.0
         new = group_sums(code, position, len(self.counts)).to(self.sums.dtype)
         self.sums.copy_(batch.group.sum_(self.sums * decay + new))
-        n_new = torch.bincount(position, minlength=len(self.counts))
+        # A bincount would wait for a GPU.
+        n_new = torch.zeros_like(self.counts).index_add_(
+            0, position, torch.ones_like(position, dtype=self.counts.dtype)
+        )
         self.counts.copy_(batch.group.sum_(self.counts * decay + n_new))
         total = self.counts.sum().clamp(min=1)
         means = self.sums / self.counts.clamp(min=1)[:, None]
