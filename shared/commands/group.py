@@ -125,8 +125,8 @@ def failure(text: str) -> click.ClickException:
 @click.version_option(__version__, prog_name="tcsae")
 @click.pass_context
 def cli(ctx: click.Context, store: str, runs: str, quiet: bool, log_file: str | None) -> None:
-    """Activations of a language model on disk once, many sparse autoencoders trained on them, each evaluated as often
-    as you like without the language model. Commands chain.
+    """Store a language model's activations once, then train and evaluate any number of sparse autoencoders without
+    the model. Commands chain.
 
     \b
       tcsae harvest train eval report       the embedded model and corpus, no network
