@@ -28,7 +28,7 @@ from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -274,9 +274,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:

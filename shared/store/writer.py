@@ -431,11 +431,23 @@ def _begun(objects: Objects, recipe: Recipe, layout: Layout | None) -> Manifest 
     differing = differences(manifest.recipe, recipe)
     usable = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
     if differing and not usable:  # other versions than it was written with can read it
-        raise StoreError(
-            f"{location} was harvested otherwise ({'; '.join(differing)}). Use --fresh to start anew, or another "
-            "--store."
-        )
+        raise StoreError(_otherwise(location, manifest.recipe, recipe, differing))
     return None if manifest.state == SEALED else manifest
+
+
+def _otherwise(location: str, stored: Recipe, asked: Recipe, differing: list[str]) -> str:
+    """Why a store cannot become that of another recipe, and the cures, the one that deletes nothing first."""
+    theirs, ours = ([hook.requested for hook in recipe.hooks] for recipe in (stored, asked))
+    if all(one.startswith(("hooks.", "libraries.")) for one in differing):
+        both = " ".join(f"--hook {name}" for name in dict.fromkeys(theirs + ours))
+        return (
+            f"{location} holds {', '.join(theirs)}, not {', '.join(ours)}. A store is extended by --tokens, not by "
+            f"hooks. Give another --store for these, or harvest all in one pass with --fresh {both}."
+        )
+    return (
+        f"{location} was harvested otherwise ({'; '.join(differing)}). Give another --store, or delete this one with "
+        "--fresh."
+    )
 
 
 def _has_traces(objects: Objects) -> bool:
