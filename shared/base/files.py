@@ -51,10 +51,11 @@ CURES = {
 DISK_CURE = "Look at the disk and whether it is mounted, then start the same command again."
 
 
-def disk_line(error: BaseException, path: Path | str | None = None) -> str | None:
+def disk_line(error: BaseException, path: Path | str | None = None, cure: str | None = None) -> str | None:
     """One line (path, reason, cure) for an OSError, or for a library's error that quotes one; None for any other.
 
-    `path` is used where the error names no file, as that of a full disk does not.
+    `path` is used where the error names no file, as that of a full disk does not. With a `cure` of the caller's the
+    line says that `path` cannot be written, and that cure.
     """
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
     quoted = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # Rust's forms: safetensors, tokenizers
@@ -67,20 +68,22 @@ def disk_line(error: BaseException, path: Path | str | None = None) -> str | Non
     written = getattr(error, "filename2", None) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else None
     name = written or getattr(error, "filename", None) or path
     reason = os.strerror(number) if number is not None else " ".join(str(error).split()) or type(error).__name__
+    if cure is not None:
+        return f"{path} cannot be written ({reason}). {cure}"
     where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes | os.PathLike) else ""
-    cure = CURES.get(number, DISK_CURE) if number is not None else DISK_CURE
-    return f"{where}{reason}. {cure}"
+    usual = CURES.get(number, DISK_CURE) if number is not None else DISK_CURE
+    return f"{where}{reason}. {usual}"
 
 
 @contextmanager
-def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError) -> Iterator[None]:
-    """What the disk refuses within, raised as `kind` in one line that names the path and the cure."""
+def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError, cure: str | None = None) -> Iterator[None]:
+    """What the disk refuses within, raised as `kind` in one line that names the path and the cure (`disk_line`)."""
     try:
         yield
     except TcsaeError:
         raise
     except Exception as error:
-        line = disk_line(error, path)
+        line = disk_line(error, path, cure)
         if line is None:
             raise
         raise kind(line) from error
