@@ -125,13 +125,20 @@ class StoreWriter:
         self._lengths: dict[tuple[str, int], ndarray] = {}
         """By split and number of the chunk: a shard reads what it needs, not the whole split's."""
         self.codec = CodecRecord(manifest.recipe, objects, self._arrays, self._journal)
-        if not shared:
-            objects.sweep()
-            if not objects.has(ROOT):
-                objects.put(ROOT, manifest.root_metadata())
-            clear_for_extension(self._journal, objects)
-        self._retained = Retained(self._journal)
-        self._load_plan()
+        try:
+            if not shared:
+                self._begin()
+            self._retained = Retained(self._journal)
+            self._load_plan()
+        except BaseException:
+            self._journal.release()
+            raise
+
+    def _begin(self) -> None:
+        self.objects.sweep()
+        if not self.objects.has(ROOT):
+            self.objects.put(ROOT, self.manifest.root_metadata())
+        clear_for_extension(self._journal, self.objects)
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -304,9 +311,11 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock; after the seal, also remove journal and lock file."""
-        if self.manifest.state == SEALED:
-            remove_traces(self.objects)
-        self._journal.release()
+        try:
+            if self.manifest.state == SEALED:
+                remove_traces(self.objects)
+        finally:
+            self._journal.release()
 
     # Within
 
