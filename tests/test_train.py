@@ -45,7 +45,8 @@ def store(tmp_path_factory) -> Store:
     writer = open_writer(path, recipe, Layout(sequences_per_chunk=64))
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, LENGTH + 1, 400).astype(np.int32)
-    rows = Rows(np.zeros((400, LENGTH), np.int32), lengths, np.arange(400), np.zeros(400, np.int32))
+    tokens = np.random.default_rng(2).integers(0, 50, (400, LENGTH)).astype(np.int32)
+    rows = Rows(tokens, lengths, np.arange(400), np.zeros(400, np.int32))
     writer.commit({"train": rows, "eval": rows}, {})
     writer.finish_sequences({s: {"sequences": 400, "tokens": int(lengths.sum()), "documents": 400} for s in SPLITS})
     for shard in writer.missing_shards():
@@ -208,13 +209,14 @@ def test_paper_presets_are_the_paper_s():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
     settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
+    settings += ["temporal.contrast.gap=2", "temporal.contrast.distance=2"]
     steps = preset(name, WIDTH).steps and 10
     (record,) = train_runs(store, tmp_path, plan_runs(store, Request([name], [*settings, f"steps={steps}"])))
     sae = load_sae(tmp_path / record["name"])
-    x = torch.randn(7, WIDTH)
+    x = torch.randn(2, 7, sae.config.d_in)  # two sequences, or windows
     with torch.no_grad():
         assert sae(x).isfinite().all()
-        torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
+        torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x).flatten(0, 1))
     lines = [json.loads(line) for line in (tmp_path / record["name"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ([5, 10] if steps else [])
     assert record["ended"] == ""
