@@ -1,7 +1,7 @@
 """The split in order, in batches of whole documents, every chunk read once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ class Settings:
     """Whether xhat also stands at the skipped positions when it is given to the tail."""
     mean: Float64[Tensor, " d_model"]
     """Of x over the train split."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where systems and tail are."""
 
 
 BATCH_TOKENS = 4096
@@ -52,7 +54,7 @@ class EvalBatch(NamedTuple):
     @property
     def has_next(self) -> Bool[Tensor, "batch position"]:
         """Where the next token lies in the same sequence."""
-        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None] - 1
+        return torch.from_numpy(np.arange(self.tokens.shape[1]) < self.lengths.numpy()[:, None] - 1)
 
 
 def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:

@@ -36,6 +36,13 @@ from tcsae.shared.base.cli import Place, StageCommand
     metavar="N",
     help="First positions of each sequence that are not counted. Default: each run's own in training.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where SAEs and tail run; auto: the first of the others that is there.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,
@@ -45,15 +52,16 @@ def evaluate(
     splice: Literal["counted", "all"],
     details: bool,
     smooth: tuple[str, ...],
+    device: str,
     **settings: Any,
 ) -> None:
     """Score trained SAEs on the store's eval split, without the language model.
 
     Also scores SAEs of others: folders below --runs in SAELens' layout. Writes eval.json into each folder, and
     saebench_core.json, the same in SAEBench's form; prints tables with 95% intervals over documents. The
-    cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. Everything is
-    computed on the CPU; in several processes (torchrun) the SAEs are dealt out to them,
-    or the split's documents where there are fewer SAEs than processes.
+    cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. In several
+    processes (torchrun) the SAEs are dealt out to them, or the split's documents where there are fewer SAEs than
+    processes.
     """
     if (compare is None) != (other is None):
         raise click.UsageError("--compare A needs --with B, and --with needs --compare.")
@@ -65,7 +73,8 @@ def evaluate(
     from tcsae.evaluate.printed_tables import show, show_differences
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import say
-    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
 
@@ -73,10 +82,12 @@ def evaluate(
     found = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in found if one)
     request = EvalRequest(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
-    if (ours := ranks()).parallel:
-        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours)
+    ours = ranks()
+    chosen = device_of(ours, choose_device(device))
+    if ours.parallel:
+        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours, chosen)
     else:
-        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
+        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request, device=chosen)
     by_name = {one["name"]: one for one in evaluations}
     wanted = ["+".join(filter(None, one)) for one in found]
     if pair and not refused and all(name in by_name for name in wanted):  # without a rendezvous each has its own

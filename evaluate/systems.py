@@ -46,11 +46,11 @@ class SmoothedOutput:
         self.sae, self.smoothing = sae, smoothing
 
     def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
-        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].tolist())
+        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].tolist()).to(x.device)
         return Output(decoded(self.sae, code, x), code)
 
     def code(self, x: Float[Tensor, "n d_model"], lengths: Sequence[int]) -> Code:
-        """The smoothed code of consecutive sequences of these lengths."""
+        """The smoothed code of consecutive sequences of these lengths, on the CPU: it goes from token to token."""
         kind, value = self.smoothing
         if kind == HYSTERESIS and self.sae.config.activation == "topk":
             n = min(round(value * self.sae.config.k), self.sae.config.d_sae)
@@ -59,15 +59,15 @@ class SmoothedOutput:
             threshold = self.sae.learned_threshold.detach()
             lower = torch.minimum(threshold, threshold / value)
             found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
-            return stay_above(found, lengths, threshold)
+            return stay_above(found, lengths, threshold.cpu())
         kernel = smoothing_kernel(self.smoothing, max(lengths, default=0))
-        made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]), lengths, kernel)
+        made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]).to("cpu"), lengths, kernel)
         return keep_largest(made, self.sae.config.k) if kind == EMA_TOPK and isinstance(made, SparseCode) else made
 
     def _joined(self, x: Float[Tensor, "n d_model"], encode: Callable[[Tensor], SparseCode]) -> SparseCode:
         joined = join_codes([code for _, code in code_parts(self.sae, x, encode)])
         assert isinstance(joined, SparseCode)
-        return joined
+        return joined.to("cpu")
 
 
 def decoded(sae: SparseAutoencoder, code: Code, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
@@ -77,8 +77,8 @@ def decoded(sae: SparseAutoencoder, code: Code, x: Float[Tensor, "n d_model"]) -
 def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) -> SparseCode:
     """The largest pre-activations of each token, whatever their sign."""
     values, latents = select_topk(sae.pre_activations(x), n_kept)
-    offsets = torch.arange(0, values.numel() + 1, n_kept)
-    return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae)
+    offsets = torch.arange(0, values.numel() + 1, n_kept, device=values.device)
+    return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae, per_token=n_kept)
 
 
 def output_of(system: "System | SmoothedOutput", x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:

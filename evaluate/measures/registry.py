@@ -24,10 +24,10 @@ class Measure(Protocol):
     """What each of its figures is, in a sentence."""
 
     def add(self, code: Code) -> None:
-        """The code of a batch's counted positions, in document order."""
+        """The code of a batch's counted positions, in document order, on whatever device they were computed."""
 
     def sums(self) -> Sequence[Tensor]:
-        """What it has added up; added over processes in place."""
+        """What it has added up, on the CPU; added over processes in place."""
 
     def figures(self) -> dict[str, float | None]:
         """The figures, None where undefined."""

@@ -67,6 +67,13 @@ def sum_dtype(device: "torch.device") -> "torch.dtype":
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def sums_on(device: "torch.device") -> "torch.device":
+    """Where float64 sums of what is on a device are kept: there, but on the CPU for Apple's GPUs."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def static_shapes(tensor: "torch.Tensor") -> bool:
     """Whether no shape may depend on values: a GPU would have to be waited for. A CPU is faster with fewer entries."""
     return tensor.device.type != "cpu"

@@ -74,6 +74,11 @@ class SparseCode:
         """Other values on the same pattern."""
         return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived, self.per_token, self.parked)
 
+    def to(self, device: torch.device | str) -> "SparseCode":
+        """The same code on a device."""
+        values, latents, offsets = (one.to(device) for one in (self.values, self.latents, self.offsets))
+        return SparseCode(values, latents, offsets, self.d_sae, {}, self.per_token, self.parked)
+
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
         empty = self.values.new_zeros(self.n_tokens, self.d_sae)
