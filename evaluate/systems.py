@@ -46,7 +46,7 @@ class SmoothedOutput:
         self.sae, self.smoothing = sae, smoothing
 
     def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
-        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].tolist()).to(x.device)
+        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].cpu().tolist()).to(x.device)
         return Output(decoded(self.sae, code, x), code)
 
     def code(self, x: Float[Tensor, "n d_model"], lengths: Sequence[int]) -> Code:

@@ -46,7 +46,7 @@ class XMoments:
     def add(self, view: View, x: Float[Tensor, "n d_model"]) -> None:
         at = where(view.adjacent)
         steps, step_group = x[at + 1] - x[at], view.group[at]
-        for group in view.group.unique().tolist():
+        for group in view.group.unique().cpu().tolist():
             ours, moved = x[where(view.group == group)], steps[where(step_group == group)]
             self.n[group] += len(ours)
             self.n_pairs[group] += len(moved)

@@ -217,7 +217,7 @@ class Collector:
         ):
             into.addmm_(pieces.member * weights, terms)
         mean = total / n[:, None]
-        for group in pieces.group.unique().tolist():
+        for group in pieces.group.unique().cpu().tolist():
             ours = pieces.group == group
             sums.m_squares[group].addmm_(pieces.n_pairs[ours].T, mean[ours].square_())
         return mean, active
