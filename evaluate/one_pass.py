@@ -28,7 +28,7 @@ from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_lo
 from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SmoothedOutput, System, output_of
 from tcsae.shared.base.device import Readout, sums_on, to_device
-from tcsae.shared.base.distributed import ALONE
+from tcsae.shared.base.distributed import ALONE, wait_for_all
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import Split
 
@@ -127,6 +127,7 @@ def measure(
                 into[0].index_add_(0, documents, found.ce)
                 into[1].index_add_(0, documents, found.kl)
         advance(int(batch.lengths.numpy().sum()))
+    wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
     losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
