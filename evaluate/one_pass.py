@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers
+from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
@@ -26,10 +26,11 @@ from tcsae.evaluate.measures.core import (
 )
 from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SmoothedOutput, System, output_of
+from tcsae.evaluate.systems import SequenceSystem, System, output_of
 from tcsae.shared.base.device import Readout, sums_on, to_device
 from tcsae.shared.base.distributed import ALONE, wait_for_all
 from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 
@@ -74,7 +75,7 @@ class Measured(NamedTuple):
 def measure(
     split: Split,
     settings: Settings,
-    systems: Sequence[System | SmoothedOutput],
+    systems: Sequence[System | SequenceSystem],
     tail: Tail | None,
     reference: Reference | None,
     observers: Sequence[Observer],
@@ -110,8 +111,8 @@ def measure(
             observer.begin(batch, counted.x.to(there))
         spliced = {}
         for i, system in enumerate(systems):
-            output = output_of(system, counted.x, counted.sequence)
-            rest = output_of(system, skipped.x, skipped.sequence)
+            output = output_of(system, counted.x, counted.runs)
+            rest = output_of(system, skipped.x, skipped.runs)
             sums.add(i, counted, _on(there, output), skipped, _on(there, rest))
             if output.code is not None:
                 _show(observers, i, output.code.to(there))
@@ -157,6 +158,8 @@ class _Positions(NamedTuple):
     sequence: Int[Tensor, " n"]
     """Row of the batch that each lies in; like what follows, where sums are kept."""
     documents: Int[Tensor, " n"]
+    runs: Int[Tensor, " n"]
+    """Run of consecutive positions that each lies in: what is smoothed or compared along."""
     inputs: Inputs
     n_by_document: Int[ndarray, " n_documents_of_batch"]
     """From the batch's first document on."""
@@ -177,6 +180,7 @@ def _positions(
         chosen,
         to_device(sequence, mean.device),
         to_device(documents, mean.device),
+        to_device(run_numbers(mask), x.device),
         widen(chosen.to(mean.device), mean),
         np.bincount(documents - first, minlength=last + 1 - first),
     )
@@ -189,7 +193,8 @@ def _ends(batch: EvalBatch) -> tuple[int, int]:
 
 
 def _on(device: torch.device, output: Output) -> Output:
-    return Output(output.x_hat.to(device), None if output.code is None else output.code.to(device))
+    x_hat, *rest = (one if one is None else one.to(device) for one in output)
+    return Output(x_hat, *rest)
 
 
 class _Accumulator:
@@ -282,18 +287,14 @@ class _Accumulator:
 
 
 def _look_back(
-    split: Split,
-    settings: Settings,
-    systems: Sequence[System | SmoothedOutput],
-    observer: Observer,
-    part: Part,
+    split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
     device, there = settings.device, sums_on(settings.device)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
         counted = _positions(batch, batch.counted, to_device(batch.x, device), settings.mean.to(there))
         observer.look_back(batch, counted.x.to(there))
         for i, system in enumerate(systems):
-            if (code := output_of(system, counted.x, counted.sequence).code) is not None:
+            if (code := output_of(system, counted.x, counted.runs).code) is not None:
                 observer.pass_over(i, code.to(there))
 
 
@@ -315,11 +316,15 @@ def _losses(
     return dict(zip((CLEAN, *spliced), found, strict=True))
 
 
-def _counts(split: Split, skip_first: int, n_documents: int) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
+def _counts(
+    split: Split, rules: CountingRules | int, n_documents: int
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
     """Predictions and counted positions of each document: a sequence's last token predicts nothing."""
     document = torch.from_numpy(document_numbers(split)[0])
-    lengths = torch.from_numpy(split.lengths).double()
+    mask = counted(split, rules)
+    last = mask[np.arange(len(mask)), split.lengths - 1]
     counts = torch.zeros(2, n_documents, dtype=torch.float64)
-    counts[0].index_add_(0, document, (lengths - 1 - skip_first).clamp(min=0))
-    counts[1].index_add_(0, document, (lengths - skip_first).clamp(min=0))
+    n = torch.from_numpy(mask.sum(1)).double()
+    counts[0].index_add_(0, document, n - torch.from_numpy(last).double())
+    counts[1].index_add_(0, document, n)
     return counts[0], counts[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tcsae.evaluate.batches import Settings, check_counted
 from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
+from tcsae.evaluate.halves import half
 from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
@@ -23,13 +24,14 @@ from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
+from tcsae.evaluate.systems import SequenceSystem, System, system_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.device import sums_on
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
-from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
+from tcsae.shared.base.errors import NoTailError, StoreError
+from tcsae.shared.base.files import remove_dead_partials_in
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
-from tcsae.shared.lm.tail import Tail
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
@@ -61,6 +63,8 @@ def evaluate_runs(
     """
     request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
+    for folder in folders:
+        remove_dead_partials_in(folder)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
         evaluations = dict(work.current)
@@ -78,20 +82,20 @@ def evaluate_runs(
 def _evaluate(group: Group) -> list[dict[str, Any]]:
     """One pass for all runs of a group; their evaluations, written and returned in the same order (by rank 0)."""
     store, options = group.store, group.options
-    split = store.split(options.split)
-    check_counted(split, options.skip_first)
-    part = part_of(split, options.skip_first, group.ours)
+    split = half(store.split(options.split), options.documents)
+    check_counted(split, options.rules)
+    part = part_of(split, options.rules, group.ours)
     tail, no_tail = _tail(store, options.hook, group.device)
     _check_agreed(part, no_tail)
     mean = train_mean(store, options.hook)
     settings = Settings(
         hook=options.hook,
-        skip_first=options.skip_first,
+        skip_first=options.rules,
         splice_all=options.splice == "all",
         mean=mean,
         device=group.device,
     )
-    reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
+    reference = load_reference(group.runs_path, store, options.split_name, settings) if tail else None
     if not all(part.all_gather(reference is not None)):
         reference = None
     constant = baselines.constant_baselines(mean.float().to(group.device))
@@ -100,9 +104,9 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
     observer = None
     if options.temporal:
-        observer = TemporalObserver(split, options.skip_first, centre, len(group.runs), sums_on(group.device))
+        observer = TemporalObserver(split, options.rules, centre, len(group.runs), sums_on(group.device))
     widths = [one.sae.config.d_sae for one in group.runs]
-    measures = MeasureObserver(widths)
+    measures = MeasureObserver([one.sae.config for one in group.runs])
     observers: list[Observer] = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):
@@ -114,7 +118,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         return []
     if tail and reference is None and measured.reference is not None:
         with writing(group.runs_path, AGAIN):
-            save_reference(group.runs_path, store, options.split, settings, measured.reference)
+            save_reference(group.runs_path, store, options.split_name, settings, measured.reference)
     rows = all_rows(measured, len(group.runs))
     common = common_values(group, measured, no_tail)
     common["baselines"] = dict(zip([*sized, *constant], map(points, rows[len(group.runs) :]), strict=True))
@@ -171,11 +175,11 @@ def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
     return mean if store.train.n_tokens else torch.full_like(mean, torch.nan)
 
 
-def _system(loaded: Loaded, device: torch.device) -> System | SmoothedOutput:
+def _system(loaded: Loaded, device: torch.device) -> System | SequenceSystem:
     smooth, sae = loaded.run.options.smooth, loaded.sae
     if device.type != "cpu":
         sae = copy.deepcopy(sae).to(device)
-    return SmoothedOutput(sae, parse_smoothing(smooth)) if smooth else SaeOutput(sae)
+    return system_of(sae, parse_smoothing(smooth) if smooth else None)
 
 
 def _check_agreed(part: Part, no_tail: str | None) -> None:
@@ -187,19 +191,20 @@ def _check_agreed(part: Part, no_tail: str | None) -> None:
 
 
 def _tail(store: Store, hook: str, device: torch.device) -> tuple[Tail | None, str | None]:
-    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without."""
+    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without.
+
+    Raises StoreError for one that is damaged or out of reach: without a word the figures would be of less.
+    """
     try:
         return Tail.load(store.tail_path(hook), str(device)), None
-    except RemoteError:  # there may be one
-        raise
-    except TcsaeError as error:
+    except (NoTailError, TailError) as error:
         return None, str(error)
 
 
 def _sized_baselines(group: Group) -> dict[str, System]:
     options = group.options
     like = group.runs[0].sae.config
-    return baselines.sized_baselines(group.store, options.hook, options.skip_first, like, group.device)
+    return baselines.sized_baselines(group.store, options.hook, options.rules, like, group.device)
 
 
 def evaluate_parallel(

@@ -370,6 +370,7 @@ def test_a_damaged_chunk_is_named(store, tmp_path):
     assert not (tmp_path / "runs" / "one" / "eval.json").exists()
 
 
+@pytest.mark.slow
 def test_no_language_model_is_needed(store, tmp_path):
     """No transformer_lens, no datasets, and nothing of the rooms that hold or run the language model."""
     make_run(tmp_path, "one", make_sae(), store)

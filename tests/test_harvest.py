@@ -308,14 +308,14 @@ def test_settings_that_cannot_be_are_refused(short):
     "option, value, words",
     [
         ("--batch-size", "1M", None),  # a count of sequences, not of thousands
-        ("--batch-size", "99999999999999999999", r"at most 32768 sequences of 32 in one .* would take [\d.e+]+GB"),
+        ("--batch-size", "99999999999999999999", r"at most 32768 sequences of 32 in one .* would take [\d.e+]+PB"),
         (
             "--sequence-length",
             "99999999999999999999",
-            r"at most 1048576 positions; at a width .* would take [\d.e+]+GB",
+            r"at most 1048576 positions; at a width .* would take [\d.e+]+PB",
         ),
-        ("--tokens", "99999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+GB"),
-        ("--sequences", "9999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+GB"),
+        ("--tokens", "99999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+PB"),
+        ("--sequences", "9999999999999999999", r"at most 1000000000000; their ids alone would take [\d.e+]+PB"),
         ("--min-length", "99999999999999999999", "from 1 to the sequence length, 32"),
         ("--seed", "99999999999999999999", "0 for the corpus's own order, or up to 9223372036854775807"),
     ],

@@ -31,9 +31,7 @@ def test_the_number_on_a_machine_is_torchrun_s_or_slurm_s(monkeypatch, environme
 def test_a_number_that_is_none_is_one_line(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "first"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        ConfigError, match=r"LOCAL_RANK=first: .* \(or SLURM_LOCALID\) to one"
-    ):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=first: .* \(or SLURM_LOCALID\) to one"):
         ranks()
 
 
@@ -60,9 +58,7 @@ def test_each_process_has_its_own_gpu(gpus, local, n, index):
 
 def test_never_the_first_gpu_for_all(gpus):
     gpus(4)
-    with pytest.raises(
-        ConfigError, match=r"neither LOCAL_RANK nor SLURM_LOCALID .* of the 4 GPUs"
-    ):
+    with pytest.raises(ConfigError, match=r"neither LOCAL_RANK nor SLURM_LOCALID .* of the 4 GPUs"):
         device_of(Ranks(1, 8, None), torch.device("cuda"))
     assert device_of(Ranks(1, 8, None), torch.device("cpu")) == torch.device("cpu")
 

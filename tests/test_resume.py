@@ -68,6 +68,8 @@ def mixed_runs(extra: tuple[str, ...] = ()) -> list[Run]:
         "slow": ("temporal-topk", ("temporal.position_penalty=0.1",)),
         "contrast": ("temporal-matryoshka", ()),
         "paper": ("written-run3", ()),
+        "direction": ("direction", ("temporal.contrast.gap=1", "linear.kind=pca", "sae.activation=batchtopk")),
+        "t-sae": ("t-sae-past", ("temporal.contrast.per_segment=2",)),
         "seeded": ("topk", ("init_seed=5", "steps=40")),
     }
     return [
@@ -99,6 +101,7 @@ def alone(store, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_many_in_one_pass_equal_each_alone_and_aux_fired(store, alone, tmp_path):
     runs = mixed_runs()
     train_runs(store, tmp_path, runs)
@@ -111,6 +114,7 @@ class KilledError(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills", [[14, 2, 30], *(pytest.param(kills, marks=pytest.mark.slow) for kills in ([1], [13, 26, 7], [59]))]
 )
@@ -140,6 +144,7 @@ def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, m
         assert not list((tmp_path / run.name).glob("checkpoint*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_checkpoints_between_two_steps(store, alone, tmp_path, monkeypatch, number):
     real = run_module.Member.step
@@ -251,6 +256,7 @@ def poison(monkeypatch, name: str, numbers: set[int]) -> None:
     monkeypatch.setattr(run_module.Member, "step", step)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_nan_ends_alone_with_step_and_batch_named(store, alone, tmp_path, monkeypatch):
     poison(monkeypatch, "topk", {17})
     records = {record["name"]: record for record in train_runs(store, tmp_path, mixed_runs())}

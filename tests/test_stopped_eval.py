@@ -22,6 +22,8 @@ from tcsae.paper.run import TIMES, _times
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import Store
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
 toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)

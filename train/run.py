@@ -15,6 +15,7 @@ from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.base.trackers import open_tracker
 from tcsae.shared.sae.folder import METRICS, load_record, load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
@@ -23,10 +24,11 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
+from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -125,7 +127,8 @@ class Member:
         self.log: RunLog | NoLog = NoLog()
         if writes:
             with disk_errors(path):
-                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+                passed_on = open_tracker(tracker, path, to_dict(config), trainer.progress.n_steps)
+                self.log = RunLog(path / METRICS, n_bytes, passed_on)
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -138,9 +141,11 @@ class Member:
         trainer, config = self.trainer, self.run.config
         if number < trainer.progress.n_steps or not self.live:
             return
-        if not batch.n_whole:
+        if batch.longest < config.sae.window:
             trainer.count(batch)
-            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no token of it."
+            if batch.longest:
+                why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
@@ -157,7 +162,7 @@ class Member:
                 self.step(batch, number)
             return
         if logs:
-            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
+            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
         if saves:
             self.checkpoint()
             if self.bring_back is not None:
@@ -224,11 +229,14 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        text = any(run.config.temporal.reads_text for run in runs)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
         for run in runs:
-            self.loader.check_temporal(run.config.temporal)
-        sample = self.loader.sample(SAMPLE_TOKENS)
-        self.members = [self._member(run, sample) for run in runs]
+            self.loader.check_windows(run.config)
+        samples = {
+            window: self.loader.sample(SAMPLE_TOKENS, window) for window in {run.config.sae.window for run in runs}
+        }
+        self.members = [self._member(run, samples[run.config.sae.window]) for run in runs]
 
     def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None
@@ -236,7 +244,8 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
+        linear = fit_linear(self.store, run.config)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
@@ -265,9 +274,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:
@@ -294,8 +306,11 @@ class _Pass:
         """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
-        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
-        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
+        out = loader.left_out() | ({"min_sequence_length": loader.n_short} if loader.n_short else {})
+        reasons = ", ".join(f"{n:,} by data.{name}" for name, n in out.items())
+        tokens = f"{loader.n_tokens:,} tokens an epoch (left out: {reasons})"
+        if loader.config.max_norm is not None:
+            tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 

@@ -28,6 +28,7 @@ from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.base.device import to_device
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
@@ -78,7 +79,7 @@ class TemporalObserver:
     def __init__(
         self,
         split: Split,
-        skip_first: int,
+        skip_first: CountingRules | int,
         mean: Float64[Tensor, " d_model"],
         n_systems: int,
         device: torch.device | str = "cpu",
@@ -155,18 +156,18 @@ class TemporalObserver:
         whole = sums.without(None)
         groups = latent_groups(config, whole.active[0])
         code = join_codes(self.read[system]) if self.read.get(system) else None
-        found = self._rows(sums, groups, config.k)
+        measured = self._rows(sums, groups, config.k)
         if self.plan and code is not None:
             for name, which in groups.items():
                 rows, draws = probes.probe(self.plan, probes.widest(code, which))
-                found[name]["measures"] |= rows
+                measured[name]["measures"] |= rows
                 if name == "all":
                     self.probe_draws[system] = draws
         if self.plan and code is not None:
             for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
-                found[name] = {"measures": probes.probe(self.plan, smooth)[0]}
+                measured[name] = {"measures": probes.probe(self.plan, smooth)[0]}
         return {
-            "groups": found,
+            "groups": measured,
             "x": self.of_x,
             "scale": {
                 "mean_squared_norm": _ratio(whole.energy, whole.n),
@@ -201,13 +202,13 @@ class TemporalObserver:
             part = whole.less(sums, without, n_lags=FAR)
             for name, which in groups.items():
                 left[name].append(self._figures((part, whole), (name, which), k, without)[0])
-        found = {}
+        rows = {}
         for name, (pairs, curves) in full.items():
-            found[name] = {
+            rows[name] = {
                 "measures": {key: _row(pair, [one[key] for one in left[name]]) for key, pair in pairs.items()},
                 "curves": {key: [_json(value) for value in curve] for key, curve in curves.items()},
             }
-        return found
+        return rows
 
     def _figures(
         self,
@@ -280,16 +281,16 @@ def matched(firings: Float64[Tensor, " d_sae"], chosen: Bool[Tensor, " d_sae"]) 
     others = np.flatnonzero(~chosen.numpy())
     left = list(others[np.argsort(rates[others], kind="stable")])
     left_rates = [rates[one] for one in left]
-    found = torch.zeros_like(chosen)
+    matched = torch.zeros_like(chosen)
     for rate in np.sort(rates[chosen.numpy()])[::-1]:
         if not left:
             break
         at = int(np.searchsorted(left_rates, rate))
         if at == len(left) or (at > 0 and rate - left_rates[at - 1] <= left_rates[at] - rate):
             at -= 1
-        found[left.pop(at)] = True
+        matched[left.pop(at)] = True
         left_rates.pop(at)
-    return found
+    return matched
 
 
 def _json(value: float) -> float | None:

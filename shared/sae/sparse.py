@@ -4,6 +4,7 @@ All on float32 tensors of one device. The fast paths were chosen by measurement 
 training keeps to static shapes: as many entries whatever their values, those without a meaning being zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +76,16 @@ class SparseCode:
         return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived, self.per_token, self.parked)
 
     def to(self, device: torch.device | str) -> "SparseCode":
-        """The same code on a device."""
+        """The same code on another device."""
         values, latents, offsets = (one.to(device) for one in (self.values, self.latents, self.offsets))
         return SparseCode(values, latents, offsets, self.d_sae, {}, self.per_token, self.parked)
+
+    def to_torch_sparse(self) -> Tensor:
+        """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
+        places = torch.stack((self.rows, self.columns))
+        return torch.sparse_coo_tensor(
+            places, self.values, (self.n_tokens, self.d_sae), check_invariants=False
+        ).coalesce()
 
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
@@ -145,6 +153,19 @@ class LatentOrder:
             mode="sum",
             include_last_offset=True,
         )
+
+
+def join_codes(parts: Sequence[SparseCode]) -> SparseCode:
+    """The codes of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.tensor([0, *(len(part.values) for part in parts)]).cumsum(0)
+    offsets = [part.offsets[:-1] + end for part, end in zip(parts, ends.tolist(), strict=False)]
+    last = parts[-1].offsets[-1:] + int(ends[-2])
+    values, latents = torch.cat([part.values for part in parts]), torch.cat([part.latents for part in parts])
+    widths = {part.per_token for part in parts}
+    per_token = widths.pop() if len(widths) == 1 else None
+    return SparseCode(values, latents, torch.cat([*offsets, last]), parts[0].d_sae, per_token=per_token)
 
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
