@@ -1,6 +1,5 @@
 """Evaluate runs on a store's eval split: what is done already is kept, the rest shares one pass, results go to JSON."""
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,7 @@ from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SequenceSystem, System, system_of
+from tcsae.evaluate.systems import SequenceSystem, System, sae_on, system_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.device import sums_on
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
@@ -176,9 +175,7 @@ def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
 
 
 def _system(loaded: Loaded, device: torch.device) -> System | SequenceSystem:
-    smooth, sae = loaded.run.options.smooth, loaded.sae
-    if device.type != "cpu":
-        sae = copy.deepcopy(sae).to(device)
+    smooth, sae = loaded.run.options.smooth, sae_on(loaded.sae, device)
     return system_of(sae, parse_smoothing(smooth) if smooth else None)
 
 

@@ -1,5 +1,6 @@
 """What is evaluated: an SAE, or a baseline, as a function of activations."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -129,12 +130,21 @@ def sequence_lengths(sequence: Int[Tensor, " n"]) -> Int[ndarray, " n_sequences"
 
 
 def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Code:
-    """An SAE's code of every token, whatever it reads of the token's sequence."""
+    """An SAE's code of every token, whatever it reads of the token's sequence; made on the SAE's device, then brought
+    to that of x.
+    """
+    if (there := sae.W_dec.device) != x.device:
+        return sae_code(sae, x.to(there), sequence.to(there)).to(x.device)
     if isinstance(sae, TemporalFeatureAutoencoder):
         return temporal_features.read_out(sae, x, sequence_lengths(sequence))[1]
     if sae.config.window > 1:
         return read_out(sae, x, sequence_lengths(sequence))[1]
     return join_codes([code for _, code in code_parts(sae, x)])
+
+
+def sae_on(sae: SparseAutoencoder, device: torch.device | str) -> SparseAutoencoder:
+    """The SAE itself on the CPU, elsewhere a copy of it."""
+    return sae if torch.device(device).type == "cpu" else copy.deepcopy(sae).to(device)
 
 
 def code_parts(

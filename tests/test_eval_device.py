@@ -97,7 +97,7 @@ def test_losses_through_a_tail_are_the_same_on_another_device(store):
     assert found[0][2].sum() != found[0][0].sum()
 
 
-@pytest.mark.parametrize("command", ["eval"])
+@pytest.mark.parametrize("command", ["eval", "report"])
 def test_a_device_that_is_not_here_is_one_line(store, tmp_path, command):
     toy.make_run(tmp_path, "topk", toy.make_sae(), store)
     if torch.cuda.is_available():
