@@ -29,7 +29,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["auto", "cuda", "mps", "cpu"]),
             default="auto",
             show_default=True,
-            help="Where models run and SAEs are trained and evaluated; auto: the first of the others that is there.",
+            help="Where SAEs are trained and evaluated; auto: the first of the others that is there.",
         ),
     )
     for option in reversed(options):

@@ -30,7 +30,7 @@ class Place:
 
     work: Path
     device: str = "cpu"
-    """Where models run, and SAEs are trained and evaluated."""
+    """Where SAEs are trained and evaluated."""
 
     def store(self, name: str) -> Path:
         return self.work / f"{name}.zarr"

@@ -113,9 +113,8 @@ class _Report:
 
             for runs in passes:
                 part = self._part(runs[0].hook, runs[0].rules)
-                features = collect_features(
-                    part, [sae_on(one.loaded.sae, self.request.device) for one in runs], after_batch
-                )
+                saes = [sae_on(one.loaded.sae, self.request.device) for one in runs]
+                features = collect_features(part, saes, after_batch)
                 for one in runs:
                     self.stop.check(UNWRITTEN)
                     self._sae(pages, one, part, features.pop(0))
