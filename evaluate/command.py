@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where SAEs and tail run; auto: the first of the others that is there.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Of matrix products on a GPU; bf16: the SAEs' encoder and decoder. Sums are in float64.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,
@@ -105,7 +112,7 @@ def evaluate(
     from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import complain
-    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.base.device import choose_device, set_precision
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
@@ -115,6 +122,7 @@ def evaluate(
     smooth += tuple(one for _, one in parts if one)
     processes = ranks()
     chosen = device_of(processes, choose_device(settings.pop("device")))
+    set_precision(settings.pop("precision"), chosen)
     request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
     if processes.parallel:
         evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes, chosen)
