@@ -92,13 +92,9 @@ def set_precision(name: str, device: "torch.device") -> None:
     if name not in PRECISIONS:
         raise ConfigError(unknown("precision", name, PRECISIONS))
     if name != "float32" and device.type != "cuda":
-        slower = (
-            ": its products in bfloat16 take about 100 times as long" if (name, device.type) == ("bf16", "cpu") else ""
-        )
-        raise ConfigError(
-            f"--precision {name} on {device.type}{slower}. It is for NVIDIA GPUs: leave it at float32, or give --device "
-            "cuda."
-        )
+        slow = (name, device.type) == ("bf16", "cpu")
+        why = "products in bfloat16 take about 100 times as long there" if slow else "it is for NVIDIA GPUs"
+        raise ConfigError(f"--precision {name} on {device.type}: {why}. Leave it at float32, or give --device cuda.")
     torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
     _precision[-1] = name
 
