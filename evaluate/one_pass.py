@@ -211,7 +211,7 @@ class _Accumulator:
         self.resamplings = resamplings
         self.first = 0
         """The document of the first open row."""
-        self.n = torch.zeros(2, resamplings.n_documents, dtype=torch.float64)
+        self.n = np.zeros((2, resamplings.n_documents))
         self.x, self.columns = self._zeros(n_systems, resamplings.n_rows, d_model)
         self.open_x, self.open_columns = self._zeros(n_systems, 0, d_model)
         self.firings: list[Tensor | None] = [None] * n_systems
@@ -253,7 +253,7 @@ class _Accumulator:
     def add_inputs(self, *parts: _Positions) -> None:
         for kind, part in enumerate(parts):
             first, last = _ends(part.batch)
-            self.n[kind].numpy()[first : last + 1] += part.n_by_document
+            self.n[kind, first : last + 1] += part.n_by_document
             self.open_x[kind].index_add_(0, part.documents - self.first, part.inputs.x)
 
     def add(self, i: int, counted: _Positions, output: Output, skipped: _Positions, rest: Output) -> None:
@@ -273,13 +273,13 @@ class _Accumulator:
         self._close(min(self.first + self.open_x.shape[1], self.resamplings.n_documents))
         self.x, self.columns = (Readout(one, "evaluation").values() for one in (self.x, self.columns))
         self.firings = [one if one is None else Readout(one, "evaluation").values() for one in self.firings]
-        part.add_up((self.n, self.x, self.columns))
+        part.add_up((torch.from_numpy(self.n), self.x, self.columns))
         for i, one in enumerate(zip(*part.gather(self.firings), strict=True)):
             seen = [firings for firings in one if firings is not None]
             self.firings[i] = torch.stack(seen).sum(0) if seen else None
 
     def result(self) -> tuple[list[Sums], list[Sums], list[Tensor | None]]:
-        n = self.resamplings.sums(self.n.T)
+        n = self.resamplings.sums(torch.from_numpy(self.n.T))
         counted, skipped = (
             [Sums(n[:, kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
         )
