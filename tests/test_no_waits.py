@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import tcsae.harvest.capture as capture_module
 from tcsae.evaluate import one_pass
 from tcsae.evaluate.batches import EvalBatch, Settings
-from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.parallel import Part
 from tcsae.evaluate.systems import SaeOutput
 from tcsae.harvest.capture import IN_FLIGHT, Capture, Forward
@@ -290,10 +289,9 @@ def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> 
     monkeypatch.setattr(one_pass, "_counts", lambda *_: torch.ones(2, 2 * n, dtype=torch.float64))
     mean = torch.zeros(WIDTH, dtype=torch.float64)
     settings = Settings(hook="h", skip_first=1, splice_all=splice_all, mean=mean, device=META)
-    observers = [MeasureObserver([config])]
     unchecked = inspect.unwrap(one_pass.measure)
     with pytest.raises(_PassedError), torch.no_grad():
-        unchecked(None, settings, [SaeOutput(sae)], _ToyTail(), None, observers, lambda _: None, Part([], []))
+        unchecked(None, settings, [SaeOutput(sae)], _ToyTail(), None, [], lambda _: None, Part([], []))
     return waited
 
 

@@ -30,22 +30,19 @@ class Concentration:
         if isinstance(code, SparseCode):
             values = code.values.double()
             self._n += code.n_tokens
-            self._sums = self._sums.to(values.device)
             for row, terms in zip(self._sums, ((values > 0).double(), values, values.square()), strict=True):
-                row.index_add_(0, code.columns, terms)
+                row.index_add_(0, code.latents, terms)
         else:
             self._n += len(code)
-            self._sums = self._sums.to(code.device)
             self._sums += torch.stack([(code > 0).sum(0), code.sum(0), code.square().sum(0)]).double()
 
     def sums(self) -> Sequence[Tensor]:
-        self._sums = self._sums.cpu()
         return [self._n, self._sums]
 
     def figures(self) -> dict[str, float | None]:
         if not self._n:
             return dict.fromkeys(self.definitions)
-        on, mean, square = self._sums.cpu() / self._n
+        on, mean, square = self._sums / self._n
         variance = (square - mean.square()).clamp(min=0)
         total = variance.sum()
         widest = variance.topk(max(1, round(WIDEST * len(variance)))).values.sum()

@@ -17,6 +17,7 @@ READS = {
     "max_norm": "which segments hold an outlier, with data.max_norm",
     "capture": "activations of a batch, read while the next ones run",
     "evaluation": "sums of an evaluation pass, at its end",
+    "measures": "codes of a batch, for registered measures, which are worked out on the CPU",
 }
 """What a stage reads from a device, and so may wait for: nothing else does."""
 
