@@ -48,6 +48,13 @@ PAPERS = ("logged-", "written-")
     show_default=True,
     help="Where runs are trained; auto: the first of the others that is there.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Of matrix products on a GPU; bf16: the encoder's and the decoder's. Losses and Adam are in float32.",
+)
 @click.option("--dry-run", is_flag=True, help="Print passes, memory and time, measured on a few steps. Writes nothing.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
@@ -76,7 +83,7 @@ def train(
 
     from pathlib import Path
 
-    from tcsae.shared.base.device import choose_device, keep_freed_memory
+    from tcsae.shared.base.device import choose_device, keep_freed_memory, set_precision
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.base.errors import ConfigError
     from tcsae.shared.store.reader import open_store
@@ -93,6 +100,7 @@ def train(
     )
     runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
     chosen = device_of(processes, choose_device(device))
+    set_precision(asked["precision"], chosen)
     if asked["dry_run"]:
         if processes.parallel:
             raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
