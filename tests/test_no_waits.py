@@ -37,7 +37,9 @@ VARIANTS = {
     "written-run4": ("temporal.budget=0.1", "sae.groups=0.5,0.5", "group_weights=1,1"),
     "temporal-matryoshka": ("temporal.budget=0.1", "temporal.kind=difference", "temporal.order=batch"),
 }
-CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [*VARIANTS.items()]
+CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [
+    *VARIANTS.items()
+]
 
 
 class WaitError(AssertionError):
