@@ -7,6 +7,7 @@ from typing import Literal
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.counted import SPECIAL, CountingRules
 
 FOLDABLE = ("batchtopk", "jumprelu", "relu")
 """Activations that a linear part folds into: a latent is on by its own value alone, once trained."""
@@ -31,8 +32,15 @@ class DataConfig:
     """First positions of each sequence that are left out: their norms are outliers in many models."""
     min_sequence_length: int = 1
     """Shorter sequences are left out; sequence_length keeps only those that were cut off, not ended."""
+    exclude_tokens: tuple[str, ...] = ()
+    """Token ids that are left out wherever they stand, or special: all special tokens of the store's tokenizer.
+    Segments are cut there, so that no window spans one."""
+    positions: tuple[str, ...] = ()
+    """Roles of a conversation whose tokens are trained on, as harvest --roles marked them; empty: everybody's. Segments
+    are cut at the others."""
     max_norm: float | None = None
-    """Leave out segments that hold a norm above this many times the median; None keeps all."""
+    """Leave out tokens whose norm is above this many times the median (attention sinks), and cut segments there; None
+    keeps all."""
     document_segments: int = 1
     """Segments of one document that come one after the other, at most, drawn from all over it: for terms that compare
     far parts of a document."""
@@ -56,8 +64,22 @@ class DataConfig:
             )
         _at_least("data.seed", self.seed, 0)
         _at_most("data.seed", self.seed, MAX_SEED)
+        for name in self.exclude_tokens:
+            if name != SPECIAL and not name.isdecimal():
+                raise ConfigError(f"data.exclude_tokens={name!r}: give token ids with commas between, or {SPECIAL}.")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(f"data.max_norm={self.max_norm}: must be above 0, or none.")
+
+    @property
+    def rules(self) -> CountingRules:
+        """Which positions are trained on."""
+        return CountingRules(
+            skip_first=self.skip_first,
+            exclude_tokens=self.exclude_tokens,
+            positions=self.positions,
+            max_norm=self.max_norm,
+            hook=self.hook,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.base.trackers import open_tracker
 from tcsae.shared.sae.folder import METRICS, load_record, load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
@@ -24,9 +25,9 @@ from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.start.linear import fit_linear
 from tcsae.train.trainer import Trainer
 
@@ -126,7 +127,8 @@ class Member:
         self.log: RunLog | NoLog = NoLog()
         if writes:
             with disk_errors(path):
-                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+                passed_on = open_tracker(tracker, path, to_dict(config), trainer.progress.n_steps)
+                self.log = RunLog(path / METRICS, n_bytes, passed_on)
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -141,7 +143,7 @@ class Member:
             return
         if batch.longest < config.sae.window:
             trainer.count(batch)
-            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no token of it."
             if batch.longest:
                 why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
@@ -272,9 +274,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:
@@ -301,8 +306,11 @@ class _Pass:
         """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
-        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
-        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
+        out = loader.left_out() | ({"min_sequence_length": loader.n_short} if loader.n_short else {})
+        reasons = ", ".join(f"{n:,} by data.{name}" for name, n in out.items())
+        tokens = f"{loader.n_tokens:,} tokens an epoch (left out: {reasons})"
+        if loader.config.max_norm is not None:
+            tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 

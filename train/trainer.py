@@ -97,7 +97,7 @@ class Progress:
     n_steps: int = 0
     n_tokens: int = 0
     n_left_out: int = 0
-    """Tokens of segments that data.max_norm left out."""
+    """Tokens that data.max_norm left out."""
     mean_loss: float = 0.0
     n_restored: int = 0
     ended: str = ""

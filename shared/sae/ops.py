@@ -334,13 +334,13 @@ class _PairDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: Tensor, lag: int) -> Tensor:
         n = max(0, len(code) - lag)
-        found = code.new_zeros(n, dtype=sum_dtype(code.device))
+        norms = code.new_zeros(n, dtype=sum_dtype(code.device))
         for start in range(0, n, row_block(code)):
             stop = min(start + row_block(code), n)
-            found[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
+            norms[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
         ctx.save_for_backward(code)
         ctx.lag = lag
-        return found.square_()
+        return norms.square_()
 
     @staticmethod
     @once_differentiable
