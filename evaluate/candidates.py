@@ -29,6 +29,7 @@ from tcsae.shared.sae.folder import (
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.other_formats import LOADERS
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
@@ -56,11 +57,28 @@ class EvalOptions:
     """Which of the split's documents are counted: `halves`."""
     smooth: str | None = None
     """How the SAE's codes are smoothed before they are decoded, as in "ema=0.3"; None: not at all."""
+    exclude_tokens: tuple[str, ...] = ()
+    """Tokens that are not counted: as in training."""
+    positions: tuple[str, ...] = ()
+    """Roles whose tokens are counted; empty: everybody's."""
+    max_norm: float | None = None
+    """Largest norm that is counted, in medians: as in training."""
+
+    @property
+    def rules(self) -> CountingRules:
+        """Which positions are counted."""
+        return CountingRules(
+            skip_first=self.skip_first,
+            exclude_tokens=self.exclude_tokens,
+            positions=self.positions,
+            max_norm=self.max_norm,
+            hook=self.hook,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluations hold them: without smoothing or a half of the documents, nothing is said of either."""
-        silent = {("smooth", None), ("documents", "all")}
-        return {name: value for name, value in to_dict(self).items() if (name, value) not in silent}
+        """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
+        silent = {"smooth": None, "documents": "all", "exclude_tokens": [], "positions": [], "max_norm": None}
+        return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
 
     @property
     def split_name(self) -> str:
@@ -83,6 +101,8 @@ class EvalRequest:
     temporal: bool = True
     baselines: bool = False
     documents: Documents = "all"
+    positions: Collection[str] = ()
+    """Roles whose tokens are counted; none: as each run was trained."""
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -172,7 +192,8 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
             f"its SAE reads d_model {width}, but {hook} in {store.location} has d_model {d_store}. "
             "Evaluate it on a store of its own model, or name the runs that fit with --run."
         )
-    skip_first = record["train"]["data"]["skip_first"] if request.skip_first is None else request.skip_first
+    data = record["train"]["data"]
+    skip_first = data["skip_first"] if request.skip_first is None else request.skip_first
     options = EvalOptions(
         hook=hook,
         skip_first=skip_first,
@@ -180,6 +201,9 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         temporal=request.temporal,
         baselines=request.baselines,
         documents=request.documents,
+        exclude_tokens=tuple(data.get("exclude_tokens", ())),
+        positions=tuple(request.positions or data.get("positions", ())),
+        max_norm=data.get("max_norm"),
     )
     return Candidate(path, record, options, tuple(differences))
 
@@ -189,11 +213,16 @@ RECORD_VALUES: dict[str, type | UnionType] = {
     "hook": str,
     "sae.d_model": int,
     "train.data.skip_first": int,
+    "train.data.exclude_tokens": list | None,
+    "train.data.positions": list | None,
+    "train.data.max_norm": float | int | None,
     "steps": int | None,
     "tokens": int | None,
     "store.content": str | None,
 }
 """What an evaluation reads of tcsae.json, and what it may be."""
+LATER = ("train.data.exclude_tokens", "train.data.positions", "train.data.max_norm")
+"""Of these, what records of older versions and of others lack."""
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -201,6 +230,9 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
     for name, kind in RECORD_VALUES.items():
         value: Any = record
         for key in name.split("."):
+            if isinstance(value, dict) and key not in value and name in LATER:
+                value = None
+                break
             if not isinstance(value, dict) or key not in value:
                 raise RunError(
                     f"{path / RECORD} lacks {key!r}: it is damaged, or no run of ours. Train it again, or remove it."

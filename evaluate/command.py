@@ -56,6 +56,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="First positions of each sequence that are not counted. Default: each run's own in training.",
 )
+@click.option(
+    "--positions",
+    multiple=True,
+    metavar="ROLE",
+    help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,

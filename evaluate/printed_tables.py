@@ -174,6 +174,8 @@ SHARES = ("cossim", "l2_ratio", "kl_div_score")
 def _legend(one: dict[str, Any]) -> str:
     skip_first = one["options"]["skip_first"]
     counted = f"positions from {skip_first} on" if skip_first else "all positions"
+    if out := {name: n for name, n in one.get("left_out", {}).items() if name != "skip_first"}:
+        counted += f" ({', '.join(f'{n:,} tokens left out by {name}' for name, n in out.items())})"
     ev = f"EV: centred, pooled explained variance over {counted}. ±: half the interval ({one['interval_rule']})."
     figures = one["metrics"]
     if one["no_tail"]:

@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.chat import ChatChoice
 from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
 from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
@@ -146,6 +147,7 @@ class _Job:
     corpus: Corpus
     recipe: Recipe
     capture: Capture | None
+    chat: ChatChoice | None = None
 
     def load(self) -> Capture:
         if self.capture is None:
@@ -179,7 +181,7 @@ def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = Fa
     if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
         model = replace(model, weights_seed=config.control.seed)
     corpus = find_corpus(config.corpus, stored.corpus if stored else None)
-    return _Job(model, corpus, *resolve(config, model, corpus, stored))
+    return _Job(model, corpus, *resolve(config, model, corpus, stored), config.chat)
 
 
 def _open(
@@ -219,7 +221,7 @@ def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force
 
 def _make_sequences(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool) -> None:
     """Phase 1."""
-    write_sequences(writer, job.corpus, job.model, stop)
+    write_sequences(writer, job.corpus, job.model, stop, job.chat)
     _check_counts(writer, exact)
 
 

@@ -93,6 +93,8 @@ def remember(trainer: Trainer) -> Callable[[], None]:
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
     tensors = {f"sae.{name}": tensor.detach() for name, tensor in trainer.sae.named_parameters()}
     tensors["tokens_since_fired"] = trainer.tokens_since_fired
+    if trainer.head is not None:
+        tensors |= {f"head.{name}": tensor.detach() for name, tensor in trainer.head.named_parameters()}
     if trainer.positions is not None:
         tensors |= {"positions.sums": trainer.positions.sums, "positions.counts": trainer.positions.counts}
     return tensors

@@ -33,6 +33,12 @@ PAPERS = ("logged-", "written-")
     "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,...", help="Train one run a value; repeated: a grid."
 )
 @click.option("--config", "config_file", metavar="FILE", help="Settings from a TOML file, with a preset to start from.")
+@click.option(
+    "--positions",
+    multiple=True,
+    metavar="ROLE",
+    help="Train on the tokens of this role of a conversation alone, as --set data.positions; repeatable.",
+)
 @click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
 @click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
 @click.option(
@@ -80,7 +86,7 @@ def train(
 
     keep_freed_memory()
     store = open_store(place.store)
-    options = {"data.seed": seed, "steps": steps}
+    options = {"data.seed": seed, "steps": steps, "data.positions": ",".join(asked["positions"]) or None}
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(
         asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options

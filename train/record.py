@@ -13,6 +13,7 @@ from tcsae import __version__
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, from_dict, to_dict
+from tcsae.shared.base.trackers import TRACKED
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.folder import METRICS, RECORD, load_record, save_sae
 from tcsae.shared.store.places.local import LocalObjects
@@ -25,6 +26,8 @@ from tcsae.train.trainer import Progress, Trainer
 
 RETIRED = {"optimizer.gradients": "written"}
 """Settings of older versions that are gone, and the value at which nothing changed."""
+MOVED = {"temporal.temperature": "temporal.contrast.temperature"}
+"""Settings of older versions by the names that they have now."""
 LOCK = "train.lock"
 MOST_COMPARED = 1_000_000
 """First steps whose learning rates are compared one by one."""
@@ -138,18 +141,25 @@ def writable_folder(path: Path) -> Iterator[None]:
 def clear_run(path: Path) -> None:
     """Remove what an earlier training left, the record first: without it there is no finished SAE."""
     with disk_errors(path):
-        for file in (path / RECORD, *checkpoints(path), path / METRICS):
+        for file in (path / RECORD, *checkpoints(path), path / METRICS, path / TRACKED):
             file.unlink(missing_ok=True)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, and a retired
-    setting at its only value that is left is as good as absent.
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, a retired
+    setting at its only value that is left is as good as absent, and one that was moved stands where it does now.
     """
     settings = {
         key: {k: v for k, v in value.items() if RETIRED.get(f"{key}.{k}") != v} if isinstance(value, dict) else value
         for key, value in settings.items()
     }
+    for old, new in MOVED.items():
+        (*_, parent, key), (*parents, name) = old.split("."), new.split(".")
+        if isinstance(settings.get(parent), dict) and key in settings[parent]:
+            inner = settings
+            for one in parents:
+                inner = inner.setdefault(one, {})
+            inner.setdefault(name, settings[parent].pop(key))
     try:
         return to_dict(from_dict(TrainConfig, settings))
     except ConfigError:  # a setting that is gone, or none at all: it differs
@@ -169,7 +179,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
         "left_out": {
-            "skip_first_per_epoch": loader.n_skipped,
+            **{f"{name}_per_epoch": n for name, n in loader.left_out().items()},
             "short_per_epoch": loader.n_short,
             "max_norm": progress.n_left_out,
         },

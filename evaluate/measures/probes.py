@@ -24,6 +24,7 @@ from tcsae.evaluate.measures.code_ops import entry_values
 from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.smoothing import ema_kernel, filtered_rows, mean_kernel
 from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 MAX_DOCUMENTS, MAX_TOKENS = 128, 128
@@ -58,7 +59,6 @@ class Plan(NamedTuple):
     """Which sequences are read, and the classes of their tokens; one row a counted token."""
 
     sequences: Int[ndarray, " n_documents"]
-    skip_first: int
     document: Int[Tensor, " n"]
     """0 to the number of documents probed - 1."""
     within: Int[Tensor, " n"]
@@ -76,19 +76,20 @@ class Plan(NamedTuple):
         return (read & (within < MAX_TOKENS)).nonzero().squeeze(1)
 
 
-def plan_probes(split: Split, skip_first: int) -> Plan | None:
+def plan_probes(split: Split, skip_first: CountingRules | int) -> Plan | None:
     """Choose documents by their first sequences; None if fewer than four have MIN_TOKENS counted tokens."""
     document = document_numbers(split)[0]
     first = np.flatnonzero(np.diff(document, prepend=-1))
-    n_counted = np.minimum(split.lengths[first] - skip_first, MAX_TOKENS)
-    able = first[n_counted >= MIN_TOKENS]
+    mask = counted(split, skip_first)
+    able = first[mask[first].sum(1) >= MIN_TOKENS]
     if len(able) < 4:
         return None
     sequences = able[np.unique(np.linspace(0, len(able) - 1, min(MAX_DOCUMENTS, len(able))).astype(int))]
-    lengths = np.minimum(split.lengths[sequences] - skip_first, MAX_TOKENS)
+    chosen = mask[sequences] & (mask[sequences].cumsum(1) <= MAX_TOKENS)
+    lengths = chosen.sum(1)
     number = np.repeat(np.arange(len(sequences)), lengths)
     within = np.arange(len(number)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    ids = split.tokens[sequences[number], within + skip_first]
+    ids = split.tokens[sequences][chosen]
     frequent, counts = np.unique(ids, return_counts=True)
     frequent = np.sort(frequent[np.argsort(-counts, kind="stable")[:N_TOKEN_IDS]])
     at = np.searchsorted(frequent, ids).clip(max=len(frequent) - 1)
@@ -96,9 +97,7 @@ def plan_probes(split: Split, skip_first: int) -> Plan | None:
     edges = np.quantile(within, np.arange(1, N_POSITION_BINS) / N_POSITION_BINS)
     position = np.searchsorted(edges, within, side="right")
     targets = torch.from_numpy(np.stack([number, token, position]).astype(np.int64))
-    return Plan(
-        sequences, skip_first, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets
-    )
+    return Plan(sequences, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets)
 
 
 def probe(

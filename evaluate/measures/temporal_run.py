@@ -27,6 +27,7 @@ from tcsae.evaluate.measures.temporal_figures import (
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
@@ -72,7 +73,9 @@ class TemporalObserver:
 
     looks_back = True
 
-    def __init__(self, split: Split, skip_first: int, mean: Float64[Tensor, " d_model"], n_systems: int) -> None:
+    def __init__(
+        self, split: Split, skip_first: CountingRules | int, mean: Float64[Tensor, " d_model"], n_systems: int
+    ) -> None:
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
         self.layout = Layout(split, skip_first)

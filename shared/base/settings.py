@@ -146,6 +146,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
+        if arguments[0] is str and not value:  # as `to_settings` writes an empty one
+            items = ()
         return tuple(_convert(arguments[0], item, where) for item in items)
     if origin is dict:
         return dict(value)

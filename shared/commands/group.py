@@ -25,6 +25,7 @@ from tcsae.shared.commands.help_groups import GROUPS, LINES
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
+    "import": "tcsae.harvest.imports.command:import_",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
@@ -34,7 +35,9 @@ STAGES = {
     "inspect": "tcsae.shared.commands.store_commands:inspect",
     "verify": "tcsae.shared.commands.store_commands:verify",
     "copy": "tcsae.shared.commands.store_commands:copy",
-    "export": "tcsae.shared.commands.store_commands:export",
+    "export": "tcsae.evaluate.exports.command:export",
+    "push": "tcsae.shared.hub.command:push",
+    "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
     "methods": "tcsae.paper.command:methods",
     "completion": "tcsae.shared.commands.completion:completion",

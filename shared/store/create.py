@@ -43,6 +43,7 @@ class StoreCreation:
         self._seen: dict[str, list[ndarray]] = {split: [] for split in SPLITS}
         self._last: dict[str, tuple[int, int]] = {}
         """Per split: the last sequence's document, and where the document goes on."""
+        self._sealed = False
 
     def __enter__(self) -> "StoreCreation":
         return self
@@ -50,6 +51,8 @@ class StoreCreation:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self.discard()
+            return
+        if self._sealed:
             return
         try:
             self.seal()
@@ -110,6 +113,7 @@ class StoreCreation:
             self._flush(split, whole_chunks=False)
         self._writer.finish_sequences(self._counts)
         self._writer.seal({hook: {"none": NO_TAIL} for hook in self._widths}, self._add_tokenizer(), {})
+        self._sealed = True
         if not self._seen["eval"]:
             say(
                 f"{self.location} has no eval split, so tcsae train can use it and tcsae eval cannot. Append sequences "
@@ -125,6 +129,8 @@ class StoreCreation:
             return self._writer.add_folder("tokenizer", Path(self._tokenizer))
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
+            for code in Path(folder).rglob("*.py"):  # no store holds code that a reader might run
+                code.unlink()
             return self._writer.add_folder("tokenizer", Path(folder))
 
     def discard(self) -> None:
@@ -184,14 +190,14 @@ class StoreCreation:
         if not n:
             return
         parts = self._pending[split]
-        rows = Rows(*(np.concatenate(one) for one in zip(*(vars(rows).values() for rows, _ in parts), strict=True)))
+        rows = Rows.joined([rows for rows, _ in parts])
         values = {hook: np.concatenate([one[hook] for _, one in parts]) for hook in self._widths}
-        now, rest = (Rows(*(one[part] for one in vars(rows).values())) for part in (slice(n), slice(n, None)))
+        now, rest = rows.part(slice(n)), rows.part(slice(n, None))
         self._pending[split] = (
             [(rest, {hook: one[n:].copy() for hook, one in values.items()})] if len(rest.lengths) else []
         )
         self._n_pending[split] -= n
-        nothing = Rows(*(one[:0] for one in vars(rows).values()))
+        nothing = rows.part(slice(0))
         self._writer.commit({one: now if one == split else nothing for one in SPLITS}, {})
         counts = self._counts[split]
         start = counts["sequences"]
@@ -204,7 +210,7 @@ class StoreCreation:
             self._writer.write_shard(shard, {hook: one[first:stop] for hook, one in values.items()})
 
 
-def create_store(
+def create_store(  # noqa: PLR0913 (keyword arguments of a public function)
     location: str | Path,
     *,
     hooks: Mapping[str, int],
@@ -212,6 +218,7 @@ def create_store(
     codec: str = "float16",
     codec_error: float | None = None,
     source: str = "own activations",
+    model: str | None = None,
     tokenizer: Any = None,
     labels: Sequence[str] = (),
 ) -> StoreCreation:
@@ -220,7 +227,8 @@ def create_store(
     hooks: name -> d_model of what is stored side by side, e.g. {"layer4": 768}. sequence_length: positions of a
     sequence, at most (1 for single vectors). codec, codec_error: as in `tcsae harvest --help`. source: its name where a
     model's would stand. tokenizer: a Hugging Face tokenizer or its folder, to show tokens as text; or labels: what
-    token 0, 1, ... is called, where there is no text (classes of patches, phonemes).
+    token 0, 1, ... is called, where there is no text (classes of patches, phonemes). model: the language model's name
+    (default: the source's).
 
         with tcsae.create_store("a.zarr", hooks={"layer4": 768}, sequence_length=64) as store:
             store.append("train", {"layer4": x})  # [n, 64, 768]
@@ -236,7 +244,9 @@ def create_store(
     if not hooks or min(hooks.values()) < 1 or sequence_length < 1 or any(not name or "/" in name for name in hooks):
         raise ConfigError("create_store: give at least one hook (a name without /), widths and lengths from 1 on.")
     recipe = Recipe(
-        model=ModelRecipe(name=source, revision="as given", device="unknown", attention="unknown", batch_size=0),
+        model=ModelRecipe(
+            name=model or source, revision="as given", device="unknown", attention="unknown", batch_size=0
+        ),
         corpus=CorpusRecipe(name=source, revision="as given"),
         sequences=SequenceRecipe(length=sequence_length, min_length=1, eval_every=0),
         hooks=tuple(HookRecipe(requested=name, canonical=name, d_model=width) for name, width in hooks.items()),
