@@ -102,10 +102,7 @@ def test_config_files_that_cannot_be(tmp_path):
 
 def test_the_papers_presets_and_controls_are_listed_apart():
     printed = CliRunner().invoke(cli, ["presets"]).output.splitlines()
-    middle, end = (
-        printed.index("The paper's:"),
-        next(i for i, line in enumerate(printed) if line.startswith("Controls")),
-    )
+    middle, end = (printed.index(line) for line in printed if line.startswith(("The paper's", "Controls")))
     ours, papers, controls = printed[1:middle], printed[middle + 1 : end], printed[end + 1].split(", ")
     assert printed[0] == "Presets:" and len(ours) + len(papers) + len(controls) == len(PRESETS)
     assert all(line.split()[0].startswith(("logged-", "written-")) for line in papers)
