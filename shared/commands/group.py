@@ -15,6 +15,7 @@ from tcsae.shared.base.cli import CHAIN, Place
 from tcsae.shared.base.console import legible
 from tcsae.shared.base.errors import Stopped, TcsaeError, unknown
 from tcsae.shared.base.files import disk_line
+from tcsae.shared.base.signals import end_on_interrupt
 
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
@@ -113,4 +114,5 @@ def cli(ctx: click.Context, store: str, runs: str) -> None:
 
 def main() -> None:
     """Entry point of the `tcsae` script and of `python -m tcsae`."""
+    end_on_interrupt()
     cli(prog_name="tcsae")

@@ -10,6 +10,7 @@ A run's files come from anywhere (a colleague, a full disk, a newer version), so
 is damaged is named in one line, and no code of a folder is ever run.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -70,15 +71,22 @@ def _is_run_name(name: str) -> bool:
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Write an SAE's files into its run folder: SAELens' cfg.json and sae_weights.safetensors, then our tcsae.json.
 
-    tcsae.json comes last, with the digests of the others: a folder without it holds no finished SAE. `record` is ours
-    (settings, store content, steps, tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
+    tcsae.json comes last, with the digests of the others, of the history (metrics.jsonl) and of itself: a folder
+    without it holds no finished SAE. `record` is ours (settings, store content, steps, tokens, versions); `metadata` is
+    SAELens' (model_name, hook_name ...).
     """
     (path / RECORD).unlink(missing_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in sae.tensors().items()}
     write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
     write_json(path / CONFIG, saelens_config(sae.config, metadata))
-    files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG)}
-    write_json(path / RECORD, {"sae": to_dict(sae.config), **record, "files": files})
+    files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG, METRICS) if (path / name).is_file()}
+    record = {"sae": to_dict(sae.config), **record}
+    write_json(path / RECORD, {**record, "files": files | {RECORD: record_digest(record)}})
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """sha256 of a record without the digests of files, among which this one stands."""
+    return json_digest({key: value for key, value in record.items() if key != "files"})
 
 
 def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +111,13 @@ def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
-    """tcsae.json of an SAE folder. Raises RunError if it is missing, cannot be read, or says nothing of an SAE."""
+    """tcsae.json of an SAE folder. Raises RunError if it is missing, damaged, or says nothing of an SAE."""
     file = Path(path) / RECORD
     if not file.is_file():
         raise RunError(f"{path} has no {RECORD}: no trained SAE is there. Train one: tcsae train")
     record = read_object(file, TRAIN_AGAIN)
+    if _digests(record).get(RECORD) not in (None, record_digest(record)):
+        raise RunError(f"{file} is damaged: its digest does not fit. {TRAIN_AGAIN}")
     _config(record, file)
     return record
 
@@ -145,21 +155,23 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
 
     Records of older versions name no files.
     """
-    for name, digest in _digests(record).items():
+    digests = _digests(record)
+    for name in [name for name in (WEIGHTS, CONFIG) if name in digests]:
         file = path / name
         try:
-            differs = file_digest(file) != digest
+            differs = file_digest(file) != digests[name]
         except OSError as error:
             raise RunError(f"{file} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
         if differs:
             raise RunError(f"{file} is damaged or of another run: its digest is not that in {RECORD}. {TRAIN_AGAIN}")
-    if _digests(record):
+    if digests:
         _check_agreement(path, record)
 
 
 def _digests(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of older versions' records: none."""
     files = record.get("files")
-    return {name: files[name] for name in (WEIGHTS, CONFIG) if name in files} if isinstance(files, dict) else {}
+    return files if isinstance(files, dict) else {}
 
 
 def _check_agreement(path: Path, record: Mapping[str, Any]) -> None:
@@ -224,21 +236,34 @@ def evaluation_digest(evaluation: Mapping[str, Any]) -> str:
 def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl: events, and steps with their figures. None if it has not been written.
 
-    A line that is neither (torn, overwritten with zeros, not JSON) is left out, and how many were is said: a damaged
-    history stops nothing.
+    A line that is neither (torn, overwritten with zeros, not JSON) is left out, and how many were is said; so is that a
+    finished run's is gone, or is not what its training wrote. A damaged history stops nothing.
     """
-    file = Path(run_path) / METRICS
+    file, digest = Path(run_path) / METRICS, _metrics_digest(Path(run_path))
     try:
-        texts = file.read_bytes().splitlines()
+        data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if digest is not None:
+            say(f"{file} is missing: there is no history of this run.")
         return []
     except OSError as error:
         say(f"{file} cannot be read ({reason(error)}): there is no history of this run.")
         return []
+    texts = data.splitlines()
     lines = [line for line in map(_metrics_line, texts) if line is not None]
     if n_bad := len(texts) - len(lines):
         say(f"{file}: {n_bad} of {len(texts)} lines are damaged and left out.")
+    elif digest not in (None, hashlib.sha256(data).hexdigest()):
+        say(f"{file} is not what the training wrote: its digest is not that in {RECORD}.")
     return lines
+
+
+def _metrics_digest(run_path: Path) -> object:
+    """What a finished run's record has; None of older ones, and where there is no record."""
+    try:
+        return _digests(read_object(run_path / RECORD, "")).get(METRICS)
+    except RunError:
+        return None
 
 
 def _metrics_line(text: bytes) -> dict[str, Any] | None:
