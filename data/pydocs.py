@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from tcsae.data.near_duplicates import Filtered, drop_near_duplicates
 from tcsae.shared.base.errors import DataError
-from tcsae.shared.base.files import cache_path, file_digest, json_digest, write_atomic
+from tcsae.shared.base.files import cache_path, file_digest, json_digest, remove_dead_partials, write_atomic
 
 READER_VERSION = 1
 """Part of the revision: raise it whenever the same installation would give other documents."""
@@ -128,6 +128,7 @@ def pydocs_file(on_progress: Progress | None = None) -> Path:
     lines = (json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
     try:
         data = "".join(lines).encode()
+        remove_dead_partials(path)
         digest_path(path).unlink(missing_ok=True)
         write_atomic(path, data)
         write_atomic(digest_path(path), hashlib.sha256(data).hexdigest().encode())

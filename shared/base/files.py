@@ -2,7 +2,7 @@
 
 A file or folder is written under a temporary name, fsynced and renamed, and its folder fsynced; so a kill or a power
 loss leaves the old one, or the new one. Its writer holds the system's lock on the temporary one, which ends with the
-process: what nobody holds was left by a killed writer, and the next writer of the same name deletes it.
+process: what nobody holds was left by a killed writer. `write_folder` and the start of each command delete it.
 """
 
 import contextlib
@@ -90,17 +90,14 @@ def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError, cure: str 
 
 
 @contextmanager
-def whole_file(path: Path, *, sweep: bool = True) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when it is complete and on the disk; after an error nothing is left.
 
-    `sweep`: first delete what killed writers of `path` left, which takes a look at the whole folder.
     An OSError from within names `path` if it names no file.
     """
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if sweep:
-            remove_dead_partials(path)
         with _opened(temporary) as file:
             yield file
             file.flush()
@@ -126,9 +123,9 @@ def _opened(temporary: Path) -> BinaryIO:
         file.close()  # another process took it for a dead one's before it was locked
 
 
-def write_atomic(path: Path, data: bytes | memoryview, *, sweep: bool = True) -> None:
-    """Write `data` so that `path` never holds a part of it, not even after a crash; `sweep` as in `whole_file`."""
-    with whole_file(path, sweep=sweep) as file:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` so that `path` never holds a part of it, not even after a crash."""
+    with whole_file(path) as file:
         file.write(data)
 
 
