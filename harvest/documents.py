@@ -14,6 +14,7 @@ from typing import Any
 
 from tcsae.harvest.assumptions import companion_columns, without_padding
 from tcsae.harvest.local_rows import DOCUMENT_CHARACTERS, Row, json_rows, text_rows
+from tcsae.harvest.messages import as_messages
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.errors import ConfigError, DataError, unknown
 from tcsae.shared.base.files import file_digest
@@ -133,8 +134,8 @@ BOM = "\ufeff"
 SHUFFLE_BUFFER = 10_000
 BATCH_DOCUMENTS = 32
 """Read at a time: 256 would be 2.6 GB of documents of 10 MB."""
-Document = str | list[int]
-"""Text, or token ids."""
+Document = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or the messages of a conversation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,8 +149,10 @@ class CorpusChoice:
     config: str | None = None
     split: str = "train"
     field: str = "text"
-    """The column that holds the text, or with `tokenized` the token ids."""
+    """The column that holds the text, with `tokenized` the token ids, with `chat` the messages."""
     tokenized: bool = False
+    chat: bool = False
+    """The field holds conversations: lists of messages."""
     seed: int = 0
     """0: the corpus's own order. Otherwise documents are shuffled in a buffer of 10,000 with this seed."""
 
@@ -165,6 +168,8 @@ class Corpus:
     is_local: bool = True
     pad_id: int | None = None
     """Of the tokenizer, where token ids may be padded and only labels say so."""
+    chat: bool = False
+    """The documents are conversations."""
 
     def check(self) -> None:
         """Read one document. Raises DataError if there is none, or if the text's column is missing."""
@@ -172,9 +177,10 @@ class Corpus:
             if self.recipe.field not in first:
                 ids = sorted(name for name, value in first.items() if _are_ids(value))
                 hint = f" Token ids, as {ids[0]!r} has, are read by --tokens-field {ids[0]}." if ids else ""
+                option = "--messages-field" if self.chat else "--text-field"
                 raise DataError(
                     f"{self.recipe.name} has no column {self.recipe.field!r}. It has: {', '.join(sorted(first))}. "
-                    f"Give one of these: --text-field NAME.{hint}"
+                    f"Give one of these: {option} NAME.{hint}"
                 )
             return
         raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
@@ -200,7 +206,9 @@ class Corpus:
     def _document(self, number: int, value: Any, mask: Any, labels: Any) -> Document:
         ids = self.recipe.tokenized
         if value is None:
-            return [] if ids else ""
+            return [] if ids or self.chat else ""
+        if self.chat:
+            return self._conversation(number, value)
         if not (value == [] or _are_ids(value)) if ids else not isinstance(value, str):
             kind, option = ("token ids", "--tokens-field") if ids else ("text", "--text-field")
             raise DataError(
@@ -215,6 +223,15 @@ class Corpus:
             raise DataError(
                 f"{self.recipe.name}: document {number} has an attention mask that is none of its token ids ({error}). "
                 "Repair the data, or leave that column out."
+            ) from error
+
+    def _conversation(self, number: int, value: Any) -> list[dict[str, Any]]:
+        try:
+            return as_messages(value)
+        except ValueError as error:
+            raise DataError(
+                f"{self.recipe.name}: document {number} has {error} in column {self.recipe.field!r}. Give another "
+                "column: --messages-field NAME."
             ) from error
 
     def _text(self, number: int, value: str) -> str:
@@ -280,6 +297,10 @@ def find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None = None) -> Cor
     Raises DataError: unknown, unreachable, or of no kind that can be read; ConfigError: options of the Hub for what is
     local.
     """
+    return replace(_find_corpus(choice, stored), chat=choice.chat)
+
+
+def _find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None) -> Corpus:
     path = Path(choice.name).expanduser()
     if choice.name == PYDOCS:
         from tcsae.data.pydocs import pydocs_revision

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -229,17 +230,18 @@ def nothing_installed() -> Iterator[None]:
 
     It would put another torch into the user's environment; the image processor that it wants is not used here.
     """
-    from transformer_lens.model_bridge.sources.transformers import helpers
+    call = subprocess.check_call
 
-    install = getattr(helpers, "_ensure_torchvision", None)
-    if install is None:  # a version that does not install
-        yield
-        return
-    helpers._ensure_torchvision = lambda: False
+    def refuse(command: Any, *rest: Any, **options: Any) -> int:
+        if "torchvision" in command:
+            raise OSError("nothing is installed")  # which it takes for a failed installation
+        return call(command, *rest, **options)
+
+    subprocess.check_call = refuse
     try:
         yield
     finally:
-        helpers._ensure_torchvision = install
+        subprocess.check_call = call
 
 
 @contextmanager

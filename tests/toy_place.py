@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import make_tail, save_tail
-from tcsae.shared.sae.folder import record_digest
+from tcsae.shared.sae.layout import record_digest
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.writer import Rows, open_writer
 

@@ -214,7 +214,7 @@ def _copy_sequences(store: Store, writer: StoreWriter) -> None:
         for split in SPLITS:
             part = slice(at[split], min(at[split] + ROWS, n[split]))
             one = store.split(split)
-            rows[split] = Rows(*(values[part] for values in (one.tokens, one.lengths, one.documents, one.starts)))
+            rows[split] = Rows(**{name: getattr(one, name)[part] for name in store.manifest.recipe.token_arrays})
         writer.commit(rows, {})
         at = writer.progress["n_sequences"]
     writer.finish_sequences(store.manifest.counts)
