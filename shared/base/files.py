@@ -131,7 +131,11 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as readable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a path of bytes that are no UTF-8
+        data = json.dumps(value, indent=2).encode()
+    write_atomic(path, data + b"\n")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -337,6 +341,11 @@ def files_below(folder: Path) -> Iterator[Path]:
 
     for place, _, names in os.walk(folder, onerror=failed):
         yield from (Path(place, name) for name in names)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the bytes of a name are UTF-8: Python has half surrogate pairs for those that are not."""
+    return not any("\ud800" <= one <= "\udfff" for one in name)
 
 
 def cache_path() -> Path:

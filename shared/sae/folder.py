@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
-from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, json_digest
+from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, is_utf8, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
 from tcsae.shared.sae.layout import (
     CONFIG,
@@ -76,7 +76,8 @@ def find_runs(runs_path: Path, names: Collection[str] = ()) -> list[Path]:
 
 
 def _is_run_name(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(PARTIAL)
+    """No training makes a name that is not UTF-8, and no safetensors file can be opened below it."""
+    return not name.startswith(".") and not name.endswith(PARTIAL) and is_utf8(name)
 
 
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
