@@ -43,6 +43,7 @@ CURES = {
     errno.EISDIR: "A folder is where a file has to be: give another place, or move it away.",
     errno.EEXIST: "Something is there already: give another place, or move it away.",
     errno.ENOTEMPTY: "Something is there already: give another place, or move it away.",
+    errno.ELOOP: "A link leads to itself: give another place, or delete the link.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
     errno.ENFILE: "Too many files are open on this machine.",
     errno.ENOMEM: "Too little memory is free.",
@@ -57,6 +58,8 @@ def disk_line(error: BaseException, path: Path | str | None = None, cure: str | 
     `path` is used where the error names no file, as that of a full disk does not. With a `cure` of the caller's the
     line says that `path` cannot be written, and that cure.
     """
+    if isinstance(error, RuntimeError) and (loop := re.match(r"Symlink loop from '(.+)'", str(error))):  # pathlib's
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), loop[1])
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
     quoted = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # Rust's forms: safetensors, tokenizers
     if number is None and quoted:

@@ -20,7 +20,7 @@ import pytest
 from tcsae.shared.base.signals import STOPPING, end_on_interrupt
 
 TESTS = Path(__file__).resolve().parent.parent
-PATIENCE_S = 120
+PATIENCE_S = 600
 """A child that runs longer hangs."""
 
 
