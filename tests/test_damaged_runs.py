@@ -17,6 +17,7 @@ from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_evaluation, load_record, load_sae, read_metrics, save_sae
+from tcsae.shared.sae.layout import record_digest
 from tcsae.shared.store.reader import Store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
@@ -164,7 +165,9 @@ def test_a_damaged_evaluation_is_done_again_and_no_report_is_made_of_it(store, r
 )
 def test_nonsense_in_a_record_is_named(store, runs, changes, file):
     path = runs / "run" / RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    record = json.loads(path.read_text()) | changes
+    record["files"][RECORD] = record_digest(record)
+    path.write_text(json.dumps(record))
     (runs / "run" / EVALUATION).unlink()
     check_line(call(store, runs, *COMMANDS["eval"]), file)
 
@@ -271,7 +274,7 @@ def test_a_digit_of_a_record_that_changed_is_damage(runs):
     body = data[: data.index(b'"files"')]
     for flipped in flips(body):
         file.write_bytes(flipped + data[len(body) :])
-        with pytest.raises(RunError, match="tcsae.json is damaged: its digest does not fit"):
+        with pytest.raises(RunError, match=r"tcsae.json is (damaged: its digest does not fit|no JSON)"):
             load_record(runs / "run")
     file.write_bytes(data)
     load_record(runs / "run")
