@@ -276,7 +276,9 @@ def parsed(name: str, data: bytes) -> dict[str, object] | None:
 TIMES = re.compile(
     r"seconds|\.times\.|per_s$|eval_id|datetime|\.digest$|\.files\.(saebench_core\.json|metrics\.jsonl|tcsae\.json)$"
 )
-"""Dotted keys of JSON files that hold times, ids, or the digest of JSON that does (a manifest, an evaluation, a run's record)."""
+"""Dotted keys of JSON files that hold times, ids, or the digest of JSON that does (a manifest, an evaluation, a
+record).
+"""
 
 
 def timeless(files: dict[str, bytes]) -> dict[str, bytes]:
