@@ -157,6 +157,7 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
     record = json.loads((tmp_path / runs[0].name / "tcsae.json").read_text())
     del record["train"]["data"]["min_sequence_length"]  # as of a version that did not have the setting
     record["train"]["optimizer"]["gradients"] = "written"  # and that had one which is gone
+    del record["files"]["tcsae.json"]
     (tmp_path / runs[0].name / "tcsae.json").write_text(json.dumps(record))
     train_runs(store, tmp_path, runs)
     assert "trained already, reused" in capsys.readouterr().err
