@@ -262,10 +262,10 @@ def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: i
 
     `skip_first`: as given on the command line; by default nothing that its seqpos_slice leaves out is counted.
     """
-    found, sequences = [], recipe.sequences
+    differing, sequences = [], recipe.sequences
     bos = config.get("prepend_bos")
     if bos is not None and bos != sequences.prepend_bos:
-        found.append(
+        differing.append(
             f"prepend_bos={str(bos).lower()} in its training, but the store has "
             f"{'a' if sequences.prepend_bos else 'no'} BOS: early positions are not what it was trained on"
         )
@@ -273,15 +273,15 @@ def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: i
     first = positions.start or 0
     skips_less = skip_first is not None and skip_first < first
     if positions.stop is not None or positions.step not in (None, 1) or first < 0 or skips_less:
-        found.append(
+        differing.append(
             f"seqpos_slice={config['seqpos_slice']} in its training, but all positions from the first counted on are "
             f"scored, up to {sequences.length}: also some that it was not trained on"
         )
     model, theirs = recipe.model.name, config.get("model_name")
     ours_short, theirs_short = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (model, theirs))
     if theirs and not (ours_short.startswith(theirs_short) or theirs_short.startswith(ours_short)):
-        found.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
-    return found
+        differing.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
+    return differing
 
 
 def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
@@ -289,16 +289,16 @@ def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
 
     One that measured more (temporal, baselines) than is asked for now will do.
     """
-    found = load_evaluation(run.path, store.content, run.options.file(EVALUATION))
-    if found is None or found.get("definition_version") != metrics.DEFINITION_VERSION:
+    evaluation = load_evaluation(run.path, store.content, run.options.file(EVALUATION))
+    if evaluation is None or evaluation.get("definition_version") != metrics.DEFINITION_VERSION:
         return None
     # A tail that could not be read may have been put back.
-    tail_is_back = found.get("no_tail") and "none" not in store.manifest.tails.get(run.options.hook, {"none": ""})
-    then, now = found.get("options", {}), run.options.to_json()
+    tail_is_back = evaluation.get("no_tail") and "none" not in store.manifest.tails.get(run.options.hook, {"none": ""})
+    then, now = evaluation.get("options", {}), run.options.to_json()
     same = then.keys() == now.keys() and all(
         then[key] == value or (key in ("temporal", "baselines") and then[key]) for key, value in now.items()
     )
-    return found if same and not tail_is_back else None
+    return evaluation if same and not tail_is_back else None
 
 
 def load(run: Candidate) -> Loaded:

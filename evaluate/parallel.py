@@ -45,12 +45,12 @@ class Part(NamedTuple):
             if wide is not tensor:
                 tensor.copy_(wide)
 
-    def gather(self, found: Any) -> list[Any]:
+    def gather(self, part: Any) -> list[Any]:
         """What all processes found, in order, in rank 0; nothing in the others."""
         if not self.ours.parallel:
-            return [found]
+            return [part]
         gathered = [None] * self.ours.world if self.has_all else None
-        dist.gather_object(found, gathered)
+        dist.gather_object(part, gathered)
         return gathered or []
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -72,8 +72,8 @@ def part_of(split: Split, skip_first: CountingRules | int, ours: Ranks) -> Part:
     begins = (starts == 0) | (document[starts] != document[starts - 1])  # some document, which no batch before holds
     done = np.concatenate([[0], split.lengths.cumsum()])
     able = np.flatnonzero(begins)
-    wanted = np.arange(ours.world + 1) * done[-1] / ours.world
-    edges = np.append(able, len(ranges))[np.searchsorted(done[starts[able]], wanted)]
+    shares = np.arange(ours.world + 1) * done[-1] / ours.world
+    edges = np.append(able, len(ranges))[np.searchsorted(done[starts[able]], shares)]
     edges[-1] = len(ranges)
     first, stop = (int(edge) for edge in edges[ours.rank : ours.rank + 2])
     return Part(ranges[first:stop], _before(split, skip_first, ranges, first), ours)

@@ -26,9 +26,10 @@ from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SequenceSystem, System, system_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
-from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
+from tcsae.shared.base.errors import NoTailError, StoreError
+from tcsae.shared.base.files import remove_dead_partials_in
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
-from tcsae.shared.lm.tail import Tail
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
@@ -54,6 +55,8 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
     """
     request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
+    for folder in folders:
+        remove_dead_partials_in(folder)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
         evaluations = dict(work.current)
@@ -87,7 +90,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
     observer = TemporalObserver(split, options.rules, centre, len(group.runs)) if options.temporal else None
     widths = [one.sae.config.d_sae for one in group.runs]
-    measures = MeasureObserver(widths)
+    measures = MeasureObserver([one.sae.config for one in group.runs])
     observers: list[Observer] = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):
@@ -170,12 +173,13 @@ def _check_agreed(part: Part, no_tail: str | None) -> None:
 
 
 def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
-    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without."""
+    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without.
+
+    Raises StoreError for one that is damaged or out of reach: without a word the figures would be of less.
+    """
     try:
         return Tail.load(store.tail_path(hook)), None
-    except RemoteError:  # there may be one
-        raise
-    except TcsaeError as error:
+    except (NoTailError, TailError) as error:
         return None, str(error)
 
 

@@ -154,7 +154,7 @@ if TYPE_CHECKING:
     help="Of compact: mean squared error relative to the variance.  [default: 0.01]",
 )
 @click.option("--exact", is_flag=True, help="Fail if the corpus has less text than --tokens.")
-@click.option("--dry-run", is_flag=True, help="Only make the sequences; print what the rest will take.")
+@click.option("--dry-run", is_flag=True, help="Print size and time, measured on a batch. Leaves nothing behind.")
 @click.option(
     "--force",
     is_flag=True,
@@ -164,6 +164,12 @@ if TYPE_CHECKING:
 @click.pass_context
 def harvest(ctx: click.Context, **options: Any) -> None:
     """Run a language model over text once and store its activations.
+
+    \b
+      tcsae harvest                                  the embedded model and corpus, no network
+      tcsae --store pythia.zarr harvest --model EleutherAI/pythia-70m --dataset openwebtext --tokens 50M
+      tcsae --store mine.zarr harvest --model ./model --dataset texts.jsonl --hook blocks.2.hook_mlp_out
+      tcsae harvest --tokens 1G --codec compact --dry-run          size and time; nothing is left behind
 
     Documents become sequences, one document in each, in a train and an eval split. The model runs up to the deepest
     hook. Killed at any moment, the same command goes on where it stopped; a finished store of the same settings is used

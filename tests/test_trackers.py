@@ -179,3 +179,17 @@ def test_unknown_and_missing_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--tracker wandb needs a package that is not there .*pip install wandb"):
         open_tracker("wandb", tmp_path, {})
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ConfigError, match="^--tracker wandb: No API key configured. Use .* WANDB_MODE=offline"
+    ) as caught:
+        open_tracker("wandb", tmp_path, {})
+    assert "\n" not in str(caught.value)

@@ -23,9 +23,9 @@ from tcsae.shared.base.settings import from_dict
 from tcsae.shared.base.windows import kept_runs, masked_segments, positions, segments
 from tcsae.shared.store.counted import counted, left_out, norm_median
 from tcsae.shared.store.reader import Store
-from tcsae.train.batch import Batch, Whole
+from tcsae.train.batch import Batch, Text, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig, TrainConfig
+from tcsae.train.config import DataConfig, TemporalConfig, TrainConfig
 
 FIRST_READS = 8
 SINGLE_VECTORS = (
@@ -41,6 +41,8 @@ class Block(NamedTuple):
     """[n_sequences * sequence_length, d_stored], as stored; a batch is decoded once, for all who use it."""
     segments: Int[ndarray, "n_segments 4"]
     """Each segment's first row in `values`, length, position in its sequence, and document."""
+    text: Text | None
+    """Of every row, where it was asked for."""
 
 
 class Reads:
@@ -71,6 +73,7 @@ class SegmentLoader:
         n_batches_done: int = 0,
         device: torch.device | str = "cpu",
         ranks: Ranks = ALONE,
+        text: bool = False,
     ) -> None:
         self.store = store
         self.config = config
@@ -78,6 +81,7 @@ class SegmentLoader:
         self.n_batches_done = n_batches_done
         """The loader's state."""
         n = config.n_segments
+        self._with_text = text
         self._group = Collectives(ranks)
         self._part = slice(ranks.rank * n // ranks.world, (ranks.rank + 1) * n // ranks.world)
         """Segments of a batch that are handed out here; the rest are those of other processes."""
@@ -159,18 +163,43 @@ class SegmentLoader:
             return
         if self.store.sequence_length == 1:
             raise ConfigError(f"{self.store.location} {SINGLE_VECTORS}")
-        needed = 2 if temporal.kind == "contrastive" else temporal.window
+        needed = temporal.n_positions
         if self.longest // config.sae.window < needed:
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} takes {needed} consecutive positions; the longest segment of "
                 f"{self.store.location} has {self.longest} (data.skip_first={self.config.skip_first}). Lower "
-                "data.skip_first or temporal.window, or set temporal.weight=0."
+                "data.skip_first, temporal.window or temporal.contrast.gap, or set temporal.weight=0."
             )
         documents = self.store.train.documents
-        if temporal.kind == "contrastive" and (documents == documents[0]).all():
+        self._check_topic(temporal)
+        if temporal.contrasts_documents and (documents == documents[0]).all():
             raise ConfigError(
-                f"temporal.kind='contrastive' contrasts documents; {self.store.location} has one alone. Use another "
-                "kind, or set temporal.weight=0."
+                f"temporal.kind={temporal.kind!r} contrasts documents; {self.store.location} has one alone. Use "
+                "another kind, or set temporal.weight=0."
+            )
+
+    def _check_topic(self, temporal: TemporalConfig) -> None:
+        """Raises ConfigError where no batch has two tokens of a document that are far enough apart, but by chance."""
+        if not temporal.reads_text:
+            return
+        distance, split, where = temporal.contrast.distance, self.store.train, self.store.location
+        if (split.tokens[:1000] == split.tokens[0, 0]).all():
+            raise ConfigError(
+                f"temporal.kind={temporal.kind!r} tells tokens by their ids; {where} has the same everywhere. Use "
+                "another kind, or set temporal.weight=0."
+            )
+        if self.longest > distance:
+            return
+        what = f"temporal.kind={temporal.kind!r} pairs tokens of a document temporal.contrast.distance={distance} apart"
+        if self.config.document_segments == 1:
+            raise ConfigError(
+                f"{what}; the longest segment has {self.longest}, and few documents have two in a batch. Set "
+                f"data.document_segments=4, or data.segment_length above {distance}."
+            )
+        longest = int(np.bincount(np.unique(split.documents, return_inverse=True)[1], split.lengths).max())
+        if longest <= distance:
+            raise ConfigError(
+                f"{what}; the longest document of {where} has {longest} tokens. Lower temporal.contrast.distance."
             )
 
     def block_bytes(self) -> int:
@@ -182,17 +211,21 @@ class SegmentLoader:
         stream = self._blocks(self.n_batches_done * want)
         block, at = next(stream)
         while True:
-            taken = []
+            taken, texts = [], []
             n_rows = n_taken = 0
             while n_taken < want:
                 if at == len(block.segments):
                     block, at = next(stream)
                 taken.append(block.segments[at : at + want - n_taken])
+                if block.text is not None:
+                    index = _token_rows(taken[-1]).numpy()
+                    texts.append(Text(block.text.tokens[index], block.text.places[index]))
                 first, stop = (max(0, edge - n_taken) for edge in (self._part.start, self._part.stop))
                 n_rows += self._gather(block, taken[-1][first:stop], n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
-            yield self._batch(np.concatenate(taken), self._buffer[:n_rows])
+            text = Text(*(np.concatenate(parts) for parts in zip(*texts, strict=True))) if texts else None
+            yield self._batch(np.concatenate(taken), self._buffer[:n_rows], text)
 
     def sample(self, n_tokens: int, window: int = 1) -> Float[Tensor, "n d_in"]:
         """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is.
@@ -226,7 +259,7 @@ class SegmentLoader:
             return rows.pin_memory().to(self._device, non_blocking=True)
         return rows.to(self._device)
 
-    def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"]) -> Batch:
+    def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"], text: Text | None) -> Batch:
         """The batch of these segments, cut where a norm is above the limit; `x` is of our part of them."""
         ours, n_left_out = self._part, 0
         _, lengths, starts, documents = table.T
@@ -240,10 +273,13 @@ class SegmentLoader:
             starts, documents = starts[segment] + offset, documents[segment]
             ours, n_left_out = slice(*np.searchsorted(segment, [ours.start, ours.stop]).tolist()), int((~keep).sum())
             x = x[within]
-        batch = Batch(x, lengths[ours], starts[ours], documents[ours], n_left_out)
+            text = text and Text(*(part[keep] for part in text))
+        batch = Batch(x, lengths[ours], starts[ours], documents[ours], n_left_out, text=text)
         if self._part == slice(0, len(table)):
             return batch
-        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())), group=self._group)
+        return batch._replace(
+            whole=Whole(lengths, documents, int(lengths[: ours.start].sum()), starts), group=self._group
+        )
 
     def _within_norm(self, x: Float[Tensor, "n d_model"]) -> Bool[Tensor, " n"]:
         return ~(x.norm(dim=1) > self._norm_limit)
@@ -293,8 +329,18 @@ class SegmentLoader:
             found.append(np.stack([rows, n_positions, start, self.store.train.documents[first + sequence]], axis=1))
             n += stop - first
         table = np.concatenate(found)
-        order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
-        return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order])
+        rng = np.random.default_rng([self.config.seed, epoch, number])
+        order = document_order(table[:, 3], self.config.document_segments, rng)
+        return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order], self._text(ranges))
+
+    def _text(self, ranges: list[tuple[int, int]]) -> Text | None:
+        """Token ids and places of a block's rows."""
+        if not self._with_text:
+            return None
+        split = self.store.train
+        tokens, starts = (np.concatenate([one[a:b] for a, b in ranges]) for one in (split.tokens, split.starts))
+        places = starts[:, None] + np.arange(self.store.sequence_length)
+        return Text(tokens.ravel(), places.ravel())
 
     def _read_chunks(self, ranges: list[tuple[int, int]], memory: ndarray) -> ndarray:
         """Read chunks' rows into `memory`, one after the other; returns the memory, a wider one if they do not fit."""
@@ -311,6 +357,17 @@ class SegmentLoader:
                     memory = memory.astype(rows.dtype)
                 memory[starts[i] : starts[i + 1]] = rows
         return memory
+
+
+def document_order(documents: Int[ndarray, " n"], together: int, rng: np.random.Generator) -> Int[ndarray, " n"]:
+    """A random order of segments in which up to `together` of a document, from all over it, follow each other."""
+    if together == 1:
+        return rng.permutation(len(documents))
+    within = np.lexsort((rng.random(len(documents)), documents))
+    counts = np.unique(documents, return_counts=True)[1]
+    rank, document = positions(counts), np.repeat(np.arange(len(counts)), counts)
+    clusters = np.unique(np.stack([document, rank // together], 1), axis=0, return_inverse=True)[1].ravel()
+    return within[np.argsort(rng.permutation(clusters.max(initial=0) + 1)[clusters], kind="stable")]
 
 
 def _token_rows(chosen: Int[ndarray, "n_segments 4"]) -> Int[Tensor, " n"]:

@@ -14,12 +14,13 @@ from tcsae.train.losses.difference import mean_difference, pairs_of
 from tcsae.train.trainer import StepResult, Trainer
 
 
-def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str, Any]:
+def metrics_line(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """The figures of a step, over its whole batch: where several processes have a part each, all have to ask for them.
 
     Losses and norms are in the units of training. adjacent_correlation: pooled over latents,
     sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
     """
+    batch = result.batch
     config, progress, group = trainer.config, trainer.progress, batch.group
     x, error = result.x, result.x_hat - result.x
     total = group.sum_((x - group.mean(x, batch.n_whole)).square().sum())

@@ -24,10 +24,11 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
+from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -161,7 +162,7 @@ class Member:
                 self.step(batch, number)
             return
         if logs:
-            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
+            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
         if saves:
             self.checkpoint()
             if self.bring_back is not None:
@@ -228,7 +229,8 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        text = any(run.config.temporal.reads_text for run in runs)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
         for run in runs:
             self.loader.check_windows(run.config)
         samples = {
@@ -242,7 +244,8 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
+        linear = fit_linear(self.store, run.config)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
@@ -271,9 +274,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:

@@ -122,16 +122,16 @@ class Layout:
 
     def _documents(self, document: ndarray, sequence: ndarray, n_before: int) -> list[_Document]:
         """The carried document, then this batch's; one that goes on from the last batch keeps its first sequence."""
-        found = [self.carried] if self.carried else []
+        documents = [self.carried] if self.carried else []
         edges = np.flatnonzero(np.diff(document, prepend=-1, append=-1)) if len(document) else np.arange(0)
         for start, stop in itertools.pairwise(edges):
             number, last = int(document[start]), n_before + int(stop) - 1
-            if found and found[-1].number == number:
-                found[-1] = found[-1]._replace(last=last)
+            if documents and documents[-1].number == number:
+                documents[-1] = documents[-1]._replace(last=last)
                 continue
             n_first = int((sequence[start:stop] == sequence[start]).sum())
-            found.append(_Document(number, range(n_before + int(start), n_before + int(start) + n_first), last))
-        return found
+            documents.append(_Document(number, range(n_before + int(start), n_before + int(start) + n_first), last))
+        return documents
 
 
 def _pairs(documents: list[_Document]) -> tuple[TokenPairs, TokenPairs]:

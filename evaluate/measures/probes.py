@@ -114,12 +114,12 @@ def probe(
     half = ((plan.lengths - GAP) // 2)[plan.document]
     odd = plan.document % 2 == 1
     halves, documents = (plan.within < half, plan.within >= half + GAP), (~odd, odd)
-    found, draws = {}, {}
+    figures, draws = {}, {}
     for names, (train, test) in ((("document",), halves), (("token", "position"), documents)):
         targets = {name: plan.targets[TARGETS.index(name)] for name in names}
         for name, guesses in _ridge(code, train, test, plan, targets).items():
-            found[f"probe_{name}"], draws[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
-    return found, draws
+            figures[f"probe_{name}"], draws[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
+    return figures, draws
 
 
 def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
@@ -130,20 +130,20 @@ def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[
 
 def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
     """The latents `which` as a matrix; of more than MAX_LATENTS, those of largest variance."""
-    kept = which.nonzero().squeeze(1)
-    if len(kept) > MAX_LATENTS:
+    chosen = which.nonzero().squeeze(1)
+    if len(chosen) > MAX_LATENTS:
         n = code.n_tokens if isinstance(code, SparseCode) else len(code)
         values = entry_values(code)
         total, squares = (_latent_sums(code, one) for one in (values, values.square()))
         variance = torch.where(which, squares / n - (total / n).square(), -1.0)
-        kept = variance.topk(MAX_LATENTS).indices.sort().values
+        chosen = variance.topk(MAX_LATENTS).indices.sort().values
     if not isinstance(code, SparseCode):
-        return code[:, kept]
+        return code[:, chosen]
     place = torch.full((code.d_sae,), -1)
-    place[kept] = torch.arange(len(kept))
+    place[chosen] = torch.arange(len(chosen))
     at = (place[code.latents] >= 0).nonzero().squeeze(1)
-    made = torch.zeros(code.n_tokens, len(kept))
-    made.view(-1)[code.rows[at] * len(kept) + place[code.latents[at]]] = code.values[at]
+    made = torch.zeros(code.n_tokens, len(chosen))
+    made.view(-1)[code.rows[at] * len(chosen) + place[code.latents[at]]] = code.values[at]
     return made
 
 
@@ -229,10 +229,10 @@ def _scored(
     weights = _resamplings(int(tested.sum()))
     n = weights @ counts[tested]
     value, chance = (weights @ one[tested] / n for one in (hits, null))
-    found = {
+    figures = {
         "value": point(value),
         "null": point(chance),
         "difference": point(value - chance),
         "interval": interval(value - chance),
     }
-    return found, value
+    return figures, value

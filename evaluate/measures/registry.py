@@ -13,7 +13,9 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
+from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
+from tcsae.shared.sae.module import SaeConfig
 
 
 @runtime_checkable
@@ -33,9 +35,21 @@ class Measure(Protocol):
         """The figures, None where undefined."""
 
 
+@runtime_checkable
+class OfPairs(Measure, Protocol):
+    """A measure that also takes the activations, and where sequences begin."""
+
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        """The batch whose code comes next, and its activations at the counted positions."""
+
+
 MEASURES: dict[str, Callable[[int], Measure]] = {
     "concentration": Concentration,
 }
+OF_CONFIG: dict[str, Callable[[SaeConfig], Measure]] = {
+    "smoothness": Smoothness,
+}
+"""Measures that are made with the SAE's config, as they look at its groups of latents."""
 
 
 class MeasureObserver:
@@ -43,12 +57,19 @@ class MeasureObserver:
 
     looks_back = False
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        """`widths` are the numbers of latents of the systems that are measured, the first ones of the pass."""
-        self._of = [{name: make(width) for name, make in MEASURES.items()} for width in widths]
+    def __init__(self, configs: Sequence[SaeConfig]) -> None:
+        """`configs` are of the systems that are measured, the first ones of the pass."""
+        self._of: list[dict[str, Measure]] = [
+            {name: make(config.d_sae) for name, make in MEASURES.items()}
+            | {name: make(config) for name, make in OF_CONFIG.items()}
+            for config in configs
+        ]
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
-        pass
+        for measures in self._of:
+            for measure in measures.values():
+                if isinstance(measure, OfPairs):
+                    measure.begin(batch, x)
 
     def see(self, system: int, code: Code) -> None:
         for measure in self._of[system].values() if system < len(self._of) and n_latents(code) else ():

@@ -16,8 +16,8 @@ from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.contexts import ContextCollector
 from tcsae.evaluate.systems import sae_code
-from tcsae.shared.base.errors import TcsaeError
-from tcsae.shared.lm.tail import Tail
+from tcsae.shared.base.errors import NoTailError
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 from tcsae.shared.store.counted import CountingRules
@@ -308,11 +308,11 @@ class Lenses:
         self._tails: dict[str, Tail | str] = {}
 
     def tail(self, hook: str) -> Tail | str:
-        """The tail, or why there is none."""
+        """The tail, or why there is none. Raises StoreError for one that is damaged."""
         if hook not in self._tails:
             try:
                 self._tails[hook] = Tail.load(self.store.tail_path(hook))
-            except TcsaeError as error:
+            except (NoTailError, TailError) as error:
                 self._tails[hook] = str(error)
         return self._tails[hook]
 

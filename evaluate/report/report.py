@@ -14,7 +14,7 @@ from tcsae.evaluate.report.overview import overview
 from tcsae.evaluate.report.page_files import Excluded, Included, choose_runs
 from tcsae.evaluate.report.sae_page import sae_page
 from tcsae.shared.base.console import progress
-from tcsae.shared.base.files import file_digest, write_folder
+from tcsae.shared.base.files import file_digest, remove_dead_partials, write_folder
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.sae.folder import EVALUATION, writing
@@ -55,6 +55,7 @@ def write_report(store: Store, runs_path: Path, out: Path, request: ReportReques
     """
     request = request or ReportRequest()
     before = page_files.made_of(out)
+    remove_dead_partials(out)
     included, excluded = choose_runs(store, runs_path, request.names)
     identity = _identity(store, request, included, excluded)
     if before == identity and not request.force:

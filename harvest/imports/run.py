@@ -11,7 +11,7 @@ import numpy as np
 from tcsae.harvest.imports.array_files import Layout, array_groups, group_tokens, hooks_of, layout_of
 from tcsae.harvest.imports.cutting import Cutter, Tokens
 from tcsae.harvest.imports.foreign_caches import SaelensCache, VllmStates
-from tcsae.harvest.language_model import find_model, quiet
+from tcsae.harvest.language_model import find_model
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.errors import ConfigError, DataError, unknown
 from tcsae.shared.base.files import disk_errors
@@ -146,6 +146,7 @@ def import_store(location: str, request: ImportRequest) -> Imported:
             codec_error=request.codec_error,
             source=f"{request.form}:{path.resolve().name}",
             model=request.model,
+            tokenizer=tokenizer,
         ) as store,
         progress(f"{path} to {location}", source.n_tokens) as advance,
     ):
@@ -161,9 +162,6 @@ def import_store(location: str, request: ImportRequest) -> Imported:
             advance(len(tokens.run))
             stop.check("an import that is cut off begins anew")
         append(cutter.rest())
-        if tokenizer is not None:
-            with quiet():
-                store.keep_tokenizer(tokenizer.save_pretrained)
         sealed = store.seal()
     return Imported(sealed, check_counts(sealed, cutter.counts))
 

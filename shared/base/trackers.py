@@ -101,15 +101,21 @@ def _wandb(folder: Path, config: dict[str, Any] | None) -> Tracker:
 def _wandb_run(folder: Path, config: dict[str, Any] | None) -> Any:
     import wandb
 
-    return wandb.init(
-        project=PROJECT,
-        name=folder.name,
-        dir=str(folder),
-        config=config,
-        reinit="create_new",
-        id=wandb_id(folder),
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=PROJECT,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            reinit="create_new",
+            id=wandb_id(folder),
+            resume="allow",
+        )
+    except wandb.errors.Error as error:  # no login, no network
+        raise ConfigError(
+            f"--tracker wandb: {' '.join(str(error).split())} Log in with `wandb login`, or set WANDB_MODE=offline and "
+            "send the run later with `wandb sync`."
+        ) from error
 
 
 def wandb_id(folder: Path) -> str:

@@ -12,8 +12,8 @@ is damaged is named in one line, and no code of a folder is ever run.
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
-from tcsae.shared.base.files import PARTIAL, file_digest, json_digest
+from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
 from tcsae.shared.sae.layout import (
     CONFIG,
@@ -273,13 +273,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isinstance(float(value), float)
 
 
-@contextmanager
-def writing(path: Path, cure: str) -> Iterator[None]:
-    """Raises RunError, naming what cannot be written and the cure, for an OSError inside."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({reason(error)}). {cure}") from error
+def writing(path: Path, cure: str) -> AbstractContextManager[None]:
+    """What the disk refuses within, raised as RunError that names what cannot be written and the cure."""
+    return disk_errors(path, RunError, cure)
 
 
 def read_object(file: Path, cure: str) -> dict[str, Any]:

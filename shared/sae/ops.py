@@ -280,15 +280,14 @@ def dense_rows(code: Code, tokens: Int[Tensor, " m"]) -> Float[Tensor, "m d_sae"
     """The code of a few distinct tokens as a matrix."""
     if isinstance(code, Tensor):
         return code[tokens]
-    row_of = torch.full_like(code.offsets[1:], len(tokens))
-    row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
-    row = row_of[code.rows]
-    if static_shapes(code.values):
+    if static_shapes(code.values) and code.per_token is None:
+        row_of = torch.full_like(code.offsets[1:], len(tokens))
+        row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
         dense = code.values.new_zeros(len(tokens) + 1, code.d_sae)  # the last takes what is of other tokens
-        return dense.index_put((row, code.columns), code.values, accumulate=True)[:-1]
-    at = (row < len(tokens)).nonzero().squeeze(1)
-    dense = code.values.new_zeros(len(tokens), code.d_sae)
-    return dense.index_put((row[at], code.latents[at]), code.values.index_select(0, at))
+        return dense.index_put((row_of[code.rows], code.columns), code.values, accumulate=True)[:-1]
+    few = code.take(tokens)[0]
+    dense = few.values.new_zeros(len(tokens), few.d_sae)
+    return dense.index_put((few.rows, few.columns), few.values, accumulate=few.parked)
 
 
 def square_norms(code: Code) -> Float[Tensor, " n"]:
@@ -335,13 +334,13 @@ class _PairDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: Tensor, lag: int) -> Tensor:
         n = max(0, len(code) - lag)
-        found = code.new_zeros(n, dtype=sum_dtype(code.device))
+        norms = code.new_zeros(n, dtype=sum_dtype(code.device))
         for start in range(0, n, row_block(code)):
             stop = min(start + row_block(code), n)
-            found[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
+            norms[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
         ctx.save_for_backward(code)
         ctx.lag = lag
-        return found.square_()
+        return norms.square_()
 
     @staticmethod
     @once_differentiable

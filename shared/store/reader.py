@@ -18,7 +18,7 @@ import zarr
 from jaxtyping import Float, Int, Shaped, UInt8
 from numpy import ndarray
 
-from tcsae.shared.base.errors import ConfigError, DeniedError, StoreError, unknown
+from tcsae.shared.base.errors import ConfigError, DeniedError, NoTailError, StoreError, unknown
 from tcsae.shared.store.codecs import representation
 from tcsae.shared.store.dataset import SplitItems, StoreData
 from tcsae.shared.store.format import (
@@ -288,11 +288,11 @@ class Store(StoreData):
     def tail_path(self, hook: str) -> Path:
         """Folder of the tail after `hook`, its files checked; fetched if the store is no local one.
 
-        Raises StoreError, saying why, if the store has none, or if it is damaged.
+        Raises NoTailError, saying why, if the store was sealed without; StoreError if it is damaged.
         """
         tail = self.manifest.tails.get(hook, {"none": "none was saved"})
         if "none" in tail:
-            raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
+            raise NoTailError(f"{self.location} has no tail for {hook}: {tail['none']}")
         folder = self._folder(f"tail/{self.hook(hook)}")
         check_layers(folder)
         return folder
@@ -310,14 +310,32 @@ class Store(StoreData):
         return self._folders[prefix]
 
     def n_bytes(self) -> dict[str, int]:
-        """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest."""
+        """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest.
+
+        Raises StoreError, naming it, if an object is missing, or a chunk of a codec without a compressor is not as
+        long as its array says.
+        """
         parts: dict[str, int] = {}
-        for key, n_bytes in object_sizes(self.objects, self.manifest).items():
+        sizes = object_sizes(self.objects, self.manifest)
+        self._check_sizes(sizes)
+        for key, n_bytes in sizes.items():
             pieces = key.split("/")
             hook = len(pieces) > 3 and pieces[1] == "activations"
             part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
             parts[part] = parts.get(part, 0) + n_bytes
         return parts
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        expected: dict[str, int] = {}
+        for path in self.manifest.arrays():
+            if is_plain(array := self.array(path)):
+                expected[path] = int(np.prod(array.chunks, dtype=object)) * array.dtype.itemsize + CRC_BYTES
+        for key in self.manifest.objects():
+            if key not in sizes:
+                raise self.digests.damaged(key, "is missing: the store is damaged", missing=True)
+            path, is_chunk, _ = key.partition("/c/")
+            if is_chunk and sizes[key] != expected.get(path, sizes[key]):
+                raise self.digests.damaged(key, f"is damaged: it is not {expected[path]} bytes long")
 
 
 def open_store(location: str | Path) -> Store:

@@ -125,13 +125,20 @@ class StoreWriter:
         self._lengths: dict[tuple[str, int], ndarray] = {}
         """By split and number of the chunk: a shard reads what it needs, not the whole split's."""
         self.codec = CodecRecord(manifest.recipe, objects, self._arrays, self._journal)
-        if not shared:
-            objects.sweep()
-            if not objects.has(ROOT):
-                objects.put(ROOT, manifest.root_metadata())
-            clear_for_extension(self._journal, objects)
-        self._retained = Retained(self._journal)
-        self._load_plan()
+        try:
+            if not shared:
+                self._begin()
+            self._retained = Retained(self._journal)
+            self._load_plan()
+        except BaseException:
+            self._journal.release()
+            raise
+
+    def _begin(self) -> None:
+        self.objects.sweep()
+        if not self.objects.has(ROOT):
+            self.objects.put(ROOT, self.manifest.root_metadata())
+        clear_for_extension(self._journal, self.objects)
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -304,9 +311,11 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock; after the seal, also remove journal and lock file."""
-        if self.manifest.state == SEALED:
-            remove_traces(self.objects)
-        self._journal.release()
+        try:
+            if self.manifest.state == SEALED:
+                remove_traces(self.objects)
+        finally:
+            self._journal.release()
 
     # Within
 
@@ -431,11 +440,23 @@ def _begun(objects: Objects, recipe: Recipe, layout: Layout | None) -> Manifest 
     differing = differences(manifest.recipe, recipe)
     usable = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
     if differing and not usable:  # other versions than it was written with can read it
-        raise StoreError(
-            f"{location} was harvested otherwise ({'; '.join(differing)}). Use --fresh to start anew, or another "
-            "--store."
-        )
+        raise StoreError(_otherwise(location, manifest.recipe, recipe, differing))
     return None if manifest.state == SEALED else manifest
+
+
+def _otherwise(location: str, stored: Recipe, asked: Recipe, differing: list[str]) -> str:
+    """Why a store cannot become that of another recipe, and the cures, the one that deletes nothing first."""
+    theirs, ours = ([hook.requested for hook in recipe.hooks] for recipe in (stored, asked))
+    if all(one.startswith(("hooks.", "libraries.")) for one in differing):
+        both = " ".join(f"--hook {name}" for name in dict.fromkeys(theirs + ours))
+        return (
+            f"{location} holds {', '.join(theirs)}, not {', '.join(ours)}. A store is extended by --tokens, not by "
+            f"hooks. Give another --store for these, or harvest all in one pass with --fresh {both}."
+        )
+    return (
+        f"{location} was harvested otherwise ({'; '.join(differing)}). Give another --store, or delete this one with "
+        "--fresh."
+    )
 
 
 def _has_traces(objects: Objects) -> bool:
