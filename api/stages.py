@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tcsae.harvest.cost import Plan
     from tcsae.shared.store.reader import Store
     from tcsae.train.config import TrainConfig
+    from tcsae.train.dry_run import TrainEstimate
 
 STORE, RUNS = "data/activations.zarr", "data/runs"
 PRINTED = ("details", "compare", "with", "json")
@@ -55,8 +56,10 @@ def train(
     *,
     config: "str | Path | TrainConfig | dict[str, TrainConfig] | None" = None,
     **settings: Any,
-) -> Runs:
+) -> "Runs | TrainEstimate":
     """Train sparse autoencoders from the store, all from one pass over it; returns the Runs, in the order asked for.
+
+    With dry_run=True returns a TrainEstimate: passes, memory and time.
 
     Each is a folder below `runs`; those that are finished are reused. `config`: a TOML file; or a TrainConfig, or
     several by name, in place of presets. `set` and `sweep` take dictionaries: set={"sae.k": 16}, sweep={"sae.k": [8,
@@ -64,6 +67,7 @@ def train(
     Raises ConfigError, RunError or StoreError; Stopped at an interrupt, with a checkpoint on disk.
     """
     from tcsae.train.command import prepare, train_prepared
+    from tcsae.train.dry_run import estimate
     from tcsae.train.plan import Run as Planned
 
     place, given = Place(_location(store), str(_folder(runs))), _train_configs(config)
@@ -82,6 +86,8 @@ def train(
     else:
         options = options_of(train_command, settings | ({} if config is None else {"config": config}))
         prepared = prepare(place, options)
+    if options["dry_run"]:
+        return estimate(prepared.store, prepared.runs_path, prepared.runs, options["fresh"], prepared.device)
     records = train_prepared(prepared, options)
     return Runs([Run(Path(place.runs) / record["name"]) for record in records])
 
@@ -100,13 +106,14 @@ def evaluate(
 
     options = options_of(evaluate_command, _naming(settings, runs), PRINTED)
     request = EvalRequest(**{one.name: options[one.name] for one in fields(EvalRequest) if one.name in options})
-    found = evaluate_as_asked(Place(_location(store), str(_folder(runs))), request)
+    place = Place(_location(store), str(_folder(runs)))
+    found = evaluate_as_asked(place, request, options["device"], options["precision"])
     if found.refused and not found.evaluations:
         raise RunError(found.refused[-1])
     return Evaluation(_folder(runs), found.evaluations, found.refused)
 
 
-@documented(report_command)
+@documented(report_command, without=("tracker",))
 def report(store: "str | Path | Store" = STORE, runs: "str | Path | Run | Runs" = RUNS, **settings: Any) -> Report:
     """Write the report, one folder of pages that opens from disk; returns where it is and what it holds.
 
@@ -114,7 +121,8 @@ def report(store: "str | Path | Store" = STORE, runs: "str | Path | Run | Runs" 
     """
     from tcsae.evaluate.report.command import write_as_asked
 
-    options = options_of(report_command, _naming(settings, runs))
+    options = options_of(report_command, _naming(settings, runs), ("tracker",))
+    options.pop("tracker", None)
     written = write_as_asked(Place(_location(store), str(_folder(runs))), options)
     excluded = {one.name: one.why for one in written.excluded}
     return Report(written.folder, tuple(one.name for one in written.included), excluded, written.is_new)

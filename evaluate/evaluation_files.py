@@ -29,6 +29,7 @@ from tcsae.shared.base.files import file_digest, write_atomic, write_json
 from tcsae.shared.base.settings import to_dict
 from tcsae.shared.base.signals import StopRequest
 from tcsae.shared.sae.folder import CONFIG, EVALUATION, evaluation_digest, writing
+from tcsae.shared.store.counted import left_out
 from tcsae.shared.store.reader import Store
 
 REPLICATES = "eval_replicates.safetensors"
@@ -47,6 +48,8 @@ class Group(NamedTuple):
     """The processes that share the pass."""
     stop: StopRequest
     """Looked at after each batch, and before each run's files are written."""
+    device: torch.device
+    """Where SAEs and tail run."""
 
 
 def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
@@ -89,6 +92,7 @@ def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict
         "n_documents": split.n_documents,
         "n_tokens": int(measured.counted[0].n_tokens[0]),
         "n_tokens_skipped": int(measured.skipped[0].n_tokens[0]),
+        "left_out": left_out(split, group.options.rules),
         "n_predictions": 0 if reference is None else int(reference.n_predictions.sum()),
         "no_tail": no_tail,
         "through_the_tail": [] if reference is None else list(tail_metrics.DEFINITIONS),

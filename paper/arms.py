@@ -46,7 +46,7 @@ def weighted(kind: str, weight: float, *settings: str) -> Arm:
     about = f"{NAMES[kind]}, weight {weight:g}"
     if kind == "contrastive" and weight == 3.0 and not settings:
         return topk(about, preset="temporal-topk")
-    at = ("temporal.temperature=0.3",) if kind == "contrastive" else ()
+    at = ("temporal.contrast.temperature=0.3",) if kind == "contrastive" else ()
     return topk(about, f"temporal.kind={kind}", f"temporal.weight={weight:g}", *at, *settings)
 
 
@@ -107,7 +107,7 @@ BATCHTOPK_CONTRASTIVE = topk(
     "BatchTopK, contrastive",
     "temporal.kind=contrastive",
     "temporal.weight=3",
-    "temporal.temperature=0.3",
+    "temporal.contrast.temperature=0.3",
     preset="batchtopk",
 )
 LARGE_PLAIN = Arm("4096 latents, k = 32, no temporal term", "topk", ())

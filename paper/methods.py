@@ -145,7 +145,6 @@ METHODS = (
         about="The 4 widest linear directions, and 12 active latents on the rest.",
     ),
 )
-BY_NAME = {method.name: method for method in METHODS}
 
 
 def rate_setting(rate: float) -> str:

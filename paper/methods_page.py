@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcsae.paper.arms import Arm
-from tcsae.paper.methods import BY_NAME, METHODS, N_TOKENS, RATES, Method, table_arm
-from tcsae.paper.page import PageContext, rendered
+from tcsae.paper.methods import METHODS, N_TOKENS, RATES, Method, table_arm
+from tcsae.paper.page import STYLE, PageContext, rendered
 from tcsae.paper.results import Results, value_of
 from tcsae.paper.sections import difference, markdown, number
 from tcsae.shared.base.files import whole_file, write_atomic, write_json
@@ -71,18 +71,21 @@ def mean(results: Results, arm: Arm, name: str) -> float:
     return float(np.mean([figure(one, name) for one in results.evaluations[arm]]))
 
 
-def write_methods(out: Path, results: Results, chosen: Mapping[str, Chosen], made: PageContext) -> Path:
+def write_methods(
+    out: Path, results: Results, chosen: Mapping[str, Chosen], made: PageContext, methods: Sequence[Method] = METHODS
+) -> Path:
     """The page, its figure and its numbers as JSON, in the folder `out`; returns the page."""
-    arms = {method.name: table_arm(method, chosen[method.name].rate) for method in METHODS}
+    arms = {method.name: table_arm(method, chosen[method.name].rate) for method in methods}
+    twins = {method.name: method.twin for method in methods}
     text = rendered(
         "methods.md.j2",
         command=made.command,
         quick=made.quick,
         about=_about(made),
-        rates=_rates(chosen),
-        table=_table(results, arms),
-        shuffled=_shuffled(results, arms, chosen),
-        paragraphs=[_paragraph(results, method, arms) for method in METHODS if method.name != "TopK"],
+        rates=_rates(chosen, methods),
+        table=_table(results, arms, twins),
+        shuffled=_shuffled(results, arms, chosen, methods),
+        paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
         columns=[f"{column.heading}: `{name}`" for name, column in COLUMNS.items()],
         picture=PICTURE,
         n_tokens=f"{N_TOKENS:,}",
@@ -91,7 +94,7 @@ def write_methods(out: Path, results: Results, chosen: Mapping[str, Chosen], mad
     with writing(out, CURE):
         out.mkdir(parents=True, exist_ok=True)
         _draw(results, arms, out / PICTURE)
-        write_json(out / DATA, _data(results, arms, chosen))
+        write_json(out / DATA, _data(results, arms, chosen, twins))
         write_atomic(out / PAGE, text.encode())
     return out / PAGE
 
@@ -105,9 +108,9 @@ def _about(made: PageContext) -> str:
     )
 
 
-def _rates(chosen: Mapping[str, Chosen]) -> str:
+def _rates(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
     rows = []
-    for method in METHODS:
+    for method in methods:
         if not method.smooth:
             rate, tried = chosen[method.name]
             cells = [f"{one:g}: {number(value, 4)}" for one, value in tried.items()]
@@ -115,22 +118,24 @@ def _rates(chosen: Mapping[str, Chosen]) -> str:
     return markdown(["method", "chosen", "rate: explained variance on the choose half"], rows)
 
 
-def _table(results: Results, arms: Mapping[str, Arm]) -> str:
-    rows = [[name, *(_cell(results, name, arms, column) for column in COLUMNS)] for name in arms]
+def _table(results: Results, arms: Mapping[str, Arm], twins: Mapping[str, str]) -> str:
+    rows = [[name, *(_cell(results, arms[name], arms[twins[name]], column) for column in COLUMNS)] for name in arms]
     return markdown(["", *(column.heading for column in COLUMNS.values())], rows)
 
 
-def _cell(results: Results, name: str, arms: Mapping[str, Arm], column: str) -> str:
-    text, twin = number(mean(results, arms[name], column), COLUMNS[column].digits), BY_NAME[name].twin
-    if column not in PAIRED or twin == name:
+def _cell(results: Results, arm: Arm, twin: Arm, column: str) -> str:
+    text = number(mean(results, arm, column), COLUMNS[column].digits)
+    if column not in PAIRED or twin == arm:
         return text
-    return f"{text} ({difference(results.gain(arms[name], arms[twin], column), COLUMNS[column].digits)})"
+    return f"{text} ({difference(results.gain(arm, twin, column), COLUMNS[column].digits)})"
 
 
-def _shuffled(results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen]) -> str:
+def _shuffled(
+    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], methods: Sequence[Method]
+) -> str:
     """What of each gain the shuffled twin has as well."""
     rows = []
-    for method in METHODS:
+    for method in methods:
         if method.shuffled is not None:
             control = table_arm(method, chosen[method.name].rate, shuffled=True)
             cells = [
@@ -157,34 +162,42 @@ def _paragraph(results: Results, method: Method, arms: Mapping[str, Arm]) -> str
 
 def _draw(results: Results, arms: Mapping[str, Arm], path: Path) -> None:
     """Explained variance against what it buys, a point a method."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(11, 5), layout="constrained")
-    for axes, name in zip(drawing.subplots(1, 2), ("rho_1_within", "boundary_auc"), strict=True):
-        for number_, label in enumerate(arms, start=1):
-            x, y = mean(results, arms[label], "explained_variance"), mean(results, arms[label], name)
-            axes.scatter(x, y, s=18, label=f"{number_} {label}")
-            axes.annotate(str(number_), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-        axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)
-    handles, labels = drawing.axes[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
-    with whole_file(path) as partial:
-        drawing.savefig(partial, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(11, 5), layout="constrained")
+        for axes, name in zip(drawing.subplots(1, 2), ("rho_1_within", "boundary_auc"), strict=True):
+            for position, label in enumerate(arms, start=1):
+                x, y = mean(results, arms[label], "explained_variance"), mean(results, arms[label], name)
+                axes.scatter(x, y, s=18, label=f"{position} {label}")
+                axes.annotate(str(position), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)
+        handles, labels = drawing.axes[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
+        with whole_file(path) as partial:
+            drawing.savefig(partial, format="svg", metadata={"Date": None})
 
 
-def _data(results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen]) -> dict[str, Any]:
-    rows: Sequence[dict[str, Any]] = [
-        {
+def _data(
+    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], twins: Mapping[str, str]
+) -> dict[str, Any]:
+    rows = []
+    for name, arm in arms.items():
+        evaluations, twin = results.evaluations[arm], arms[twins[name]]
+        row: dict[str, Any] = {
             "method": name,
             "preset": arm.preset,
-            "twin": BY_NAME[name].twin,
             "rate": chosen[name].rate,
-            "runs": [one["name"] for one in results.evaluations[arm]],
-            "values": {column: [figure(one, column) for one in results.evaluations[arm]] for column in COLUMNS},
-            "differences": {column: results.gain(arm, arms[BY_NAME[name].twin], column)._asdict() for column in PAIRED}
-            if BY_NAME[name].twin != name
-            else {},
+            "runs": [one["name"] for one in evaluations],
+            "values": {column: [_finite(figure(one, column)) for one in evaluations] for column in COLUMNS},
         }
-        for name, arm in arms.items()
-    ]
+        if twin != arm:
+            row["minus"] = twins[name]
+            row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
+        rows.append(row)
     return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -16,21 +16,21 @@ from tcsae.shared.store.reader import Store
 from tcsae.train.presets import preset
 
 
-def compare_methods(place: Place, out: Path, asked: Source, size: Size) -> None:
+def compare_methods(place: Place, out: Path, asked: Source, size: Size, methods: Sequence[Method] = METHODS) -> None:
     """From the store to the page; what is done is not done again. In parallel processes runs are dealt out."""
     store = make_store(place, TEXT, asked, "methods")
     stores, results = {TEXT: store}, Results({}, {TEXT: place.runs(TEXT)})
-    rates = {method.name: _tried(method, store) for method in METHODS}
-    tuning = [tuning_arm(method, rate) for method in METHODS for rate in rates[method.name]]
+    rates = {method.name: _tried(method, store) for method in methods}
+    tuning = [tuning_arm(method, rate) for method in methods for rate in rates[method.name]]
     _finish(place, stores, tuning, size, results, "tuning")
-    chosen = {method.name: _choose(method, rates[method.name], results) for method in METHODS}
-    arms = [table_arm(method, chosen[method.name].rate) for method in METHODS]
-    arms += [table_arm(method, chosen[method.name].rate, shuffled=True) for method in METHODS if method.shuffled]
+    chosen = {method.name: _choose(method, rates[method.name], results) for method in methods}
+    arms = [table_arm(method, chosen[method.name].rate) for method in methods]
+    arms += [table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled]
     _finish(place, stores, arms, size, results, "table")
     if ranks().rank == 0:
         given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
         made = PageContext(f"tcsae methods{size.name}{given}", bool(size.name), stores, read_times(place))
-        say(f"The page: {write_methods(out, results, chosen, made)}")
+        say(f"The page: {write_methods(out, results, chosen, made, methods)}")
 
 
 def _tried(method: Method, store: Store) -> list[float]:

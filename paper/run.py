@@ -125,9 +125,9 @@ def train_arms(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size
     ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
         if ours.parallel:  # whatever is finished: all ranks have to come to the same meetings
-            train_parallel(stores[name], place.runs(name), runs, ours)
+            train_parallel(stores[name], place.runs(name), runs, ours, device=place.device)
         elif todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
-            train_runs(stores[name], place.runs(name), todo)
+            train_runs(stores[name], place.runs(name), todo, device=place.device)
 
 
 def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
@@ -140,9 +140,9 @@ def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], s
                 names=names, temporal=temporal, smooth=(smooth,) if smooth else (), documents=documents
             )
             if ours.parallel:
-                evaluate_parallel(stores[name], place.runs(name), request, ours)
+                evaluate_parallel(stores[name], place.runs(name), request, ours, place.device)
             else:
-                evaluate_runs(stores[name], place.runs(name), request)
+                evaluate_runs(stores[name], place.runs(name), request, device=place.device)
 
 
 def _options(arm: Arm) -> tuple[bool, str, Documents]:
@@ -150,11 +150,11 @@ def _options(arm: Arm) -> tuple[bool, str, Documents]:
 
 
 def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict[str, list[Run]]:
-    found: dict[str, dict[str, Run]] = {}
+    runs_of: dict[str, dict[str, Run]] = {}
     for arm in arms:
         runs = plan(stores[arm.store], arm, size)
-        found.setdefault(arm.store, {}).update({run.name: run for run in runs})
-    return {name: list(runs.values()) for name, runs in found.items()}
+        runs_of.setdefault(arm.store, {}).update({run.name: run for run in runs})
+    return {name: list(runs.values()) for name, runs in runs_of.items()}
 
 
 def _page(place: Place, out: Path, asked: Source, size: Size) -> Path:
@@ -181,12 +181,12 @@ def load_arm(place: Place, arm: Arm, size: Size, stores: dict[str, Store], resul
     if not all(map(is_finished, folders)):
         return False
     file = smoothed_file(EVALUATION, arm.smooth or None)
-    found = [load_evaluation(folder, store.content, file) for folder in folders]
-    if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in found):
+    evaluations = [load_evaluation(folder, store.content, file) for folder in folders]
+    if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in evaluations):
         return False
-    if any(one and one["options"].get("documents", "all") != arm.documents for one in found):
+    if any(one and one["options"].get("documents", "all") != arm.documents for one in evaluations):
         return False
-    results.evaluations[arm] = [one for one in found if one is not None]
+    results.evaluations[arm] = [one for one in evaluations if one is not None]
     results.records[arm] = [load_record(folder) for folder in folders]
     return True
 

@@ -19,6 +19,16 @@ class Whole(NamedTuple):
     documents: Int[ndarray, " n_segments"]
     n_before: int
     """Tokens before this process's own."""
+    starts: Int[ndarray, " n_segments"]
+
+
+class Text(NamedTuple):
+    """What stands at each token of the whole batch."""
+
+    tokens: Int[ndarray, " n_whole"]
+    """Token ids."""
+    places: Int[ndarray, " n_whole"]
+    """Number of each token within its document."""
 
 
 class Batch(NamedTuple):
@@ -36,12 +46,16 @@ class Batch(NamedTuple):
     """None: these are all."""
     group: Collectives = ONE_PROCESS
     """The processes that have the other parts."""
+    text: Text | None = None
+    """Only where a loss reads it (TemporalConfig.reads_text)."""
+    partners: Float[Tensor, "n d_model"] | None = None
+    """Activations of each token's partner, where a loss takes pairs (t-sae)."""
     stride: int = 1
     """Positions from one row of `x` to the next."""
 
     @property
     def all(self) -> Whole:
-        return self.whole or Whole(self.lengths, self.documents, 0)
+        return self.whole or Whole(self.lengths, self.documents, 0, self.starts)
 
     @property
     def n_whole(self) -> int:
@@ -76,7 +90,9 @@ class Batch(NamedTuple):
         if whole is not None:
             counts = tiles(whole.lengths, window, window, offset)[1]
             n_segments_before = int(np.searchsorted(np.cumsum(whole.lengths), whole.n_before, side="right"))
-            whole = whole._replace(lengths=counts, n_before=int(counts[:n_segments_before].sum()))
+            whole = whole._replace(
+                lengths=counts, n_before=int(counts[:n_segments_before].sum()), starts=whole.starts + offset
+            )
         return self._replace(x=x, lengths=lengths, starts=self.starts + offset, whole=whole, stride=window)
 
 

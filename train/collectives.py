@@ -57,6 +57,13 @@ class Collectives:
         """Where some part is true."""
         return part if self.alone else self.sum_(part.to(torch.int32)) > 0
 
+    def smallest(self, part: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """The least entry of all parts; infinity if there is none."""
+        least = torch.cat([part, part.new_full((1,), torch.inf)]).min()
+        if not self.alone:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return least
+
     def rows(self, part: Float[Tensor, "m d"], at: Int[Tensor, " m"], n: int) -> Float[Tensor, "n d"]:
         """All n rows, of which this process has those at `at`; with a gradient to them."""
         return part if self.alone else self.sum(part.new_zeros(n, part.shape[1]).index_copy(0, at, part))

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from tcsae.shared.base.console import progress, say, size
+from tcsae.shared.base.device import precision
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.base.trackers import open_tracker
 from tcsae.shared.sae.folder import METRICS, load_record
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sources import load_sae
@@ -26,9 +28,10 @@ from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
+from tcsae.train.start.linear import fit_linear
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -119,7 +122,7 @@ class Member:
             restore(saved[-1], trainer)
             n_bytes, self.seconds = record["metrics_bytes"], record["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
-            for what in ("threads", "device"):
+            for what in ("threads", "device", "precision"):
                 if (before := record.get(what, about[what])) != about[what]:  # older versions did not tell the device
                     say(f"{run.name}: {what} {before} before, {about[what]} now: rounding will differ.")
         self.steps_on_disk = trainer.progress.n_steps
@@ -127,7 +130,8 @@ class Member:
         self.log: RunLog | NoLog = NoLog()
         if writes:
             with disk_errors(path):
-                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+                passed_on = open_tracker(tracker, path, to_dict(config), trainer.progress.n_steps)
+                self.log = RunLog(path / METRICS, n_bytes, passed_on)
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -142,7 +146,7 @@ class Member:
             return
         if batch.longest < config.sae.window:
             trainer.count(batch)
-            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no token of it."
             if batch.longest:
                 why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
@@ -161,7 +165,7 @@ class Member:
                 self.step(batch, number)
             return
         if logs:
-            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
+            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
         if saves:
             self.checkpoint()
             if self.bring_back is not None:
@@ -228,7 +232,8 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        text = any(run.config.temporal.reads_text for run in runs)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
         for run in runs:
             self.loader.check_windows(run.config)
         samples = {
@@ -240,13 +245,15 @@ class _Pass:
         initial = None
         if run.init_from is not None:
             initial = initial_weights(self.runs_path / run.init_from, run)
-        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
+        linear = fit_linear(self.store, run.config)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
             "from": run.init_from,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "precision": precision(),
             "ranks": self.ranks.world,
         }
         return Member(run, self.runs_path / run.name, trainer, about, self.tracker, self.ranks.rank == 0)
@@ -269,9 +276,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:
@@ -298,8 +308,11 @@ class _Pass:
         """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
-        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
-        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
+        out = loader.left_out() | ({"min_sequence_length": loader.n_short} if loader.n_short else {})
+        reasons = ", ".join(f"{n:,} by data.{name}" for name, n in out.items())
+        tokens = f"{loader.n_tokens:,} tokens an epoch (left out: {reasons})"
+        if loader.config.max_norm is not None:
+            tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 

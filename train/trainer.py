@@ -23,10 +23,12 @@ from tcsae.train.guard import DeviceGuard, judged, verdict_of
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.position import PositionPenalty
+from tcsae.train.losses.state import BilinearHead, TermState
+from tcsae.train.losses.t_sae import next_threshold, paired, residual_variance
+from tcsae.train.start.first_weights import initial_sae
+from tcsae.train.start.linear import LinearPart
 
 CALIBRATION_TOKENS = 4096
-MEDIAN_STEPS = 50
-FIRST_THRESHOLD = 0.1
 NO_GRADIENT = 1e-5
 """A gradient this small, times the code's norm and over the term's value, is rounding."""
 
@@ -38,15 +40,22 @@ class StepResult:
     """
 
     def __init__(
-        self, names: Iterable[str], figures: Float[Tensor, " n_figures"], x: Tensor, x_hat: Tensor, code: Code
+        self,
+        names: Iterable[str],
+        figures: Float[Tensor, " n_figures"],
+        x: Tensor,
+        x_hat: Tensor,
+        code: Code,
+        batch: Batch,
     ) -> None:
-        """`figures`: each loss by its name, then l0."""
+        """`figures`: each loss by its name, then l0; `batch`: what the SAE read."""
         self.figures = figures
         self.x: Float[Tensor, "n d_model"] = x
         """What was to be reconstructed, in the units of training."""
         self.x_hat: Float[Tensor, "n d_model"] = x_hat
         """The whole SAE's reconstruction."""
         self.code = code
+        self.batch = batch
         self._names = tuple(names)
         self._grad_norm: Tensor | float = 0.0
         self._temporal_weight: Tensor | float = 0.0
@@ -88,7 +97,7 @@ class Progress:
     n_steps: int = 0
     n_tokens: int = 0
     n_left_out: int = 0
-    """Tokens of segments that data.max_norm left out."""
+    """Tokens that data.max_norm left out."""
     mean_loss: float = 0.0
     n_restored: int = 0
     ended: str = ""
@@ -118,9 +127,14 @@ class Trainer:
     initial: SparseAutoencoder | None = None
     """Weights to start from, in the units of the data."""
     progress: Progress = field(default_factory=Progress)
+    linear: LinearPart | None = None
+    """What `config.linear` asks for (tcsae.train.start.linear.fit_linear)."""
 
     def __post_init__(self) -> None:
         config = self.config
+        if self.linear is not None:
+            self.linear = self.linear.to(self.sample)
+            self.sample = self.linear.rest(self.sample)
         unit = config.init.input_scale == "unit"
         self.scale = math.sqrt(1 / float(self.sample.square().mean())) if unit else 1.0
         if self.initial is None:
@@ -131,12 +145,7 @@ class Trainer:
         if self.sae.threshold is not None and self.sae.kind.threshold == "calibrated":
             self.sae.threshold.requires_grad_(False)
         self.parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
-        betas = (config.optimizer.beta1, config.optimizer.beta2)
         device = self.sample.device
-        fused = device.type != "meta"  # which has none, and no numbers either
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.optimizer.lr, betas=betas, fused=fused, foreach=not fused
-        )
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=device)
         self.guard = DeviceGuard(config.guard.explode, device) if static_shapes(self.sample) else None
         self._pending: _Pending | None = None
@@ -144,8 +153,17 @@ class Trainer:
         """Latents that may be dead in this step, at most; None: not known."""
         ranges = config.sae.group_ranges()
         self.scope = ranges[0] if config.temporal.scope == "first" else (0, config.sae.d_sae)
+        self.head: BilinearHead | None = None
+        if config.temporal.active and config.temporal.kind == "direction":
+            self.head = BilinearHead(self.scope[1], config.temporal.contrast.rank, config.init_seed, device)
+            self.parameters += self.head.parameters()
+        betas = (config.optimizer.beta1, config.optimizer.beta2)
+        fused = device.type != "meta"  # which has none, and no numbers either
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=config.optimizer.lr, betas=betas, fused=fused, foreach=not fused
+        )
         self.positions = None
-        if config.temporal.position_penalty > 0:
+        if config.temporal.position_penalty > 0 or config.temporal.contrast.centred:
             self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device)
 
     def step(self, batch: Batch) -> StepResult:
@@ -168,6 +186,7 @@ class Trainer:
             if config.unit_decoder:
                 self._norm_decoder()
             if self.sae.threshold is not None:
+                self._average_threshold(result, batch)
                 self.sae.threshold.clamp_(min=0)
         progress, earlier = self.progress, self._pending
         if readout is not None:
@@ -205,8 +224,8 @@ class Trainer:
         """Losses of a batch, with the gradients left in the parameters' `.grad`."""
         for parameter in self.parameters:
             parameter.grad = None
-        n_tokens, batch = batch.n_whole, self._rows(batch)
-        x = batch.x * self.scale
+        given, batch = batch, self._rows(batch)
+        x, n_rows = batch.x * self.scale, max(1, batch.n_whole)
         inputs, scaling = self._encoder_input(x)
         if isinstance(self.sae, TemporalFeatureAutoencoder):
             encoded, x_hat = self.sae.train_pass(x, batch.lengths)
@@ -214,23 +233,33 @@ class Trainer:
         else:
             encoded = self._encode(inputs, batch)
             x_hats = self._reconstructions(encoded.code, scaling)
-        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / batch.n_whole}
+        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / n_rows}
         temporal_weight = self._add_code_losses(losses, encoded, batch)
-        x_hat, dead, config = x_hats[-1].detach(), self.dead(), self.config.dead
-        if config.aux_weight and self.sae.kind.mostly_zero:
-            aux = auxk(self.sae, inputs, x, x_hat, batch, dead, config.aux_k, self._most_dead)
-            losses["aux"] = config.aux_weight * aux
+        x_hat = x_hats[-1].detach()
+        if self.config.dead.aux_weight and self.sae.kind.mostly_zero:
+            losses["aux"] = self._aux(inputs, x, x_hat, batch)
         sum(losses.values(), start=torch.zeros((), device=x.device)).backward()
         for parameter in self.parameters:
             assert parameter.grad is not None
             batch.group.sum_(parameter.grad)
         fired = batch.group.any(encoded.activity.fired)
-        self.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
-        figures = self._whole_batch([*losses.values(), encoded.activity.n_active / batch.n_whole], batch)
+        self.tokens_since_fired.add_(given.n_whole if batch.partners is None else n_rows).masked_fill_(fired, 0)
+        n_linear = 0 if self.linear is None else self.linear.W.shape[1]
+        l0 = encoded.activity.n_active / n_rows + n_linear / batch.group.world
+        figures = self._whole_batch([*losses.values(), l0], batch)
         code = encoded.code.detached() if isinstance(encoded.code, SparseCode) else encoded.code.detach()
-        result = StepResult(losses, figures, x, x_hat, code)
+        if self.linear is not None:
+            x, x_hat = given.x * self.scale, x_hat + (given.x * self.scale - x)
+        result = StepResult(losses, figures, x, x_hat, code, batch)
         result._temporal_weight = temporal_weight
         return result
+
+    def _aux(self, inputs: Tensor, x: Tensor, x_hat: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        """AuxK at its weight."""
+        config = self.config.dead
+        k = config.aux_k or max(1, self.config.sae.d_model // 2)
+        aux = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, self.dead(), k, self._most_dead)
+        return aux / residual_variance(x - x_hat, batch) if config.aux_relative else aux
 
     @property
     def reads_neighbours(self) -> bool:
@@ -238,7 +267,15 @@ class Trainer:
         return self.config.sae.window > 1 or self.config.sae.predictor != "none"
 
     def _rows(self, batch: Batch) -> Batch:
-        """What the SAE reads: tokens, or windows from a position of each segment that is drawn anew every step."""
+        """What the SAE reads: tokens (of t-sae's pairs the current ones), what a linear part leaves of them, or windows
+        from a position of each segment that is drawn anew every step.
+        """
+        temporal = self.config.temporal
+        if temporal.active and temporal.kind == "t-sae":
+            current, partners = paired(temporal, batch, self.step_seed())
+            return current._replace(partners=partners)
+        if self.linear is not None:
+            return batch._replace(x=self.linear.rest(batch.x))
         window, order = self.config.sae.window, self.config.temporal.order
         if self.reads_neighbours and order != "text":
             batch = batch._replace(x=batch.x[shuffled(order, batch, self.step_seed())])
@@ -287,7 +324,9 @@ class Trainer:
             weight = self.temporal_weight(losses["reconstruction"], term, encoded, batch)
             losses["temporal"] = weight * term
         if self.positions is not None:
-            losses["position"] = config.temporal.position_penalty * self.positions(code, batch)
+            penalty = self.positions(code, batch)
+            if config.temporal.position_penalty > 0:
+                losses["position"] = config.temporal.position_penalty * penalty
         if config.sparsity.l1:  # eq. 4, second term
             losses["l1"] = config.sparsity.l1 * encoded.size / batch.n_whole
         if encoded.n_active is not None:  # Rajamanoharan et al. 2024, with a target for L0
@@ -298,10 +337,18 @@ class Trainer:
     def _temporal(self, code: Code, batch: Batch) -> Float[Tensor, ""]:
         """The term at weight 1, over the scope's code; in another order of positions if a control asks for it."""
         config, seed = self.config.temporal, self.step_seed()
-        if config.order != "text" and not self.reads_neighbours:
+        state = TermState(head=self.head)
+        if batch.partners is not None:
+            inputs, _ = self._encoder_input(batch.partners * self.scale)
+            state = state._replace(partner=part(self._encode(inputs, batch).tap, *self.scope))
+        if config.contrast.centred and self.positions is not None:
+            state = state._replace(position=batch.positions(), means=self.positions.means())
+        if config.order != "text" and not self.reads_neighbours and batch.partners is None:
             tokens = shuffled(config.order, batch, seed)
             code, batch = permuted(code, tokens), batch._replace(x=batch.x[tokens])
-        return temporal_term(config.kind)(config, code, batch, seed)
+            if state.position is not None:
+                state = state._replace(position=state.position[tokens])
+        return temporal_term(config.kind, state)(config, code, batch, seed)
 
     def temporal_weight(self, reconstruction: Tensor, term: Tensor, encoded: Encoded, batch: Batch) -> Tensor | float:
         """The weight now, risen by the warm-up: the set one, or with a budget such that the term's gradient at the
@@ -329,6 +376,19 @@ class Trainer:
         value = batch.group.sum_(term.detach().clone())
         rounding = unit * size <= NO_GRADIENT * value.abs()
         return torch.where(rounding, 0.0, risen * config.budget * target / unit).to(term.dtype)
+
+    def _average_threshold(self, result: StepResult, batch: Batch) -> None:
+        """A batchtopk's threshold as a running mean, where sparsity.threshold says so."""
+        threshold = self.sae.learned_threshold
+        if self._averages and isinstance(result.code, SparseCode):
+            step, steps = self.progress.n_steps, self.config.steps
+            now = threshold[0].clone()
+            after = next_threshold(now, result.code.values, batch, step, steps)
+            threshold.copy_(after if self.guard is None else torch.where(self.guard.halted > 0, now, after))
+
+    @property
+    def _averages(self) -> bool:
+        return self.sae.kind.threshold == "calibrated" and self.config.sparsity.threshold == "average"
 
     def _project_decoder_gradient(self) -> None:
         """Take the gradient along each unit row away: the norm would undo it, yet it would feed Adam's moments."""
@@ -406,14 +466,15 @@ class Trainer:
         sae = new_sae(self.config.sae).to(self.sample.device)
         sae.input_scale = self.sae.input_scale
         sae.load_state_dict(self.sae.state_dict())
-        if sae.threshold is not None and sae.kind.threshold == "calibrated":
+        if sae.threshold is not None and sae.kind.threshold == "calibrated" and not self._averages:
             parts = [part * self.scale for part in self.sample.split(CALIBRATION_TOKENS)]
             last = [batchtopk_code(sae.pre_activations(part), self.config.sae.k).values for part in parts]
             lowest = [float(values[values > 0].min()) for values in last if (values > 0).any()]
             # The last entry kept has to stay above the threshold: fires on strict >.
             sae.threshold.fill_(0.999999 * sum(lowest) / max(1, len(lowest)))
         sae.fold_scale(self.scale)
-        return sae.cpu().eval()
+        sae = sae.cpu().eval()
+        return sae if self.linear is None else LinearPart(*(one.cpu() for one in self.linear)).folded(sae)
 
 
 def prefix_error(
@@ -422,42 +483,3 @@ def prefix_error(
     """sum over prefixes g of w_g ||x - x_hat_g||^2 (matryoshka; one prefix is the plain autoencoder)."""
     errors = [F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
     return sum((weight * error for weight, error in zip(weights, errors, strict=True)), start=x.new_zeros(()))
-
-
-@torch.no_grad()
-def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> SparseAutoencoder:
-    """Fresh weights by `config.init`, on the device of `sample`, which is in the units that training sees.
-
-    They are drawn on the CPU: a seed gives the same weights on every device.
-    """
-    sae = new_sae(config.sae)
-    generator = torch.Generator().manual_seed(config.init_seed)
-    match config.init.weights:
-        case _ if isinstance(sae, TemporalFeatureAutoencoder):
-            sae.draw(generator)
-        case "xavier":
-            torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
-            torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
-            if config.optimizer.unit_decoder:
-                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        case "transpose":
-            sae.W_dec.normal_(generator=generator)
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-            sae.W_enc_rows.copy_(sae.W_dec)
-    match config.init.b_dec:
-        case "mean":
-            sae.b_dec.copy_(sample.mean(0))
-        case "median":
-            sae.b_dec.copy_(geometric_median(sample))
-    if sae.threshold is not None and sae.kind.threshold == "learned":
-        sae.threshold.fill_(FIRST_THRESHOLD)
-    return sae.to(sample.device)
-
-
-def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration."""
-    point = x.mean(0)
-    for _ in range(MEDIAN_STEPS):
-        nearness = 1 / (x - point).norm(dim=1).clamp_(min=1e-8)
-        point = nearness @ x / nearness.sum()
-    return point

@@ -188,8 +188,8 @@ def stay_topk(candidates: SparseCode, lengths: Sequence[int], k: int) -> SparseC
 
     _walk(lengths, candidates.d_sae, step)
     offsets = torch.arange(0, chosen.numel() + 1, max(1, chosen.shape[1]))[: len(chosen) + 1]
-    kept = values.gather(1, chosen).relu().flatten(), latents.gather(1, chosen).flatten()
-    return SparseCode(*kept, offsets, candidates.d_sae)
+    entries = values.gather(1, chosen).relu().flatten(), latents.gather(1, chosen).flatten()
+    return SparseCode(*entries, offsets, candidates.d_sae)
 
 
 def stay_above(candidates: SparseCode, lengths: Sequence[int], threshold: Float[Tensor, " d_sae"]) -> SparseCode:

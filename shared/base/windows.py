@@ -84,3 +84,30 @@ def segments(
     sequence = np.repeat(np.arange(len(usable)), per_sequence)
     offset = positions(per_sequence) * segment_length
     return sequence, offset + skip_first, np.minimum(usable[sequence] - offset, segment_length)
+
+
+def kept_runs(
+    lengths: Int[ndarray, " n"], keep: Bool[ndarray, " n_tokens"]
+) -> tuple[Int[ndarray, " n_runs"], Int[ndarray, " n_runs"], Int[ndarray, " n_runs"]]:
+    """Runs of kept tokens within runs of these lengths laid end to end: none spans a token that is not kept.
+
+    Returns, of each in order, the number of the run that it lies in, where in that it starts, and its length.
+    """
+    at = np.flatnonzero(keep)
+    run, position = np.repeat(np.arange(len(lengths)), lengths)[at], positions(lengths)[at]
+    begins = np.ones(len(at), bool)
+    begins[1:] = (np.diff(at) > 1) | (np.diff(run) > 0)
+    first = np.flatnonzero(begins)
+    return run[first], position[first], np.diff(first, append=len(at))
+
+
+def masked_segments(
+    usable: Bool[ndarray, "n_sequences sequence_length"], segment_length: int
+) -> tuple[Int[ndarray, " n_segments"], Int[ndarray, " n_segments"], Int[ndarray, " n_segments"]]:
+    """As `segments`, over any usable positions: each lies in exactly one segment, and no segment spans another one."""
+    n, width = usable.shape
+    sequence, start, run = kept_runs(np.full(n, width), usable.reshape(-1))
+    per_run = -(-run // segment_length)
+    which = np.repeat(np.arange(len(run)), per_run)
+    offset = positions(per_run) * segment_length
+    return sequence[which], start[which] + offset, np.minimum(run[which] - offset, segment_length)

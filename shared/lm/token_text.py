@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.shared.base.console import legible
-from tcsae.shared.base.errors import StoreError
+from tcsae.shared.base.errors import StoreError, broken_library
 
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes part of a character to."""
@@ -47,6 +47,8 @@ class TokenTexts:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:
+            raise broken_library(f"The tokenizer at {self.path}", error) from error
         except Exception as error:  # damaged files fail in the tokenizer library's many ways
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise StoreError(

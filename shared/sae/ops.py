@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tcsae.shared.base.device import static_shapes, sum_dtype
+from tcsae.shared.base.device import matmuls, static_shapes, sum_dtype
 from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
 
 Code = SparseCode | Float[Tensor, "_n _d_sae"]
@@ -78,7 +78,9 @@ def decode_code(
 ) -> Float[Tensor, "n d_model"]:
     """f W_dec + b_dec (if any), with gradients to the code's entries and both weights."""
     if isinstance(code, Tensor):
-        return code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
+        with matmuls(code.device):
+            x_hat = code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
+        return x_hat.to(code.dtype)
     return _Decode.apply(code.values, W_dec, b_dec, code)
 
 
@@ -258,7 +260,9 @@ class _AttachDense(torch.autograd.Function):
                 g = g if l1 is None else g + torch.sign(z) * l1.to(g)
                 torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=to)
             b_enc.addmv_(to.T, ones[: len(to)])  # as a product: several times as fast as sum(0)
-        return out.T @ centred, b_enc, -(b_enc @ W), None, None, None, None, None
+        with matmuls(out.device):
+            W_enc = out.T @ centred
+        return W_enc.to(W.dtype), b_enc, -(b_enc @ W), None, None, None, None, None
 
 
 def row_block(x: Tensor) -> int:
@@ -280,15 +284,14 @@ def dense_rows(code: Code, tokens: Int[Tensor, " m"]) -> Float[Tensor, "m d_sae"
     """The code of a few distinct tokens as a matrix."""
     if isinstance(code, Tensor):
         return code[tokens]
-    row_of = torch.full_like(code.offsets[1:], len(tokens))
-    row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
-    row = row_of[code.rows]
-    if static_shapes(code.values):
+    if static_shapes(code.values) and code.per_token is None:
+        row_of = torch.full_like(code.offsets[1:], len(tokens))
+        row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
         dense = code.values.new_zeros(len(tokens) + 1, code.d_sae)  # the last takes what is of other tokens
-        return dense.index_put((row, code.columns), code.values, accumulate=True)[:-1]
-    at = (row < len(tokens)).nonzero().squeeze(1)
-    dense = code.values.new_zeros(len(tokens), code.d_sae)
-    return dense.index_put((row[at], code.latents[at]), code.values.index_select(0, at))
+        return dense.index_put((row_of[code.rows], code.columns), code.values, accumulate=True)[:-1]
+    few = code.take(tokens)[0]
+    dense = few.values.new_zeros(len(tokens), few.d_sae)
+    return dense.index_put((few.rows, few.columns), few.values, accumulate=few.parked)
 
 
 def square_norms(code: Code) -> Float[Tensor, " n"]:
@@ -335,13 +338,13 @@ class _PairDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: Tensor, lag: int) -> Tensor:
         n = max(0, len(code) - lag)
-        found = code.new_zeros(n, dtype=sum_dtype(code.device))
+        norms = code.new_zeros(n, dtype=sum_dtype(code.device))
         for start in range(0, n, row_block(code)):
             stop = min(start + row_block(code), n)
-            found[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
+            norms[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
         ctx.save_for_backward(code)
         ctx.lag = lag
-        return found.square_()
+        return norms.square_()
 
     @staticmethod
     @once_differentiable
