@@ -51,9 +51,9 @@ def report(place: Place, tracker: str | None, **asked: Any) -> None:
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
-    for one in written.included if tracker else ():
-        figures = {name: value for name, value in one.evaluation["metrics"].items() if value is not None}
-        log_results(str(tracker), one.loaded.run.path, figures, written.folder)
+    for run in written.included if tracker else ():
+        figures = {name: value for name, value in run.evaluation["metrics"].items() if value is not None}
+        log_results(str(tracker), run.loaded.run.path, figures, written.folder)
     n = len(written.included)
     place_of_report = legible(str(written.folder / "index.html"))
     click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(written.folder))}: {place_of_report}")
