@@ -143,9 +143,8 @@ if TYPE_CHECKING:
 @click.option(
     "--codec",
     type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    default="float16",
-    show_default=True,
-    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.",
+    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.  "
+    "[default: float16; with --lm-dtype bfloat16 bfloat16, which has its range and precision]",
 )
 @click.option(
     "--codec-error",
@@ -232,7 +231,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
         hooks=options["hooks"],
         n_tokens=options["tokens"],
         n_sequences=options["sequences"],
-        codec=options["codec"],
+        codec=options["codec"] or ("bfloat16" if options["lm_dtype"] == "bfloat16" else "float16"),
         codec_error=options["codec_error"],
         control=ControlRecipe(kind=options["control"], seed=options["seed"]) if options["control"] else None,
     )

@@ -5,6 +5,7 @@ All of them are read through `datasets`, streaming, so that memory stays bounded
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -71,7 +72,8 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
     """ "sha256:..." over the files' names (relative to `root`) and bytes."""
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(f"{file.relative_to(root).as_posix()}\0{file_digest(file)}\n".encode())
+        name = os.fsencode(file.relative_to(root).as_posix())
+        whole.update(name + f"\0{file_digest(file)}\n".encode())
     return f"{LOCAL}{whole.hexdigest()}"
 
 
