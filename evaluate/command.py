@@ -112,9 +112,7 @@ def evaluate(
     from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.measures.smoothing import split_name
     from tcsae.evaluate.printed_tables import show
-    from tcsae.shared.base.console import complain
     from tcsae.shared.base.distributed import ranks
-    from tcsae.shared.base.errors import RunError
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     parts = [split_name(name) for name in pair]
@@ -131,9 +129,17 @@ def evaluate(
         click.echo(json.dumps({"evaluations": evaluations}, indent=2))
     elif evaluations or not processes.parallel:
         show(evaluations, place.runs, details)
+    raise_refused(refused)
+
+
+def raise_refused(refused: list[str]) -> None:
+    """Raises RunError for runs without figures; all lines but the last are printed before."""
+    from tcsae.shared.base.console import complain
+    from tcsae.shared.base.errors import RunError
+
+    for line in refused[:-1]:
+        complain(line)
     if refused:
-        for line in refused[:-1]:
-            complain(line)
         raise RunError(refused[-1])
 
 

@@ -84,12 +84,9 @@ def measure(
 ) -> Measured:
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
-    Systems and tail are on the settings' device. There everything is computed and added up, but that Apple's GPUs have
-    no float64: their sums and observers are on the CPU (`sums_on`). What is returned is on the CPU.
-
+    Systems and tail are on the settings' device, sums and observers on `sums_on` of it; what is returned is on the CPU.
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
-    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
-    together.
+    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own together.
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1

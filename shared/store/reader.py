@@ -30,6 +30,7 @@ from tcsae.shared.store.format import (
     allowed_dtypes,
     impossible,
     is_intact,
+    is_tail,
     manifest_from_json,
 )
 from tcsae.shared.store.integrity import (
@@ -442,20 +443,11 @@ def check_manifest(location: str, values: Mapping[str, Any]) -> Manifest:
         raise _damaged_manifest(location, str(error).rstrip(".")) from error
     _check_names(location, manifest)
     for hook, tail in manifest.tails.items():
-        if not _is_tail(tail):
+        if not is_tail(tail):
             raise _damaged_manifest(location, f"tails.{hook}={tail!r:.100} is neither layers nor why there is none")
     if wrong := impossible(manifest):
         raise _damaged_manifest(location, f"it claims {wrong}")
     return manifest
-
-
-def _is_tail(tail: Any) -> bool:
-    """Whether it is {"layers": n, "max_difference": nats} or {"none": why}."""
-    if not isinstance(tail, Mapping):
-        return False
-    if "none" in tail:
-        return isinstance(tail["none"], str)
-    return type(tail.get("layers")) is int and type(tail.get("max_difference")) in (int, float)
 
 
 def _damaged_manifest(location: str, why: str) -> StoreError:
