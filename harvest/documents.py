@@ -318,6 +318,11 @@ def _find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None) -> Corpus:
         reader, files = _local_files(path)
         recipe = _recipe(choice, path.resolve().name, digest_files(files, path if path.is_dir() else path.parent))
         return Corpus(recipe, lambda: _load_files(reader, files, choice))
+    if "[" in choice.split:
+        raise ConfigError(
+            f"--split {choice.split}: datasets are streamed, and a part of a split cannot be. Give the split's name, "
+            "and how much of it with --tokens."
+        )
     name, revision = ALIASES.get(choice.name, (choice.name, None))
     pinned = stored.revision if stored is not None and stored.name == name else LOCAL
     known_commit = None if pinned.startswith(LOCAL) else pinned

@@ -99,7 +99,9 @@ def test_folders_stay_small():
     assert {str(folder): n for folder in folders if (n := len(list(folder.glob("*.py")))) > MAX_FILES} == {}
 
 
-@pytest.mark.parametrize("library, allowed", [("transformer_lens", {"harvest"}), ("datasets", {"harvest", "data", "shared"})])
+@pytest.mark.parametrize(
+    "library, allowed", [("transformer_lens", {"harvest"}), ("datasets", {"harvest", "data", "shared"})]
+)
 def test_language_model_libraries_stay_in_their_rooms(library, allowed):
     users = {
         path.relative_to(ROOT).parts[0]

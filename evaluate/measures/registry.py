@@ -15,7 +15,9 @@ from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
 from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
+from tcsae.shared.base.device import Readout
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.sparse import SparseCode
 
 
 @runtime_checkable
@@ -26,7 +28,7 @@ class Measure(Protocol):
     """What each of its figures is, in a sentence."""
 
     def add(self, code: Code) -> None:
-        """The code of a batch's counted positions, in document order."""
+        """The code of a batch's counted positions, in document order, on the CPU."""
 
     def sums(self) -> Sequence[Tensor]:
         """What it has added up; added over processes in place."""
@@ -66,13 +68,19 @@ class MeasureObserver:
         ]
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        x = Readout(x, "measures").values()
         for measures in self._of:
             for measure in measures.values():
                 if isinstance(measure, OfPairs):
                     measure.begin(batch, x)
 
     def see(self, system: int, code: Code) -> None:
-        for measure in self._of[system].values() if system < len(self._of) and n_latents(code) else ():
+        if system >= len(self._of) or not n_latents(code):
+            return
+        values = code.values if isinstance(code, SparseCode) else code
+        if values.device.type != "cpu":
+            code = code.to("cpu")
+        for measure in self._of[system].values():
             measure.add(code)
 
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
