@@ -1,5 +1,5 @@
-"""Promise: a command that needs what is damaged or missing of a store stops in one line, and none goes on with less than
-was sealed. Where a library is broken, its reason is named.
+"""Promise: a command that needs what is damaged or missing of a store stops in one line; it never goes on with less
+than was sealed. Where a library is broken, its reason is named.
 """
 
 import importlib.util
