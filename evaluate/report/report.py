@@ -59,6 +59,7 @@ def write_report(store: Store, runs_path: Path, out: Path, request: ReportReques
     request = request or ReportRequest()
     before = page_files.made_of(out)
     remove_dead_partials(out)
+    store.n_bytes()  # shown at the end: what is missing is named before the work
     included, excluded = choose_runs(store, runs_path, request.names)
     identity = _identity(store, request, included, excluded)
     if before == identity and not request.force:
