@@ -193,8 +193,9 @@ def _ends(batch: EvalBatch) -> tuple[int, int]:
 
 
 def _on(device: torch.device, output: Output) -> Output:
-    x_hat, *rest = (one if one is None else one.to(device) for one in output)
-    return Output(x_hat, *rest)
+    code, predicted = (one if one is None else one.to(device) for one in (output.code, output.predicted))
+    assert predicted is None or isinstance(predicted, Tensor)
+    return Output(output.x_hat.to(device), code, predicted)
 
 
 class _Accumulator:
