@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Fewer steps than the default of `train`: with the installation under five minutes of two cores.
-STEPS ?= 1500
+STEPS ?= 1250
 TWINS = train --preset temporal-topk --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
 CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk --with topk
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.

@@ -17,7 +17,7 @@ from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.halves import half
 from tcsae.evaluate.measures import baselines
-from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
+from tcsae.evaluate.measures.cross_entropy import FOLDER, load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
@@ -62,7 +62,7 @@ def evaluate_runs(
     """
     request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
-    for folder in folders:
+    for folder in (*folders, runs_path / FOLDER):
         remove_dead_partials_in(folder)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)

@@ -36,9 +36,27 @@ if TYPE_CHECKING:
     ".jsonl, .json or .parquet, or a Hub id.",
 )
 @click.option("--dataset-revision", metavar="REV", help="Branch, tag or commit of a Hub dataset.")
-@click.option("--dataset-config", metavar="NAME", help="Configuration of a Hub dataset.")
-@click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a Hub dataset.")
-@click.option("--text-field", default="text", show_default=True, metavar="NAME", help="The column that holds the text.")
+@click.option(
+    "--dataset-config", "--dataset-name", "dataset_config", metavar="NAME", help="Configuration of a Hub dataset."
+)
+@click.option(
+    "--split",
+    "--dataset-split",
+    "split",
+    default="train",
+    show_default=True,
+    metavar="NAME",
+    help="Split of a Hub dataset.",
+)
+@click.option(
+    "--text-field",
+    "--dataset-column",
+    "text_field",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="The column that holds the text.",
+)
 @click.option(
     "--tokens-field", metavar="NAME", help="The column that holds token ids of this model, where there is no text."
 )

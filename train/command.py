@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 PAPERS = ("logged-", "written-")
 """How the names of the paper's presets begin."""
+CONTROLS = "-shuffled"
+"""How the name of a preset's control ends."""
 
 
 @click.command(cls=StageCommand)
@@ -175,9 +177,14 @@ def presets(name: str | None) -> None:
             if not line.startswith("sae.d_model"):
                 click.echo(line)
         return
-    width = max(map(len, PRESETS))
+    controls = [one for one in PRESETS if one.endswith(CONTROLS)]
     papers = [one for one in PRESETS if one.startswith(PAPERS)]
-    for title, names in (("Presets:", [one for one in PRESETS if one not in papers]), ("The paper's:", papers)):
+    ours = [one for one in PRESETS if one not in (*papers, *controls)]
+    width = max(map(len, ours + papers))
+    for title, names in (("Presets:", ours), ("The paper's:", papers)):
         click.echo(title)
         for one in names:
             click.echo(f"  {one:{width}}  {PRESETS[one].about}{' (default)' if one == DEFAULT else ''}")
+    if controls:
+        twins = ", ".join(one.removesuffix(CONTROLS) for one in controls)
+        click.echo(f"Controls, on shuffled positions: NAME{CONTROLS} for the NAMEs\n  {twins}")

@@ -25,11 +25,11 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
-from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
 from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
+from tcsae.train.start.linear import fit_linear
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
