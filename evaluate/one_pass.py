@@ -190,8 +190,9 @@ def _ends(batch: EvalBatch) -> tuple[int, int]:
 
 
 def _on(device: torch.device, output: Output) -> Output:
-    x_hat, *rest = (one if one is None else one.to(device) for one in output)
-    return Output(x_hat, *rest)
+    code, predicted = (one if one is None else one.to(device) for one in (output.code, output.predicted))
+    assert predicted is None or isinstance(predicted, Tensor)
+    return Output(output.x_hat.to(device), code, predicted)
 
 
 class _Accumulator:
@@ -296,9 +297,9 @@ def _look_back(
 
 
 def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], settings: Settings) -> dict[int, Tensor]:
-    replaced = torch.from_numpy(batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy()))
+    replaced = batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy())
     zero, mean = x.new_zeros(1, len(settings.mean)), to_device(settings.mean.float(), x.device)[None]
-    n = int(replaced.numpy().sum())
+    n = int(replaced.sum())
     return {
         ABLATION: torch.zeros_like(x),
         ZERO: splice(x, replaced, zero.expand(n, -1)),
@@ -309,7 +310,8 @@ def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], set
 def _losses(
     tail: Tail, batch: EvalBatch, x: Float[Tensor, "batch position d_model"], spliced: Mapping[int, Tensor]
 ) -> dict[int, Losses]:
-    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
+    has_next = batch.has_next_on_host
+    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, has_next)
     return dict(zip((CLEAN, *spliced), found, strict=True))
 
 
