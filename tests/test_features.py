@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate.measures.temporal_figures import latent_measures
-from tcsae.evaluate.report.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
-from tcsae.evaluate.report.feature_data import label_tokens, token_rarity
-from tcsae.evaluate.report.feature_pass import (
+from tcsae.evaluate.report.features.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
+from tcsae.evaluate.report.features.feature_data import label_tokens, token_rarity
+from tcsae.evaluate.report.features.feature_pass import (
     MEASURES,
     N_NEAREST,
     Excerpt,
@@ -156,8 +156,8 @@ def test_the_sample_is_fair():
 
 def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.DECODER_BLOCK", 7)
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.PAIR_BLOCK", 50)
+    monkeypatch.setattr("tcsae.evaluate.report.features.feature_pass.DECODER_BLOCK", 7)
+    monkeypatch.setattr("tcsae.evaluate.report.features.feature_pass.PAIR_BLOCK", 50)
     (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
@@ -176,7 +176,7 @@ def test_the_nearest_latents(store, monkeypatch):
 
 
 def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_TOKENS", 100)
+    monkeypatch.setattr("tcsae.evaluate.report.features.feature_pass.SAMPLE_TOKENS", 100)
     sample = FiringSample(6, 1000)
     code = random_code(0, 50, 20, 6, 0.5)
     sample.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
@@ -187,7 +187,7 @@ def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
     np.testing.assert_allclose(
         sample.nearest(torch.ones(6, dtype=torch.bool)).likeness, jaccard.topk(5, 1).values, rtol=1e-6
     )
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_PAIRS", 0)
+    monkeypatch.setattr("tcsae.evaluate.report.features.feature_pass.SAMPLE_PAIRS", 0)
     alive = torch.ones(6, dtype=torch.bool)
     none = FiringSample(6, 1000)
     none.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tcsae.evaluate.report.page_files import script
-from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier, histogram, lines
-from tcsae.evaluate.report.printed import PRINTED, closed_form
+from tcsae.evaluate.report.pages.page_files import script
+from tcsae.evaluate.report.pages.plots import Point, Series, curves_by_number, frontier, histogram, lines
+from tcsae.evaluate.report.pages.printed import PRINTED, closed_form
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_evaluation
 from tcsae.shared.store.reader import open_store

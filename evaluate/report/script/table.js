@@ -1,11 +1,12 @@
 "use strict";
-// Tables that sort by a heading: a button in each, the order told by aria-sort. Rows without a value stay last.
+// Tables that sort: a button in each heading, the order in aria-sort. Rows without a value stay last. Tables wider than
+// the page say so, and scroll by keys.
 (function () {
   const value = (row, column) => {
     const cell = row.cells[column];
-    const told = cell.dataset.value;
-    if (told === "") return null;
-    return told === undefined ? cell.textContent.trim().toLowerCase() : Number(told);
+    const held = cell.dataset.value;
+    if (held === "") return null;
+    return held === undefined ? cell.textContent.trim().toLowerCase() : Number(held);
   };
 
   function sort(table, column, descending) {
@@ -24,7 +25,8 @@
     heads.forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
-      button.append(...head.childNodes);
+      button.className = "sort";
+      button.setAttribute("aria-label", `Sort by ${head.textContent.trim()}`);
       head.append(button);
       button.addEventListener("click", () => {
         const was = head.getAttribute("aria-sort");
@@ -35,4 +37,23 @@
       });
     });
   }
+
+  // Names of what scrolls: the section's heading.
+  function wide() {
+    for (const box of document.querySelectorAll(".wide")) {
+      const scrolls = box.scrollWidth > box.clientWidth + 1;
+      box.classList.toggle("scrolls", scrolls);
+      if (!scrolls) { for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name); continue; }
+      box.tabIndex = 0;
+      box.setAttribute("role", "region");
+      box.setAttribute("aria-label", `${box.closest("section")?.querySelector("h2")?.textContent ?? "Table"}: scrolls sideways`);
+    }
+  }
+  wide();
+  addEventListener("resize", wide);
+  const differences = document.getElementById("differences");
+  differences?.addEventListener("change", () => {
+    document.body.classList.toggle("with-differences", differences.checked);
+    wide();
+  });
 })();
