@@ -22,6 +22,7 @@ STAGES = {
     "eval": "tcsae.evaluate.command:evaluate",
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.evaluate.report.command:feature",
+    "serve": "tcsae.serve.command:serve",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.commands.store_commands:inspect",
     "verify": "tcsae.shared.commands.store_commands:verify",

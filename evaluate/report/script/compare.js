@@ -53,6 +53,7 @@
       + `Without a match: ${lonely[0].length.toLocaleString("en")} of ${a.run.name}, ${lonely[1].length.toLocaleString("en")} of ${b.run.name}.`;
     scatter(both);
     [a, b].forEach((side, k) => onlyIn(by(k ? "only-b" : "only-a"), side, lonely[k], [b, a][k]));
+    tcsae.wide();
     by("compare").dataset.ready = `${a.run.number}-${b.run.number}`;
   }
 
@@ -62,14 +63,15 @@
     const name = by("measure").value;
     const sorted = [...lonely].sort((i, j) => (measured(side, j) ?? -Infinity) - (measured(side, i) ?? -Infinity)).slice(0, SHOWN);
     const label = by("measure").selectedOptions[0].textContent;
+    const term = make("a", { class: "term", href: by("measure").selectedOptions[0].dataset.term }, label);
     const link = (run, latent, weights) => make("a", { href: `runs/${run.path}/features.html#latent=${latent}`, "data-latent": latent, "data-weights": weights }, String(latent));
     const rows = sorted.map((i) => make("tr", {}, make("th", { scope: "row" }, link(side.run, side.index.latents[i], side.index.weights)),
-      make("td", {}, ...side.index.fires[i].slice(0, 3).map((token) => chip(token))), make("td", { class: "n" }, number(side.index.columns[name][i])),
+      make("td", { class: "fires" }, ...side.index.fires[i].slice(0, 3).map((token) => chip(token))), make("td", { class: "n" }, number(side.index.columns[name][i])),
       make("td", { class: "n" }, number(side.cosine[i])), make("td", {}, side.best.length ? link(other.run, side.best[i], other.index.weights) : "–")));
     box.replaceChildren(make("h2", {}, `What has ${side.run.name} that ${other.run.name} has not?`),
       make("p", { class: "note" }, `${lonely.length.toLocaleString("en")} latents${lonely.length > SHOWN ? `; the ${SHOWN} with the largest ${label}` : ""}`),
       ...(rows.length ? [make("div", { class: "wide" }, make("table", {}, make("thead", {}, make("tr", {},
-        ...["latent", "fires on", label, "best cosine", "with"].map((head, k) => make("th", { scope: "col", ...(k === 2 || k === 3 ? { class: "n" } : {}) }, head)))), make("tbody", {}, ...rows)))] : []));
+        ...["latent", "fires on", term, "best cosine", "with"].map((head, k) => make("th", { scope: "col", ...(k === 2 || k === 3 ? { class: "n" } : {}) }, head)))), make("tbody", {}, ...rows)))] : []));
     notes.show(box);
   }
 

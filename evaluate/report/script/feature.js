@@ -33,11 +33,11 @@
     const note = notes.of(data.index.weights, latent) || { label: "", tags: [], lists: [] };
     const field = (name, title, value, hint) => {
       const input = make("input", { id: `note-${name}`, value, placeholder: hint, autocomplete: "off" });
-      return [make("label", { for: `note-${name}` }, title), input];
+      return make("span", {}, make("label", { for: `note-${name}` }, title), input);
     };
     const form = make("form", { class: "note-form", "aria-label": `Notes on latent ${latent}` },
-      ...field("label", "Label", note.label, "what it means"), ...field("tags", "Tags", note.tags.join(", "), "comma, separated"),
-      ...field("lists", "Lists", note.lists.join(", "), "to check, …"));
+      field("label", "Label", note.label, "what it means"), field("tags", "Tags", note.tags.join(", "), "comma, separated"),
+      field("lists", "Lists", note.lists.join(", "), "to check, …"));
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("change", () => notes.set(data.index.weights, data.index.run, latent,
       { label: by("note-label").value, tags: by("note-tags").value, lists: by("note-lists").value }));

@@ -27,7 +27,7 @@
       button.type = "button";
       button.className = "sort";
       button.setAttribute("aria-label", `Sort by ${head.textContent.trim()}`);
-      head.append(button);
+      head.append("\u2060", button); // a word joiner: no line begins with the arrow
       button.addEventListener("click", () => {
         const was = head.getAttribute("aria-sort");
         const descending = was ? was === "ascending" : head.classList.contains("n") && column > 0;
@@ -51,6 +51,7 @@
   }
   wide();
   addEventListener("resize", wide);
+  tcsae.wide = wide;
   const differences = document.getElementById("differences");
   differences?.addEventListener("change", () => {
     document.body.classList.toggle("with-differences", differences.checked);
