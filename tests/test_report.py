@@ -21,12 +21,8 @@ from tcsae.shared.store.reader import open_store
 
 
 @pytest.fixture(scope="module")
-def written(evaluated, toy_report, tmp_path_factory) -> Path:
-    """A report of all runs of `evaluated`."""
-    out = tmp_path_factory.mktemp("out") / "report"
-    done = toy_report.call(evaluated, "report", "--out", str(out))
-    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
-    return out
+def written(reported) -> Path:
+    return reported
 
 
 def value(path: Path):

@@ -71,7 +71,7 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
 )
 @click.option("--report", "kept_in", metavar="PATH", help="The report to read. Default: report, beside the runs.")
 @click.pass_obj
-def feature(  # noqa: PLR0913 (options of a command)
+def feature(
     place: Place,
     name: str | None,
     latent: int,

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from tcsae import __version__
-from tcsae.evaluate.report.pages import page_files
 from tcsae.evaluate.report.features.decoder_map import OPPOSITE_FROM, decoder_map
 from tcsae.evaluate.report.features.feature_data import OTHER_MEASURES, FeatureData, feature_data
 from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, Features, collect_features
 from tcsae.evaluate.report.features.lens import DEFINITION as LENS_DEFINITION
 from tcsae.evaluate.report.features.lens import Lenses
 from tcsae.evaluate.report.features.shown_feature import LABELS, VERSION
+from tcsae.evaluate.report.pages import page_files
 from tcsae.evaluate.report.pages.matched_saes import MAX_SAES, matched_latents
 from tcsae.evaluate.report.pages.overview import overview
 from tcsae.evaluate.report.pages.page_files import Excluded, Included, choose_runs
@@ -194,7 +194,8 @@ class _Report:
     def _compare(self, pages: page_files.Pages, runs: list[Included]) -> None:
         """The page of pairs, and a file for each pair of one hook."""
         listing = [
-            {"number": one.number, "name": one.name, "path": quote(one.name, safe=""), "group": one.hook} for one in runs
+            {"number": one.number, "name": one.name, "path": quote(one.name, safe=""), "group": one.hook}
+            for one in runs
         ]
         left_out = [one.name for one in self.included if one not in runs]
         pages.page("compare.html", "compare.html", left_out=left_out, max_saes=MAX_SAES)

@@ -1,7 +1,8 @@
 "use strict";
 // A text, the features of each of its tokens, and what follows where one is changed.
 (function () {
-  const { by, make, number, visible, state, notes } = tcsae;
+  const { by, make, number, visible, chip, load, state, data, notes } = tcsae;
+  const indexes = {}; // of the report, by run: what each latent fires on
   let runs = [], reading = null, chosen = { token: 0, latent: null };
 
   async function ask(name, question) {
@@ -22,11 +23,22 @@
       reading = await ask("read", { run: run().name, text: by("text").value });
     } catch (error) { by("said").textContent = error.message; return; }
     by("said").textContent = `${reading.tokens.length} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s`;
+    await about(run().name);
     document.body.dataset.weights = run().weights;
     chosen.token = Math.min(run().skip_first, reading.tokens.length - 1);
     state.replace({ run: run().name });
     draw();
     by("tokens").dataset.ready = reading.tokens.length;
+  }
+
+  // The tokens that stand for each latent in the report.
+  async function about(name) {
+    if (indexes[name]) return;
+    try {
+      await load("report/sequences/vocabulary.js");
+      await load(`report/runs/${encodeURIComponent(name)}/data/index.js`);
+      indexes[name] = new Map(data.index.latents.map((latent, i) => [latent, data.index.fires[i]]));
+    } catch { indexes[name] = new Map(); } // a report without this run: numbers alone
   }
 
   function draw() {
@@ -54,7 +66,7 @@
     const button = make("button", { type: "button", class: "latent", "data-latent": latent, "aria-pressed": String(latent === chosen.latent) }, `latent ${latent}`);
     button.addEventListener("click", () => choose(latent));
     const link = make("a", { class: "quiet", href: `report/runs/${encodeURIComponent(run().name)}/features.html#latent=${latent}`, "aria-label": `Feature page of latent ${latent}` }, "page");
-    return make("li", {}, button, " ", make("small", {}, words), " ", link);
+    return make("li", {}, button, " ", make("small", {}, words), " ", ...(indexes[run().name].get(latent) || []).slice(0, 3).map((token) => chip(token)), link);
   }
 
   function choose(latent) {

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
-from tcsae.evaluate.measures.core import Code, join_codes
+from tcsae.evaluate.measures.core import join_codes
 from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums

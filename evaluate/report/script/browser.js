@@ -78,7 +78,6 @@
     by("go").addEventListener("change", () => { if (by("go").value !== "") { state.push({ latent: by("go").value }); by("go").value = ""; by("go").blur(); } });
     addEventListener("hashchange", () => {
       list.read();
-      list.list();
       if (asked() !== null) open(asked());
     });
     const shown = list.shown();

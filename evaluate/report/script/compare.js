@@ -88,10 +88,10 @@
     const above = points.filter(([p, q]) => q > p).length;
     const label = by("measure").selectedOptions[0].textContent;
     const marks = points.map(([p, q, one, other]) => {
-      const link = make("svg:a", { href: `runs/${a.run.path}/features.html#latent=${one}`, tabindex: "-1", "aria-hidden": "true" },
-        make("svg:circle", { cx: x(p).toFixed(1), cy: y(q).toFixed(1), r: points.length > 800 ? 2 : 3 }));
-      link.append(make("svg:title", {}, `${one} and ${other}: ${number(p)}, ${number(q)}`));
-      return link;
+      const mark = make("svg:circle", { cx: x(p).toFixed(1), cy: y(q).toFixed(1), r: points.length > 800 ? 2 : 3 });
+      mark.append(make("svg:title", {}, `${one} and ${other}: ${number(p)}, ${number(q)}`));
+      mark.addEventListener("click", () => { location.href = `runs/${a.run.path}/features.html#latent=${one}`; });
+      return mark;
     });
     box.replaceChildren(make("svg:svg", { viewBox: `0 0 ${size} ${size}`, class: "scatter", role: "img", "aria-label": `${label} of ${points.length} matched latents; larger in ${b.run.name} for ${above}` },
       make("svg:path", { d: `M${x(low)} ${y(low)}L${x(high)} ${y(high)}`, class: "diagonal" }),

@@ -21,11 +21,14 @@
     next.addEventListener("click", () => step(1));
     const find = make("a", { href: "#search", class: "button find-link" }, "Find another");
     find.addEventListener("click", (event) => { event.preventDefault(); by("search").focus(); by("search").scrollIntoView({ block: "start" }); });
+    // Served by `tcsae serve`, the live page lies above the report's root.
+    const served = location.protocol.startsWith("http") && /\/report\/runs\//.test(location.pathname);
+    const live = served ? [make("a", { href: `${by("browser").dataset.root}../#run=${encodeURIComponent(data.index.run)}&latent=${latent}`, class: "quiet" }, "on your text")] : [];
     return make("header", { class: "feature-head" },
       make("h2", {}, make("span", { "data-latent": latent }, `Latent ${latent}`), ...(group ? [" ", make("small", {}, group)] : [])),
       make("p", { class: "fires" }, "fires on ", ...data.index.fires[i].map((token) => chip(token))),
       make("div", { class: "steps" }, find, previous, next,
-        make("a", { href: state.with({ latent }), class: "quiet" }, "link"), make("a", { href: `map.html#latent=${latent}`, class: "quiet" }, "on the map")));
+        make("a", { href: state.with({ latent }), class: "quiet" }, "link"), make("a", { href: `map.html#latent=${latent}`, class: "quiet" }, "on the map"), ...live));
   }
 
   // Label, tags and lists: kept as they are typed.

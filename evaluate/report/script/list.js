@@ -4,7 +4,7 @@
   const { by, make, number, chip, state, data, notes } = tcsae;
   const ROWS = 60;
   const labels = {};
-  let shown = [], limit = ROWS, matching = new Set();
+  let shown = [], limit = ROWS, matching = new Set(), written = null;
 
   const column = (name) => (name === "latent" ? data.index.latents : data.index.columns[name]);
 
@@ -59,10 +59,20 @@
       sort: by("sort").value === "rho_8_within" ? null : by("sort").value, order: descending() ? null : "smallest" };
     for (const input of filters()) changes[keyOf(input)] = input.value;
     state.replace(changes);
+    written = asked();
     draw(); // its links hold the rest of the state
   }
 
+  // What the URL says of the list alone.
+  function asked() {
+    const parameters = state.read();
+    for (const key of ["latent", "context"]) parameters.delete(key);
+    return String(parameters);
+  }
+
   function read() {
+    if (asked() === written) return; // a latent was chosen: the list stays, and with it the focus
+    written = asked();
     const parameters = state.read();
     by("search").value = parameters.get("q") ?? "";
     if (by("promoted")) by("promoted").checked = parameters.has("promoted");
@@ -74,6 +84,7 @@
     const noted = parameters.get("noted") ?? "";
     offerNotes(noted);
     by("noted").value = noted;
+    list();
   }
 
   // What the notes can be filtered by: any label, a tag, a list.
@@ -153,7 +164,10 @@
     by("search").addEventListener("input", () => {
       changed();
       clearTimeout(waiting);
-      waiting = setTimeout(() => { if (by("search").value.trim() && shown.length) onFound(data.index.latents[shown[0]]); }, 120);
+      const before = state.read().get("latent");
+      waiting = setTimeout(() => { // unless another one was chosen since
+        if (by("search").value.trim() && shown.length && state.read().get("latent") === before) onFound(data.index.latents[shown[0]]);
+      }, 120);
     });
     by("promoted")?.addEventListener("input", changed);
     by("noted").addEventListener("change", changed);
@@ -164,7 +178,6 @@
     for (const button of document.querySelectorAll("[data-preset]")) button.addEventListener("click", () => usePreset(button.dataset.preset));
     notes.onChange(() => { offerNotes(); list(); });
     read();
-    list();
   }
 
   tcsae.list = { start, read, list, mark, labels, column, shown: () => shown };
