@@ -31,7 +31,7 @@ class Glossary:
                 self._slugs[_key(name)] = _slug(name)
 
     def slug(self, name: str, label: str = "") -> str:
-        """The anchor of a figure's or a column's entry, by its name or by what its heading says; "" if there is none."""
+        """The anchor of a figure's or a column's entry, by its name or its heading; "" if there is none."""
         return self._slugs.get(_key(name)) or self._slugs.get(_key(label), "")
 
 

@@ -51,7 +51,7 @@ HISTORIES = (("explained_variance", "explained variance, of the batch"), ("adjac
 DEFINITIONS = metrics.DEFINITIONS | tail_metrics.DEFINITIONS | temporal_run.DEFINITIONS
 
 Cell = dict[str, Any]
-"""{"value", "interval"} of a figure; {"value", "null", "difference", "interval"} with the interval of the difference."""
+"""{"value", "interval"} of a figure; {"value", "null", "difference", "interval"} with that of the difference."""
 
 
 def overview(store: Store, included: Sequence[Included], excluded: Sequence[Excluded]) -> dict[str, Any]:
