@@ -4,12 +4,12 @@ The same call, made again after a kill, goes on from what is on disk and ends wi
 """
 
 import contextlib
-import gc
 import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +19,7 @@ from numpy import ndarray
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.chat import ChatChoice
 from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
 from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
@@ -64,8 +65,8 @@ def harvest(
     processes, start = ranks(), time.monotonic()
     if processes.parallel and fresh:
         raise ConfigError(
-            f"--fresh in {processes.world} processes: each would delete what the others write. Start anew with one "
-            "process, harvest --fresh --dry-run, then start all without --fresh."
+            f"--fresh in {processes.world} processes: each would delete what the others write. Delete {location} "
+            "first, then start all without --fresh."
         )
     with disk_errors(location, StoreError):
         job = _prepare(location, config, fresh, force)
@@ -89,21 +90,52 @@ def harvest(
 def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Plan:
     """What `harvest` would write and how long it would take: text becomes sequences, then a batch is timed.
 
-    Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
-    store, which would have to be opened for writing.
+    Leaves nothing behind: sequences go into a scratch folder beside `location`, or are those of an unfinished store.
+    `fresh` plans as if no store were there. Raises what `harvest` raises; StoreError for a sealed store, which would
+    have to be opened for writing.
     """
     if (processes := ranks()).parallel:
         raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
-    with disk_errors(location, StoreError):
-        job = _prepare(location, config, fresh)
-        manifest = read_manifest(location)
+    with disk_errors(location, StoreError), _scratch(location) as scratch, stop_on_signals() as stop:
+        manifest = None if fresh else read_manifest(location)
         if manifest is not None and manifest.state == SEALED:
             raise StoreError(f"{location} is sealed, there is nothing to plan. Give another --store, or --fresh.")
-        writer = open_writer(location, job.recipe)
-        assert writer is not None
-        with writer, stop_on_signals() as stop:
+        job = _prepare(scratch if fresh else location, config, fresh=False)
+        if manifest is not None:
+            with _unfinished(location, job.recipe) as writer:
+                if writer.planned:
+                    return make_plan(writer, job.load())
+        with _unfinished(scratch, job.recipe) as writer:
             _make_sequences(writer, job, stop, exact)
-            return make_plan(writer, job.load())
+            return replace(make_plan(writer, job.load()), location=location)
+
+
+def _unfinished(location: str, recipe: Recipe) -> StoreWriter:
+    writer = open_writer(location, recipe)
+    assert writer is not None, "sealed stores were refused"
+    return writer
+
+
+@contextlib.contextmanager
+def _scratch(location: str) -> Iterator[str]:
+    """A store's location on the same disk, in a temporary folder that is gone afterwards; killed, it goes at the next
+    start, as what `remove_store` leaves does. Of an object store: on the local disk.
+    """
+    objects = objects_at(location)
+    if not isinstance(objects, LocalObjects):
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"{folder}/plan.zarr"
+        return
+    root = objects.root.absolute()
+    has_parent = root.parent.exists()
+    scratch = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
+    try:
+        yield str(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not has_parent:
+            with contextlib.suppress(OSError):  # something else has come to lie there
+                root.parent.rmdir()
 
 
 @dataclass
@@ -114,6 +146,7 @@ class _Job:
     corpus: Corpus
     recipe: Recipe
     capture: Capture | None
+    chat: ChatChoice | None = None
 
     def load(self) -> Capture:
         if self.capture is None:
@@ -127,12 +160,11 @@ class _Job:
         return self.capture
 
     def load_float32(self) -> Capture:
-        """For tails: the model that is loaded already, unless that computes in half precision."""
-        if self.recipe.model.dtype == "float32":
-            return self.load()
-        self.capture = None  # a large model need not be in memory twice
-        gc.collect()  # modules refer to each other
-        return Capture(self.model, [hook.requested for hook in self.recipe.hooks], self.recipe.model.batch_size)
+        """For tails: the model that is loaded already, its weights brought to float32 in place."""
+        capture = self.load()
+        if capture.dtype != "float32":
+            capture.widen()
+        return capture
 
 
 def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = False) -> _Job:
@@ -147,7 +179,7 @@ def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = Fa
     if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
         model = replace(model, weights_seed=config.control.seed)
     corpus = find_corpus(config.corpus, stored.corpus if stored else None)
-    return _Job(model, corpus, *resolve(config, model, corpus, stored))
+    return _Job(model, corpus, *resolve(config, model, corpus, stored), config.chat)
 
 
 def _open(
@@ -176,6 +208,8 @@ def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force
     _say_trained_on(writer, job.model)
     _make_sequences(writer, job, stop, exact)
     capture = job.load()
+    where = job.recipe.model
+    say(f"{job.model.name} runs in {where.dtype} on {where.device}, with {capture.attention} attention.")
     if writer.missing_shards():
         plan = make_plan(writer, capture)
         say(plan.line())
@@ -187,7 +221,7 @@ def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force
 
 def _make_sequences(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool) -> None:
     """Phase 1."""
-    write_sequences(writer, job.corpus, job.model, stop)
+    write_sequences(writer, job.corpus, job.model, stop, job.chat)
     _check_counts(writer, exact)
 
 

@@ -155,6 +155,7 @@ def check_activations(store, model):
         np.testing.assert_allclose(stored[i, :length], seen.pop()[0].numpy(), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_or_extended_the_bytes_are_the_same(call, trained_lm, tiny_corpus, locations, tmp_path, kind):
     from tcsae.harvest.documents import CorpusChoice

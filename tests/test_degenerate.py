@@ -59,6 +59,7 @@ def all_intervals(evaluation: dict) -> list[list[float] | None]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[16], [16] * 4, [16] * 4 + [1] * 30, [1, 16, 1, 1]])
 def test_few_documents_have_no_interval_anywhere(tmp_path, lengths):
     """Also where many documents have no counted token: their resamplings would be of the few that have."""

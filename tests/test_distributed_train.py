@@ -1,17 +1,16 @@
 """Promise: several processes train what one would: one run together to the same weights, a sweep each as if alone."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from toy_ranks import spawn
 
 import tcsae
 from tcsae.shared.base.distributed import ALONE, Ranks, start_group
@@ -26,11 +25,6 @@ from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_parallel, train_runs
 from tcsae.train.trainer import Trainer
-
-spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
-toy_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy_ranks)
-fork = toy_ranks.fork
 
 D, LENGTH = 16, 12
 SETTINGS = (
@@ -63,6 +57,14 @@ KINDS = {
     "written-run3-budget": ("temporal.budget=0.3",),
     "topk-position": ("temporal.position_penalty=0.3",),
     "written-run3-position": ("temporal.position_penalty=0.3",),
+    "local-contrast-batch": ("temporal.contrast.gap=1",),
+    "temporal-topk-centred": (),
+    "temporal-topk-positions": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
+    "direction": ("temporal.contrast.gap=2", "temporal.contrast.rank=5"),
+    "topic": ("temporal.contrast.distance=6", "data.segment_length=4"),
+    "t-sae": ("data.segment_length=2", "data.n_segments=24", "dead.after_share=0.05", "sparsity.threshold=average"),
+    # One pair a segment: with more, two may share a partner, and a BatchTopK's ties are cut otherwise.
+    "t-sae-past-shuffled": ("temporal.contrast.per_segment=1",),
     "temporal-matryoshka-outliers": ("data.max_norm=1.8", "data.n_segments=4"),
 }
 
@@ -74,7 +76,8 @@ def location(tmp_path_factory) -> str:
     with tcsae.create_store(path, hooks={"h": D}, sequence_length=LENGTH, codec="float32") as store:
         for split, n in (("train", 200), ("eval", 8)):
             x = rng.normal(size=(n, LENGTH, D)).cumsum(1).astype("f4")
-            store.append(split, {"h": x}, lengths=rng.integers(3, LENGTH + 1, n))
+            lengths, tokens = rng.integers(3, LENGTH + 1, n), np.arange(n * LENGTH).reshape(n, LENGTH)
+            store.append(split, {"h": x}, lengths=lengths, tokens=tokens)
     return str(path)
 
 
@@ -86,14 +89,14 @@ def make_run(kind: str, *more: str) -> Run:
 def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights, counters, losses and logged figures of 20 steps in float64."""
     store = tcsae.open_store(location)
-    loader = SegmentLoader(store, run.config.data, ranks=ours or ALONE)
+    loader = SegmentLoader(store, run.config.data, ranks=ours or ALONE, text=run.config.temporal.reads_text)
     torch.set_default_dtype(torch.float64)
     trainer = Trainer(run.config, loader.sample(1000).double(), LENGTH)
     told, smallest = [], np.inf
     for batch, _ in zip(loader, range(20), strict=False):
         smallest = min(smallest, len(batch.lengths))
         result = trainer.step(batch._replace(x=batch.x.double()))
-        told.append(metrics_line(trainer, batch, result))
+        told.append(metrics_line(trainer, result))
     found = {name: one.detach().clone() for name, one in trainer.sae.named_parameters()}
     found |= {
         "since": trainer.tokens_since_fired,
@@ -119,7 +122,7 @@ def done(location, tmp_path_factory):
             torch.save(found, folder / f"{ours.rank}.pt")
 
         if world not in known:
-            fork(world, do)
+            spawn(world, do)
             found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
             known[world] = {kind: [one[kind] for one in found] for kind in KINDS}
         return known[world]
@@ -162,11 +165,11 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
         with pytest.raises(KeyboardInterrupt):
             train_parallel(store, tmp_path / "killed", [dies], ours)
 
-    fork(2, whole)
-    fork(2, interrupted)
+    spawn(2, whole)
+    spawn(2, interrupted)
     with pytest.raises(RunError, match=r"was begun by 2 process\(es\), this start has 1"):
         train_runs(store, tmp_path / "killed", [run])
-    fork(2, lambda ours: train_parallel(store, tmp_path / "killed", [run], ours))
+    spawn(2, lambda ours: train_parallel(store, tmp_path / "killed", [run], ours))
     weights = [(tmp_path / name / "topk" / "sae_weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     (record,) = train_runs(store, tmp_path / "killed", [run])  # finished: anybody may use it
@@ -186,7 +189,7 @@ def test_a_sweep_is_dealt_out_and_each_is_as_alone(location, tmp_path):
         records = train_parallel(store, tmp_path / "dealt", runs, ours)
         assert [record["name"] for record in records] == (["s0", "s1", "s2"] if ours.rank == 0 else [])
 
-    fork(2, do)
+    spawn(2, do)
     train_runs(store, tmp_path / "alone", runs)
     for run in runs:
         file = f"{run.name}/sae_weights.safetensors"

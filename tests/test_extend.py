@@ -16,6 +16,8 @@ from tcsae.shared.store.extend import n_retained
 from tcsae.shared.store.format import Manifest
 from tcsae.shared.store.reader import open_store
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)

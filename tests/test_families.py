@@ -24,6 +24,8 @@ from tcsae.harvest.run import harvest
 from tcsae.shared.base.errors import DataError
 from tcsae.shared.lm.tail import Tail
 
+pytestmark = pytest.mark.slow
+
 RESIDUAL, MLP, ATTENTION, HEADS = (
     "blocks.1.hook_resid_post",
     "blocks.2.hook_mlp_out",

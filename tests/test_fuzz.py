@@ -117,6 +117,7 @@ def test_manifests(place, rng, n_changes, honest, command, zipped):
     attempt(place, change, command, store="a.zarr.zip" if zipped else "a.zarr")
 
 
+@pytest.mark.slow
 @share(20)
 @given(randoms, store_commands)
 def test_files_of_a_store(place, rng, command):

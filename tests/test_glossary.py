@@ -1,52 +1,57 @@
-"""Promise: the pages explain their headings by the glossary of data/README.md, and by the figures' definitions where it
-has no entry.
-"""
+"""Promise: data/README.md explains every column of every table in one entry, in one sentence."""
 
-from tcsae.evaluate.report.features.shown_feature import LABELS
-from tcsae.evaluate.report.pages.glossary import Glossary
-from tcsae.evaluate.report.pages.overview import RESULTS, TEMPORAL
-from tcsae.evaluate.report.pages.page_files import DEFINITIONS
+import ast
+import re
+from pathlib import Path
 
-README = """# Data
-- before: no entry.
+import pytest
 
-## Glossary
-- token: one position
-  of one sequence.
-- EV, `explained_variance`: see [there](https://x.y), **1 is perfect**.
-### Columns
-Words between.
+from tcsae.evaluate import headline, printed_tables
+from tcsae.evaluate.measures.registry import MEASURES
+from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
 
-- L0: active: latents.
-
-In names: `n_` for counts.
-
-## The store format
-- after: no entry.
-"""
+ROOT = Path(__file__).parent.parent
+TITLE = "### Columns of the tables\n"
+PAGE = (ROOT / "data" / "README.md").read_text()
+SECTION = PAGE.partition("## Glossary\n")[2].partition("\n## ")[0]
+ENTRIES = [" ".join(one.split()) for one in re.findall(r"^- (.+?)(?=^- |\n\n|\Z)", SECTION, re.MULTILINE | re.DOTALL)]
+TERMS = [term for entry in ENTRIES for term in entry.partition(": ")[0].split(", ")]
 
 
-def test_entries_are_the_list_items_of_its_section():
-    found = Glossary({"explained_variance": "not this", "density": "share of tokens"}, README).entries
-    assert [(entry.terms, entry.text) for entry in found] == [
-        (["token"], "one position of one sequence."),
-        (["EV", "explained_variance"], "see there, 1 is perfect."),
-        (["L0"], "active: latents."),
-        (["density"], "share of tokens"),
-    ]
-    assert Glossary({}, "no section").entries == []
+def columns(path: str) -> list[str]:
+    """Texts of the tuple that a file's `columns = (...)` names."""
+    (texts,) = re.findall(r"columns = (\(.*\))\n", (ROOT / path).read_text())
+    return list(ast.literal_eval(texts))
 
 
-def test_a_heading_has_its_entry_by_name_or_by_label():
-    glossary = Glossary({"rho_8_within": "autocorrelation"}, README)
-    assert glossary.slug("explained_variance", "EV") == glossary.slug("?", "ev") == "ev"
-    assert glossary.slug("rho_8_within", "persistence") == "rho-8-within"
-    assert glossary.slug("nothing", "nowhere") == ""
+SHOWN = {
+    "eval": [*printed_tables.COLUMNS, *printed_tables.SUMMARY, "rho(k)"],
+    "eval's measures": list(printed_tables.SUMMARY.values()),
+    "eval --details": ["value", "null", "difference", "95% from", "to", "null is"],
+    "measures of codes": [name.replace("_", " ") for one in MEASURES.values() for name in one(4).figures()],
+    "compare": list(headline.COLUMNS),
+    "train": columns("train/command.py"),
+    "train --dry-run": ["run", "latents", "steps", "tokens", "epochs", "ms a step"],
+    "inspect": columns("shared/store/inspect.py"),
+    "the paper's": [*PAPER, *PAPER.values()],
+}
 
 
-def test_every_heading_of_the_report_has_an_entry():
-    glossary = Glossary(DEFINITIONS)
-    slugs = {entry.slug for entry in glossary.entries}
-    for name, label in {**RESULTS, **TEMPORAL, **LABELS}.items():
-        assert glossary.slug(name, label) in slugs, name
-    assert len(slugs) == len(glossary.entries), "anchors are unique"
+@pytest.mark.parametrize("table", SHOWN)
+def test_every_column_has_an_entry(table):
+    known = {term.lower().replace("_", " ") for term in TERMS}
+    assert [name for name in SHOWN[table] if name and name.lower().replace("_", " ") not in known] == []
+
+
+def test_an_entry_is_one_line_of_one_sentence():
+    assert TITLE in SECTION and "(data/README.md#columns-of-the-tables)" in (ROOT / "README.md").read_text()
+    entries = [entry for entry in ENTRIES if ": " in entry]
+    assert len(entries) == len(ENTRIES) > 60
+    for entry in entries:
+        text = entry.partition(": ")[2]
+        assert text.endswith(".") and len(entry) < 170, entry
+        assert ". " not in text.replace("e.g. ", ""), entry
+
+
+def test_no_term_is_explained_twice():
+    assert sorted({term for term in TERMS if TERMS.count(term) > 1}) == []

@@ -21,6 +21,8 @@ from tcsae.shared.base.errors import Stopped, StoreError
 from tcsae.shared.base.files import PARTIAL
 from tcsae.shared.commands.group import cli
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
 toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
@@ -242,7 +244,6 @@ def killed_after(n_records: int, location, config) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n_kills", [3, 20])
 def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path, n_kills):
     location, n = tmp_path / "store.zarr", 0
@@ -256,7 +257,6 @@ def test_killed_processes_the_bytes_are_the_same(short, uninterrupted, tmp_path,
     assert toy.traces(location) == []
 
 
-@pytest.mark.slow
 def test_a_terminated_process_ends_with_143_and_one_line(short, uninterrupted, tmp_path):
     location = tmp_path / "store.zarr"
     process = subprocess.Popen(command(location, short), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

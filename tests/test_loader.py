@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -108,15 +109,22 @@ def test_order_is_shuffled_by_seed_and_epoch(store):
 @pytest.mark.parametrize("n_segments", [8, 11])
 @pytest.mark.parametrize(("segment_length", "skip_first"), [(1, 0), (3, 1), (7, 2)])
 @pytest.mark.parametrize("max_norm", [1.2, 1.6])
-def test_segments_with_outliers_are_left_out_whole_and_counted(store, n_segments, segment_length, max_norm, skip_first):
+def test_outliers_are_left_out_token_by_token_and_segments_cut_there(
+    store, n_segments, segment_length, max_norm, skip_first
+):
     plain = DataConfig(n_segments=n_segments, segment_length=segment_length, skip_first=skip_first)
     limit = max_norm * norm_median(store, HOOK)
     cut = SegmentLoader(store, dataclasses.replace(plain, max_norm=max_norm))
     for whole, batch in zip(range(20), cut, strict=False):
         (x, lengths), *_ = take(SegmentLoader(store, plain, n_batches_done=whole), 1)
-        parts = [part for part in np.split(x, np.cumsum(lengths)[:-1]) if np.linalg.norm(part, axis=1).max() <= limit]
-        np.testing.assert_array_equal(batch.x.numpy(), np.concatenate(parts))
+        parts = []
+        for part in np.split(x, np.cumsum(lengths)[:-1]):
+            within = np.linalg.norm(part, axis=1) <= limit
+            runs = np.split(part, np.flatnonzero(np.diff(within)) + 1)
+            parts += [run for run in runs if np.linalg.norm(run[0]) <= limit]
+        np.testing.assert_array_equal(batch.x.numpy(), np.concatenate([x[:0], *parts]))
         assert batch.lengths.tolist() == [len(part) for part in parts]
+        assert batch.starts.tolist() == [int(part[0, 1]) for part in parts]
         assert batch.n_left_out == len(x) - len(batch.x)
     assert cut.n_skipped == int(np.minimum(store.train.lengths, skip_first).sum())
 
@@ -126,7 +134,7 @@ def test_a_norm_that_leaves_nothing_is_said(store):
     batch = next(iter(loader))
     assert (len(batch.x), len(batch.lengths), batch.n_whole) == (0, 0, 0)
     assert batch.n_left_out > 0
-    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves none of the first \d+ segments. Raise it"):
+    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves no token of the first \d+ segments. Raise it"):
         loader.sample(10)
 
 
@@ -158,3 +166,20 @@ def test_public_iterators(store):
     assert [tuple(batch.shape) for batch in tokens] == [(11, 2)] * 3
     assert all((batch[:, 1] >= 2).all() for batch in tokens)
     assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude_tokens": ("9",)}], ids=["whole", "with holes"])
+def test_what_the_loader_holds_does_not_grow_with_the_tokens(store, options):
+    """Nor does its peak: tables of all segments of 1 are 24 bytes a token, 214 GB at 9G tokens."""
+    large = open_store(store.location)
+    split, n = large.train, 30_000
+    split.n_sequences = n
+    split.__dict__ |= {"lengths": np.full(n, LENGTH, np.int32), "tokens": np.zeros((n, LENGTH), np.int32)}
+    tracemalloc.start()
+    loader = SegmentLoader(
+        large, DataConfig(segment_length=1, skip_first=0, min_sequence_length=1, n_segments=4, **options)
+    )
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loader.n_segments == loader.n_tokens == n * LENGTH
+    assert held < peak < 4 * loader.n_tokens

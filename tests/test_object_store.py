@@ -32,6 +32,8 @@ from tcsae.shared.store.verify import find_faults
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 
+pytestmark = pytest.mark.slow
+
 _numbers = itertools.count()
 
 

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from toy_ranks import fork
 
 import tcsae
 from tcsae.evaluate import batches, candidates, evaluation_files, run
@@ -22,15 +23,13 @@ from tcsae.shared.base.errors import StoreError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import open_store
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).parent / "toy_eval.py")
 toy = importlib.util.module_from_spec(spec)
 sys.modules["toy_eval"] = toy
 spec.loader.exec_module(toy)
 
-spec = importlib.util.spec_from_file_location("toy_ranks", Path(__file__).with_name("toy_ranks.py"))
-toy_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy_ranks)
-fork = toy_ranks.fork
 
 LENGTH = 64
 FLOAT32 = ("position_share", "token_share")

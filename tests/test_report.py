@@ -79,6 +79,7 @@ def test_what_was_left_out_is_said_with_the_reason(written, evaluated):
     assert page.count('class="no"') >= len(runs_of(evaluated))
 
 
+@pytest.mark.slow
 def test_the_same_report_is_not_written_again(written, evaluated, toy_report, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(written, copy)
@@ -282,6 +283,7 @@ def test_one_feature_in_the_terminal(evaluated, toy_report, written, monkeypatch
     assert "\x1b[31m" not in shaded, "the corpus's own"
 
 
+@pytest.mark.slow
 def test_without_tail_tokenizer_or_record_the_pages_say_so(tmp_path):
     """A store of somebody's own activations, and an SAE of another tool."""
     spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))

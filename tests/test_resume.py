@@ -68,6 +68,8 @@ def mixed_runs(extra: tuple[str, ...] = ()) -> list[Run]:
         "slow": ("temporal-topk", ("temporal.position_penalty=0.1",)),
         "contrast": ("temporal-matryoshka", ()),
         "paper": ("written-run3", ()),
+        "direction": ("direction", ("temporal.contrast.gap=1", "linear.kind=pca", "sae.activation=batchtopk")),
+        "t-sae": ("t-sae-past", ("temporal.contrast.per_segment=2",)),
         "seeded": ("topk", ("init_seed=5", "steps=40")),
     }
     return [
@@ -99,6 +101,7 @@ def alone(store, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_many_in_one_pass_equal_each_alone_and_aux_fired(store, alone, tmp_path):
     runs = mixed_runs()
     train_runs(store, tmp_path, runs)
@@ -111,6 +114,7 @@ class KilledError(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills", [[14, 2, 30], *(pytest.param(kills, marks=pytest.mark.slow) for kills in ([1], [13, 26, 7], [59]))]
 )
@@ -140,6 +144,7 @@ def test_killed_and_started_again_equals_uninterrupted(store, alone, tmp_path, m
         assert not list((tmp_path / run.name).glob("checkpoint*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_checkpoints_between_two_steps(store, alone, tmp_path, monkeypatch, number):
     real = run_module.Member.step
@@ -251,6 +256,7 @@ def poison(monkeypatch, name: str, numbers: set[int]) -> None:
     monkeypatch.setattr(run_module.Member, "step", step)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_nan_ends_alone_with_step_and_batch_named(store, alone, tmp_path, monkeypatch):
     poison(monkeypatch, "topk", {17})
     records = {record["name"]: record for record in train_runs(store, tmp_path, mixed_runs())}
@@ -342,4 +348,34 @@ def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeyp
     file.write_bytes(safetensors.torch.save(safetensors.torch.load_file(file), {"tcsae": json.dumps(about)}))
     train_runs(store, tmp_path, [run])
     assert "goes on at step 26" in capsys.readouterr().err
+    assert same(tmp_path / "topk", alone / "topk")
+
+
+def test_a_checkpoint_that_is_not_what_was_written_is_refused_and_an_older_one_goes_on(
+    store, alone, tmp_path, monkeypatch
+):
+    run = next(run for run in mixed_runs(("guard.keep=2",)) if run.name == "topk")
+    real = Trainer.step
+
+    def step(self, batch):
+        if self.progress.n_steps == 30:
+            raise KilledError
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(KilledError):
+            train_runs(store, tmp_path, [run])
+    _, file = checkpoints(tmp_path / "topk")
+    data = file.read_bytes()
+    begin = int.from_bytes(data[:8], "little") + 8
+    about = data.index(b"n_tokens") + 14
+    for at in (begin, (begin + len(data)) // 2, len(data) - 1, about):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(
+            RunError, match=r"checkpoint-000000026.safetensors is damaged .*its (digest|checksum) does not"
+        ):
+            train_runs(store, tmp_path, [run])
+    file.unlink()
+    train_runs(store, tmp_path, [run])
     assert same(tmp_path / "topk", alone / "topk")

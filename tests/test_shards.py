@@ -149,6 +149,7 @@ def test_a_wide_model_runs_in_whole_batches(wide, tmp_path, monkeypatch):
     assert len(keys) == -(-store.train.n_sequences // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow_chunks")
 @pytest.mark.parametrize("codec", [pytest.param("float16", marks=pytest.mark.slow), "compact"])
 def test_killed_between_the_chunks_of_a_shard_and_extended(wide, tmp_path, monkeypatch, codec):

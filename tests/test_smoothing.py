@@ -221,6 +221,7 @@ def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
     assert slow["+mean=3"] < slow["+ema=0.3"] < slow[""], "smoother"
 
 
+@pytest.mark.slow
 def test_a_pass_for_all_gives_what_each_gives_alone(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     make_run(tmp_path, "b", sae_of("jumprelu"), store)

@@ -84,6 +84,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_rows_come_back_however_they_were_committed(tmp_path_factory, commits):
@@ -161,6 +162,7 @@ class KilledError(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_killed_before_any_write_and_started_again_it_is_the_same_store(tmp_path, monkeypatch):
     """Stop before the i-th durable write of each life, for all i, and go on: every byte as if never stopped."""
     import tcsae.shared.base.files as files
@@ -280,7 +282,7 @@ def test_seal_names_a_missing_shard(tmp_path):
     "spoil, message",
     [
         (lambda a: a.update(format="other"), "has format 'other'; this program reads 'tcsae-activations'"),
-        (lambda a: a.update(version=99), "has version 99; this program reads up to 2. Update tcsae"),
+        (lambda a: a.update(version=99), "has version 99; this program reads up to 3. Update tcsae"),
         (lambda a: a["counts"]["train"].update(tokens=1), "manifest in zarr.json is damaged"),
         (lambda a: a.clear(), "has format None"),
     ],

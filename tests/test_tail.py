@@ -316,6 +316,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     assert verify_tail(Tail.load(tmp_path / "tail").model, lm.activations[5], lm.logits, torch.tensor([128, 60])) < 1e-4
 
 
+@pytest.mark.slow
 def test_evaluation_needs_no_language_model(tmp_path: Path) -> None:
     lm = whole("gpt-neox")
     save_tail(make_tail(lm.model, 3), tmp_path / "tail")

@@ -162,6 +162,7 @@ def test_whole_codes_are_compared_as_defined(dense):
     assert values["adjacent_difference"] == pytest.approx(np.mean([(a - b) @ (a - b) for a, b in adjacent]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_null_is_the_mean_over_permutations():
     """Closed forms against 300 permutations of the positions of every document."""
     split, rng = FakeSplit(4, 6), np.random.default_rng(0)

@@ -29,6 +29,7 @@ def place(tmp_path_factory) -> tuple[str, Path]:
     return store.location, folder / "runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

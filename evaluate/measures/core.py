@@ -12,19 +12,19 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tcsae.shared.base.device import static_shapes
+from tcsae.shared.sae import sparse as sparse_codes
 from tcsae.shared.sae.sparse import SparseCode
 
 Code = SparseCode | Float[Tensor, "_ d_sae"]
 """Sparse (entries) or dense (a gelu, where next to no entry is zero)."""
 
 
-def token_activity(code: Code | None, n: int) -> Float64[Tensor, "4 n"]:
-    """Of each token: latents with f > 0, latents with f != 0, sum |f|, sum f. Zeros for a system without latents."""
-    if code is None:
-        return torch.zeros(4, n, dtype=torch.float64)
+def token_activity(code: Code) -> Float64[Tensor, "4 n"]:
+    """Of each token: latents with f > 0, latents with f != 0, sum |f|, sum f."""
     values = code.values if isinstance(code, SparseCode) else code
-    # A topk or relu code is never negative, so two of the four sums do for all.
-    signed = bool((values < 0).any())
+    # A topk or relu code is never negative, so two of the four sums do for all; a GPU would have to be waited for.
+    signed = static_shapes(values) or bool((values < 0).any())
     terms = (values > 0, values != 0, values.abs(), values) if signed else (values > 0, values)
     sums = [row_sums(code, term) for term in terms]
     return torch.stack(sums if signed else [sums[0], sums[0], sums[1], sums[1]])
@@ -34,10 +34,10 @@ def row_sums(code: Code, terms: Tensor) -> Float64[Tensor, " n"]:
     """Sum of each row's `terms`, which stand where the code's values do."""
     if not isinstance(code, SparseCode):
         return terms.sum(1, dtype=torch.float64)
-    per_row, left = divmod(len(terms), max(code.n_tokens, 1))
-    if not left and bool((code.offsets.diff() == per_row).all()):  # topk
-        return terms.view(code.n_tokens, per_row).sum(1, dtype=torch.float64)
-    return torch.zeros(code.n_tokens, dtype=torch.float64).index_add_(0, code.rows, terms.double())
+    if code.per_token is not None:
+        return terms.view(code.n_tokens, code.per_token).sum(1, dtype=torch.float64)
+    total = torch.zeros(code.n_tokens, dtype=torch.float64, device=terms.device)
+    return total.index_add_(0, code.rows, terms.double())
 
 
 def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> Int[Tensor, "2 d_sae"]:
@@ -45,38 +45,32 @@ def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> 
 
     `sequence` numbers each token's sequence, 0 to n_sequences - 1.
     """
-    if isinstance(code, SparseCode):
+    if isinstance(code, SparseCode) and static_shapes(code.values):
+        counts = torch.zeros(n_sequences * code.d_sae, dtype=torch.int64, device=code.values.device)
+        keys = sequence.index_select(0, code.rows) * code.d_sae + code.columns
+        counts = counts.index_add_(0, keys, (code.values > 0).long()).view(n_sequences, code.d_sae)
+    elif isinstance(code, SparseCode):
         on = code.values > 0
         keys = sequence.index_select(0, code.rows[on]) * code.d_sae + code.latents[on]
         counts = torch.bincount(keys, minlength=n_sequences * code.d_sae).view(n_sequences, code.d_sae)
     else:
-        counts = torch.zeros(n_sequences, code.shape[1], dtype=torch.int64)
+        counts = torch.zeros(n_sequences, code.shape[1], dtype=torch.int64, device=code.device)
         counts.index_add_(0, sequence, (code > 0).long())
     return torch.stack((counts.sum(0), (counts > 0).sum(0)))
 
 
 def join_codes(parts: list[Code]) -> Code:
     """The codes of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    sparse = [part for part in parts if isinstance(part, SparseCode)]
-    if not sparse:
-        return torch.cat([part for part in parts if torch.is_tensor(part)])
-    ends = torch.tensor([0, *(len(part.values) for part in sparse)]).cumsum(0)
-    offsets = [part.offsets[:-1] + end for part, end in zip(sparse, ends, strict=False)]
-    return SparseCode(
-        torch.cat([part.values for part in sparse]),
-        torch.cat([part.latents for part in sparse]),
-        torch.cat([*offsets, ends[-1:]]),
-        sparse[0].d_sae,
-    )
+    if sparse := [part for part in parts if isinstance(part, SparseCode)]:
+        return sparse_codes.join_codes(sparse)
+    return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if torch.is_tensor(part)])
 
 
 def n_latents(code: Code) -> int:
     return code.d_sae if isinstance(code, SparseCode) else code.shape[1]
 
 
-DEFINITION_VERSION = 4
+DEFINITION_VERSION = 5
 """Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {
@@ -101,6 +95,13 @@ DEFINITIONS = {
 }
 """What each figure is, for eval.json. Counted are the valid positions from `skip_first` on."""
 
+PREDICTED = {
+    "l0_predicted": "mean over tokens of the number of latents of the predicted code that are not 0; l0 is that of the "
+    "novel code",
+    "l0_total": "the same of both codes together",
+}
+"""Figures of temporal feature analysis alone."""
+
 COLUMNS = (
     "squared_input",
     "squared_output",
@@ -115,8 +116,10 @@ COLUMNS = (
     "nonzero",
     "magnitude",
     "signed",
+    "predicted",
+    "total",
 )
-"""What is summed for each token, besides x itself. The last four are `token_activity`."""
+"""What is summed for each token, besides x itself: the last six by `token_activity` and `token_predictions`."""
 
 SMALLEST_NORM = 1e-4
 CONSTANT = 1e-12
@@ -138,6 +141,8 @@ class Output(NamedTuple):
     x_hat: Float[Tensor, "n d_model"]
     code: Code | None
     """None: a baseline without latents."""
+    predicted: Float[Tensor, "n d_sae"] | None = None
+    """A second code that is decoded with `code`, which then is the novel one (TFA)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +165,18 @@ class Sums:
         return self.columns[:, COLUMNS.index(name)]
 
 
+def token_predictions(output: Output) -> Float64[Tensor, "2 n"]:
+    """Of each token: latents of the predicted code that are not 0, and of it and the novel code together."""
+    counts = torch.zeros(2, len(output.x_hat), dtype=torch.float64, device=output.x_hat.device)
+    if output.predicted is not None:
+        assert isinstance(output.code, SparseCode)
+        on = output.predicted != 0
+        counts[0] = on.sum(1)
+        on[output.code.rows, output.code.latents] |= output.code.values != 0
+        counts[1] = on.sum(1)
+    return counts
+
+
 def widen(x: Float[Tensor, "n d_model"], mean: Float64[Tensor, " d_model"]) -> Inputs:
     """What every system's figures need of x; n may be 0."""
     wide = x.double()
@@ -178,7 +195,9 @@ def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns 
     ratio = norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in)
     legacy = 1 - squared_error / inputs.squared_deviation
     columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio, legacy)
-    return torch.cat((torch.stack(columns), token_activity(output.code, len(norm_in))))
+    none = output.code is None
+    activity = norm_in.new_zeros(4, len(norm_in)) if none else token_activity(output.code)
+    return torch.cat((torch.stack(columns), activity, token_predictions(output)))
 
 
 def sum_rows(
@@ -189,7 +208,7 @@ def sum_rows(
 
 
 def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]:
-    """All figures of DEFINITIONS but `dead_fraction`, row by row.
+    """All figures of DEFINITIONS but `dead_fraction`, row by row; those of PREDICTED where there is such a code.
 
     NaN where a figure is not defined: inputs that do not vary, an output without a component along x, no token.
     """
@@ -198,6 +217,7 @@ def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]
     def mean(name: str) -> Float64[Tensor, " rows"]:
         return counted.column(name) / n
 
+    predicted = {"l0_predicted": mean("predicted"), "l0_total": mean("total")} if counted.column("total").any() else {}
     mse, second = mean("squared_error"), mean("squared_input")
     product = torch.where(counted.column("product") == 0, torch.nan, counted.column("product"))
     return {
@@ -216,6 +236,7 @@ def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]
         "l0_nonzero": mean("nonzero"),
         "l1": mean("magnitude"),
         "l1_signed": mean("signed"),
+        **predicted,
     }
 
 

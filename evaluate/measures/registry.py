@@ -13,7 +13,11 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
+from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
+from tcsae.shared.base.device import Readout
+from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.sparse import SparseCode
 
 
 @runtime_checkable
@@ -24,7 +28,7 @@ class Measure(Protocol):
     """What each of its figures is, in a sentence."""
 
     def add(self, code: Code) -> None:
-        """The code of a batch's counted positions, in document order."""
+        """The code of a batch's counted positions, in document order, on the CPU."""
 
     def sums(self) -> Sequence[Tensor]:
         """What it has added up; added over processes in place."""
@@ -33,9 +37,21 @@ class Measure(Protocol):
         """The figures, None where undefined."""
 
 
+@runtime_checkable
+class OfPairs(Measure, Protocol):
+    """A measure that also takes the activations, and where sequences begin."""
+
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        """The batch whose code comes next, and its activations at the counted positions."""
+
+
 MEASURES: dict[str, Callable[[int], Measure]] = {
     "concentration": Concentration,
 }
+OF_CONFIG: dict[str, Callable[[SaeConfig], Measure]] = {
+    "smoothness": Smoothness,
+}
+"""Measures that are made with the SAE's config, as they look at its groups of latents."""
 
 
 class MeasureObserver:
@@ -43,15 +59,28 @@ class MeasureObserver:
 
     looks_back = False
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        """`widths` are the numbers of latents of the systems that are measured, the first ones of the pass."""
-        self._of = [{name: make(width) for name, make in MEASURES.items()} for width in widths]
+    def __init__(self, configs: Sequence[SaeConfig]) -> None:
+        """`configs` are of the systems that are measured, the first ones of the pass."""
+        self._of: list[dict[str, Measure]] = [
+            {name: make(config.d_sae) for name, make in MEASURES.items()}
+            | {name: make(config) for name, make in OF_CONFIG.items()}
+            for config in configs
+        ]
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
-        pass
+        x = Readout(x, "measures").values()
+        for measures in self._of:
+            for measure in measures.values():
+                if isinstance(measure, OfPairs):
+                    measure.begin(batch, x)
 
     def see(self, system: int, code: Code) -> None:
-        for measure in self._of[system].values() if system < len(self._of) and n_latents(code) else ():
+        if system >= len(self._of) or not n_latents(code):
+            return
+        values = code.values if isinstance(code, SparseCode) else code
+        if values.device.type != "cpu":
+            code = code.to("cpu")
+        for measure in self._of[system].values():
             measure.add(code)
 
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:

@@ -23,8 +23,16 @@ def report_folder(runs_path: "Path", out: str | None) -> "Path":
 @click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where the features' text is from.")
 @click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
 @click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where SAEs encode; auto: the first of the others that is there.",
+)
+@click.option("--tracker", metavar="NAME", help="Log figures and report to each run's tensorboard or wandb.")
 @click.pass_obj
-def report(place: Place, out: str | None, **asked: Any) -> None:
+def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> None:
     """Write the report: one folder of pages that opens from disk, with a browser of every feature.
 
     Made from the store, the SAEs and their evaluations alone, without the language model, a server or a network: open
@@ -38,11 +46,16 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
 
     from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
     from tcsae.shared.base.console import legible, say, size
+    from tcsae.shared.base.device import choose_device
     from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.base.trackers import check_tracker, log_results
     from tcsae.shared.store.reader import open_store
 
+    asked["device"] = str(choose_device(asked["device"]))
     if ranks().rank:
         return  # of several processes the first writes it
+    if tracker:
+        check_tracker(tracker)
     runs_path = Path(place.runs)
     folder = report_folder(runs_path, out)
     written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))
@@ -50,6 +63,9 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
+    for one in written.included if tracker else ():
+        figures = {name: value for name, value in one.evaluation["metrics"].items() if value is not None}
+        log_results(str(tracker), runs_path / one.name, figures, folder)
     n = len(written.included)
     place_of_report = legible(str(folder / "index.html"))
     click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")

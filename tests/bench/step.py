@@ -23,7 +23,7 @@ from tcsae.train.trainer import Trainer
 N, D_MODEL, K, LENGTH = 4096, 512, 32, 16
 
 
-def batches(n_batches: int = 4) -> list[Batch]:
+def batches(n_batches: int = 4, length: int = LENGTH) -> list[Batch]:
     """Sparse mixtures with slow factors, as a language model's activations have structure."""
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(2048, D_MODEL, generator=generator), dim=1)
@@ -34,9 +34,9 @@ def batches(n_batches: int = 4) -> list[Batch]:
             1, torch.randint(0, 2048, (N, 24), generator=generator), torch.rand(N, 24, generator=generator) * 2
         )
         x = code @ directions + 0.02 * torch.randn(N, D_MODEL, generator=generator)
-        n_segments = N // LENGTH
+        n_segments = N // length
         found.append(
-            Batch(x, np.full(n_segments, LENGTH), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
+            Batch(x, np.full(n_segments, length), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
         )
     return found
 
@@ -44,7 +44,7 @@ def batches(n_batches: int = 4) -> list[Batch]:
 def ours(name: str, data: list[Batch], *settings: str) -> tuple[Callable[[], int], Trainer]:
     """A step of a preset's trainer, in the middle of a long run."""
     config = with_settings(
-        preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={LENGTH}", *settings]
+        preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={data[0].lengths[0]}", *settings]
     )
     trainer = Trainer(config, data[0].x)
     state = {"i": 0}
@@ -80,6 +80,43 @@ def bare(data: list[Batch], d_sae: int) -> dict[str, Callable[[], int]]:
     return {"encoder matmul + topk": encoder_topk, "five matmuls": five_matmuls}
 
 
+def bare_windows(x: torch.Tensor, d_sae: int, window: int) -> Callable[[], int]:
+    """A crosscoder's own encoder matmul and topk, on windows side by side."""
+    windows = x[: N // window * window].view(-1, window * D_MODEL)
+    W_enc, bias = torch.randn(d_sae, window * D_MODEL) / D_MODEL**0.5, torch.zeros(d_sae)
+    code = torch.empty(len(windows), d_sae)
+
+    def encoder_topk() -> int:
+        torch.addmm(bias, windows, W_enc.T, out=code)
+        code.topk(window * K, dim=-1, sorted=False)
+        return N
+
+    return encoder_topk
+
+
+def bare_attention(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
+    """The matrix products of temporal feature analysis, one layer: two encodings, four projections and two decodings,
+    each with two more of its size in the backward pass; the attention itself is left out."""
+    D, square = torch.randn(d_sae, D_MODEL), torch.randn(d_sae, d_sae)
+    code, out, wide = torch.empty(N, d_sae), torch.empty(N, D_MODEL), torch.empty(N, d_sae)
+
+    def matmuls() -> int:
+        for _ in range(3):
+            for _ in range(2):
+                torch.mm(x, D.T, out=code)
+                torch.mm(code, D, out=out)
+            for _ in range(4):
+                torch.mm(code, square, out=wide)
+        return N
+
+    return matmuls
+
+
+TFA_D_SAE = 1024
+OWN_BASES = {"crosscoder, 3 positions": "window matmul + topk", "tfa, 1024 latents": "tfa's matmuls"}
+"""Methods whose unavoidable products are others."""
+
+
 def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     data = batches()
     width = f"sae.d_sae={d_sae}"
@@ -97,6 +134,16 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     }
     for name, (chosen, settings) in plain.items():
         found[name], _ = ours(chosen, data, width, *settings)
+    whole = batches(length=128)
+    for kind in ("local", "direction"):
+        settings = ("temporal.weight=1", f"temporal.kind={kind}")
+        found[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
+    found["crosscoder, 3 positions"], _ = ours("topk", data, width, "sae.window=3", f"sae.k={3 * K}")
+    found["window matmul + topk"] = bare_windows(data[0].x, d_sae, 3)
+    found["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
+    found["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
+    pairs = batches(length=2)
+    found["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
     found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
     with torch.no_grad():
         dead = torch.arange(d_sae) % 10 == 0
@@ -136,13 +183,23 @@ def main() -> None:
         tune_malloc()
     found = contestants(arguments.d_sae)
     bases = list(found)[:2]
-    chosen = {name: run for name, run in found.items() if name in bases or arguments.only in name}
+    chosen = {
+        name: run
+        for name, run in found.items()
+        if name in bases or name in OWN_BASES.values() or arguments.only in name
+    }
     times = alternate(chosen, arguments.rounds)
     for base in bases:
         times.show("token", base=base)
     for name in ("topk", "relu-l1, dense code"):
         if name in chosen and f"{name} + eq. 3" in chosen:
             print(f"eq. 3 on {name}: {times.ratio(f'{name} + eq. 3', name)}")
+    for name in found:
+        if name.startswith("topk + ") and name in chosen and "topk" in chosen:
+            print(f"{name}, to topk: {times.ratio(name, 'topk')}")
+    for name, base in OWN_BASES.items():
+        if name in chosen and base in chosen:
+            print(f"{name}, to {base}: {times.ratio(name, base)}")
     report("step", times, base=bases[0], d_sae=arguments.d_sae, malloc=arguments.malloc)
 
 

@@ -24,7 +24,7 @@ def computed_feature(store: Store, runs_path: Path, request: FeatureRequest) -> 
     sae = load(run).sae
     check_latent(folders[0].name, request.latent, sae.config.d_sae)
     split = store.split(request.split)
-    part = Excerpt(split, run.options.hook, run.options.skip_first, request.max_tokens)
+    part = Excerpt(split, run.options.hook, run.options.rules, request.max_tokens)
     with stop_on_signals() as stop, progress(f"feature {request.latent}", total=part.n_tokens) as advance:
 
         def after_batch(n_tokens: int) -> None:

@@ -9,15 +9,15 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
-from tcsae.evaluate.measures.core import join_codes
 from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import ContextCollector
 from tcsae.evaluate.report.features.likeness import FiringSample
-from tcsae.evaluate.systems import code_parts
+from tcsae.evaluate.systems import sae_code
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
 # What single latents do over time: the measures of `temporal_figures`, latent by latent instead of pooled.
@@ -105,8 +105,8 @@ class Excerpt(NamedTuple):
 
     split: Split
     hook: str
-    skip_first: int
-    """First positions of each sequence that are left out."""
+    skip_first: CountingRules | int
+    """Positions that count; a number: those from it on."""
     max_tokens: int | None = None
     """About how many tokens; None: all of the split."""
 
@@ -140,7 +140,7 @@ def collect_features(
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():
-            code = join_codes([code for _, code in code_parts(maker.sae, x)])
+            code = sae_code(maker.sae, x, batch.counted.nonzero()[:, 0])
             maker.sums.add(view, code)
             maker.contexts.add(batch.start, batch.counted, code)
             maker.firing.add(batch.start, batch.counted, code)

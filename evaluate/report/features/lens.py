@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.evaluate.report.features.feature_pass import Excerpt
-from tcsae.shared.base.errors import TcsaeError
-from tcsae.shared.lm.tail import Tail
+from tcsae.shared.base.errors import NoTailError
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.store.reader import Store
 
 N_TOKENS = 8
@@ -79,11 +79,11 @@ class Lenses:
         self._tails: dict[str, Tail | str] = {}
 
     def tail(self, hook: str) -> Tail | str:
-        """The tail, or why there is none."""
+        """The tail, or why there is none. Raises StoreError for one that is damaged."""
         if hook not in self._tails:
             try:
                 self._tails[hook] = Tail.load(self.store.tail_path(hook))
-            except TcsaeError as error:
+            except (NoTailError, TailError) as error:
                 self._tails[hook] = str(error)
         return self._tails[hook]
 

@@ -1,0 +1,89 @@
+"""The commands' lines in `tcsae --help`, and the titles of their options. Options that no title names come last."""
+
+from collections.abc import Mapping, Sequence
+
+GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "harvest": {
+        "Model": ["--model", "--revision", "--trust-remote-code", "--hook", "--prepend-bos", "--control"],
+        "Text": [
+            "--dataset",
+            "--dataset-revision",
+            "--dataset-config",
+            "--split",
+            "--text-field",
+            "--tokens-field",
+            "--chat-template",
+            "--messages-field",
+            "--roles",
+            "--tokens",
+            "--sequences",
+            "--sequence-length",
+            "--min-length",
+            "--eval-every",
+            "--seed",
+            "--exact",
+        ],
+        "Storage": ["--codec", "--codec-error", "--fresh", "--force", "--dry-run"],
+        "Machine": ["--device", "--lm-dtype", "--batch-size"],
+    },
+    "train": {
+        "What to train": [
+            "--preset",
+            "--set",
+            "--sweep",
+            "--config",
+            "--steps",
+            "--seed",
+            "--positions",
+            "--init-from",
+        ],
+        "How": ["--device", "--tracker", "--dry-run", "--fresh"],
+    },
+    "eval": {
+        "What to score": [
+            "--run",
+            "--documents",
+            "--positions",
+            "--skip-first",
+            "--smooth",
+            "--baselines",
+            "--temporal",
+            "--splice",
+        ],
+        "What to print": ["--details", "--compare", "--with", "--json"],
+        "How": ["--force"],
+    },
+    "compare": {
+        "What to compare": ["--run", "--with"],
+        "What to print": ["--details", "--json"],
+    },
+    "paper": {
+        "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
+    "methods": {
+        "What to run": ["--quick", "--model", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
+}
+
+LINES = {
+    "harvest": "Run a language model over text, store its activations",
+    "import": "Make a store of what another program saved",
+    "train": "Train sparse autoencoders from the store",
+    "eval": "Score them on the eval split, without the language model",
+    "compare": "Compare a run with others on the same documents",
+    "report": "Write pages with results and every feature",
+    "feature": "Show one feature in the terminal",
+    "presets": "List the presets of train",
+    "inspect": "Show what the store and the runs hold",
+    "verify": "Check every byte of the store",
+    "copy": "Copy the store to another place or codec",
+    "export": "Write an SAE in another library's format",
+    "push": "Put SAEs or the store on the Hugging Face Hub",
+    "pull": "Bring SAEs or a store from the Hugging Face Hub",
+    "paper": "Reproduce the paper and test its claim",
+    "methods": "Train every temporal method, print one table",
+    "completion": "Print the completion script of a shell",
+}
+"""At most 57 characters: a line of 80 columns holds them whole."""
