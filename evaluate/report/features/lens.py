@@ -56,8 +56,9 @@ def logit_lens(
             up, down = change.topk(k, dim=1), change.topk(k, dim=1, largest=False)
             parts.append((tokens[up.indices], up.values, tokens[down.indices], down.values, *_histogram(change)))
     if not parts:
-        sides = [torch.zeros(0, k, dtype=kind) for kind in (torch.int64, torch.float32) * 2]
-        return Lens(*sides, torch.zeros(0), torch.zeros(0), torch.zeros(0, N_BINS, dtype=torch.int64))
+        tokens, changes = torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k)
+        ends, counts = torch.zeros(0), torch.zeros(0, N_BINS, dtype=torch.int64)
+        return Lens(tokens, changes, tokens, changes, ends, ends, counts)
     return Lens(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 

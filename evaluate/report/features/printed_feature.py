@@ -1,6 +1,7 @@
 """`tcsae feature`: one latent in the terminal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from tcsae.evaluate.report.features.shown_feature import LABELS, ShownFeature
@@ -86,7 +87,7 @@ def _lens(shown: ShownFeature) -> list[Any]:
     ]
 
 
-def _chips(title: str, values: list[tuple[str, str | None]]) -> Any:
+def _chips(title: str, values: Sequence[tuple[str, str | None]]) -> Any:
     from rich.text import Text
 
     line = Text(f"{title:<18}")
