@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tcsae.evaluate.report.printed import ABOUT, PRINTED, closed_form
+from tcsae.evaluate.report.pages.printed import ABOUT, PRINTED, closed_form
 from tcsae.paper.arms import (
     CONTRASTIVE,
     FEWER,

@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tcsae.evaluate.report.printed import PRINTED
+from tcsae.evaluate.report.pages.printed import PRINTED
 from tcsae.paper import arms
 from tcsae.paper.arms import (
     BATCHTOPK,

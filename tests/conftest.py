@@ -150,3 +150,38 @@ def toy_report():
 def evaluated(toy_report, tiny_lm, tmp_path_factory) -> Path:
     """A folder with a store of hostile text (a.zarr) and evaluated runs (runs/). Copy it before changing it."""
     return toy_report.make(tmp_path_factory.mktemp("evaluated"), tiny_lm)
+
+
+@pytest.fixture(scope="session")
+def reported(evaluated, toy_report, tmp_path_factory) -> Path:
+    """A report of all runs of `evaluated`, in a folder with an odd name. Copy it before changing it."""
+    out = tmp_path_factory.mktemp("out") / "a report & more"
+    done = toy_report.call(evaluated, "report", "--out", str(out))
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy_browser():
+    """The module tests/toy_browser.py; without a browser the test is skipped, or fails where TCSAE_BROWSER is set."""
+    spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.need_browser()
+    return module
+
+
+@pytest.fixture(scope="session")
+def chromium(toy_browser, tmp_path_factory):
+    driver = toy_browser.tools.open_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(toy_browser, chromium):
+    """The browser; afterwards, whatever a test did: no error was logged, and nothing was read but local files."""
+    toy_browser.forget(chromium)
+    yield chromium
+    toy_browser.check_quiet(chromium)

@@ -10,18 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate.measures.temporal_figures import latent_measures
-from tcsae.evaluate.report.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
-from tcsae.evaluate.report.feature_data import label_tokens, token_rarity
-from tcsae.evaluate.report.feature_pass import (
-    MEASURES,
-    N_NEAREST,
-    Excerpt,
-    FiringSample,
-    Lenses,
-    collect_features,
-    logit_lens,
-    nearest_by_decoder,
-)
+from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
+from tcsae.evaluate.report.features.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
+from tcsae.evaluate.report.features.decoder_map import OPPOSITE_FROM, decoder_map
+from tcsae.evaluate.report.features.feature_data import label_tokens, token_rarity
+from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, collect_features
+from tcsae.evaluate.report.features.lens import N_BINS, Lenses, logit_lens
+from tcsae.evaluate.report.features.likeness import N_NEAREST, FiringSample, nearest_by_decoder
+from tcsae.evaluate.report.pages.matched_saes import matched_latents
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.lm.token_text import TokenTexts, _bytes_text, legible
 from tcsae.shared.sae.sparse import positive_code
@@ -154,29 +150,96 @@ def test_the_sample_is_fair():
     assert peaks[120] < middle.activations.max() < peaks[280]
 
 
+@pytest.mark.parametrize("cuts", [[], [1], [7, 8, 30]])
+def test_the_histogram_of_activations_is_exact_however_they_come(cuts):
+    """Of values over eight orders of magnitude, the largest last: as if the range had been known."""
+    values = torch.logspace(-6, 2, 50)[:, None] * torch.tensor([1.0, 0.0, 3.0])
+    made = ActivationHistogram(3)
+    for part in values.tensor_split(cuts):
+        made.add(positive_code(part))
+    for latent in (0, 2):
+        width, counts = made.of(latent)
+        assert sum(counts) == 50
+        assert width * len(counts) > values[:, latent].max() >= width * (len(counts) - 1)
+        expected, _ = np.histogram(values[:, latent], np.arange(len(counts) + 1) * width)
+        assert counts == expected.tolist()
+        assert len(counts) > 32
+    assert made.of(1)[1] == []
+
+
+def test_the_map_is_that_of_principal_components_and_joins_opposite_latents():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 6, generator=generator) * torch.tensor([9.0, 5.0, 1.0, 1.0, 1.0, 1.0])
+    rows[7] = -2 * rows[3]
+    alive = torch.ones(40, dtype=torch.bool)
+    alive[11] = False
+    found = decoder_map(rows, alive, nearest_by_decoder(rows, alive).opposite)
+    unit = torch.nn.functional.normalize(rows, dim=1)[alive].double()
+    centred = unit - unit.mean(0)
+    _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+    assert found.explained == pytest.approx(float(singular[:2].square().sum() / singular.square().sum()), rel=1e-4)
+    places = found.places["PCA"]
+    assert places.shape == (39, 2)
+    assert np.abs(places).max() == pytest.approx(1, abs=1e-5)
+    for axis in range(2):
+        assert abs(np.corrcoef(places[:, axis], centred @ axes[axis])[0, 1]) == pytest.approx(1, abs=1e-5)
+    assert found.pairs[0][:2] == (3, 7)
+    assert found.pairs[0][2] == pytest.approx(-1, abs=1e-5)
+    assert all(11 not in pair and pair[2] <= -OPPOSITE_FROM for pair in found.pairs)
+    none = torch.zeros(40, dtype=torch.bool)
+    assert decoder_map(rows, none, nearest_by_decoder(rows, none).opposite).pairs == []
+
+
+def test_saes_are_matched_by_the_nearest_row_both_ways(monkeypatch):
+    monkeypatch.setattr("tcsae.evaluate.report.pages.matched_saes.DECODER_BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(20, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    alive, other = torch.ones(20, dtype=torch.bool), torch.ones(30, dtype=torch.bool)
+    alive[4] = other[9] = False
+    b[17] = 3 * a[2]
+    found = matched_latents(a, b, alive, other)
+    unit = [torch.nn.functional.normalize(rows, dim=1) for rows in (a, b)]
+    cosines = (unit[0] @ unit[1].T).masked_fill(~other, -2)
+    cosines[~alive] = -2
+    assert found["a"][0] == cosines[alive].argmax(1).tolist()
+    assert found["b"][0] == cosines.T[other].argmax(1).tolist()
+    np.testing.assert_allclose(found["a"][1], cosines[alive].amax(1), atol=6e-4)
+    np.testing.assert_allclose(found["b"][1], cosines.T[other].amax(1), atol=6e-4)
+    assert found["a"][0][2] == 17
+    assert matched_latents(a, b, alive, torch.zeros(30, dtype=torch.bool)) == {"a": None, "b": None}
+
+
 def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.DECODER_BLOCK", 7)
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.PAIR_BLOCK", 50)
+    monkeypatch.setattr("tcsae.evaluate.report.features.likeness.DECODER_BLOCK", 7)
+    monkeypatch.setattr("tcsae.evaluate.report.features.likeness.PAIR_BLOCK", 50)
     (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
     cosines[:, ~found.alive] = -1
-    near = nearest_by_decoder(sae.W_dec, found.alive)
+    near, opposite = nearest_by_decoder(sae.W_dec, found.alive)
     np.testing.assert_allclose(near.likeness, cosines.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
     assert near.latents[:, 0].tolist() == cosines.argmax(1).tolist()
+    other = (unit @ unit.T).masked_fill(torch.eye(toy.LATENTS, dtype=torch.bool) | ~found.alive, 1)
+    np.testing.assert_allclose(opposite.likeness, (-other).topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
+    assert opposite.latents[:, 0].tolist() == other.argmin(1).tolist()
     code, counted = whole_code(store, sae)
     on = (code[torch.from_numpy(counted)] > 0).double()
     both = on.T @ on
     either = on.sum(0)[:, None] + on.sum(0) - both
     jaccard = (both / either.clamp(min=1)).fill_diagonal_(-1)
-    together = found.firing.nearest(found.alive)
+    together, correlated = found.firing.nearest(found.alive)
     np.testing.assert_allclose(together.likeness, jaccard.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
+    values = np.corrcoef(code[torch.from_numpy(counted)].clamp(min=0).double().T.numpy() + 0.0)
+    values[:, ~found.alive] = -1
+    np.fill_diagonal(values, -1)
+    best = -np.sort(-np.nan_to_num(values, nan=0), 1)[:, :N_NEAREST]
+    np.testing.assert_allclose(correlated.likeness, best.clip(min=0), atol=1e-4)
     assert found.firing.n_tokens == counted.sum()
 
 
 def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_TOKENS", 100)
+    monkeypatch.setattr("tcsae.evaluate.report.features.likeness.SAMPLE_TOKENS", 100)
     sample = FiringSample(6, 1000)
     code = random_code(0, 50, 20, 6, 0.5)
     sample.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
@@ -185,13 +248,13 @@ def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
     both = on.T @ on
     jaccard = (both / (on.sum(0)[:, None] + on.sum(0) - both)).fill_diagonal_(0)
     np.testing.assert_allclose(
-        sample.nearest(torch.ones(6, dtype=torch.bool)).likeness, jaccard.topk(5, 1).values, rtol=1e-6
+        sample.nearest(torch.ones(6, dtype=torch.bool)).joint.likeness, jaccard.topk(5, 1).values, rtol=1e-6
     )
-    monkeypatch.setattr("tcsae.evaluate.report.feature_pass.SAMPLE_PAIRS", 0)
+    monkeypatch.setattr("tcsae.evaluate.report.features.likeness.SAMPLE_PAIRS", 0)
     alive = torch.ones(6, dtype=torch.bool)
     none = FiringSample(6, 1000)
     none.add(0, torch.ones(50, 20, dtype=torch.bool), positive_code(code.flatten(0, 1)))
-    assert none.nearest(alive).likeness.sum() == 0
+    assert [one.likeness.sum() for one in none.nearest(alive)] == [0, 0]
 
 
 def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
@@ -208,6 +271,10 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
         np.testing.assert_allclose(found.gains[i], change[best], atol=1e-4)
         assert found.suppressed[i, 0] == tokens[change.argmin()]
         assert found.losses[i, 0] == pytest.approx(float(change.min()), abs=1e-4)
+        counts, edges = np.histogram(change.numpy(), N_BINS)
+        assert found.counts[i].sum() == len(tokens)
+        assert abs(found.counts[i].numpy() - counts).sum() <= 4, "a change on an edge may fall on either side"
+        assert (found.lowest[i], found.highest[i]) == pytest.approx((edges[0], edges[-1]), abs=1e-4)
     without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
     lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, 1))
     assert lenses.of(toy.HOOK, directions) is None

@@ -8,7 +8,7 @@ import pytest
 
 from tcsae.evaluate import headline, printed_tables
 from tcsae.evaluate.measures.registry import MEASURES
-from tcsae.evaluate.report.printed import COLUMNS as PAPER
+from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
 
 ROOT = Path(__file__).parent.parent
 TITLE = "### Columns of the tables\n"

@@ -13,7 +13,7 @@ import pytest
 from tcsae.shared.base.windows import positions
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("api", "harvest", "train", "evaluate", "shared", "data", "paper")
+ROOMS = ("api", "harvest", "train", "evaluate", "shared", "data", "paper", "serve")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SHARED = {"shared/base", "shared/store", "shared/sae", "shared/lm"}
 MAY_IMPORT = {
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},
     # On top of the stages, as a user is.
     "api": {"api", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
+    "serve": {"serve", "harvest", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }
 """Layers, lowest first; the store reads run folders for `inspect`, and text for a few sequences."""
@@ -134,10 +135,11 @@ def test_packages_are_listed():
 def test_declared_dependencies_are_the_imported_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["trackers"]]
-    lines += project["optional-dependencies"]["remote"]
+    lines += [line for extra in ("remote", "map", "serve") for line in project["optional-dependencies"][extra]]
     declared = {line.split(">")[0].split("[")[0].replace("-", "_") for line in lines}
     ours = {name.split(".")[0] for path in SOURCES for name in imports(ast.parse(path.read_text()))}
     foreign = {name for name in ours if name not in sys.stdlib_module_names | {"tcsae", "pydoc_data"}}
+    foreign = {"umap_learn" if name == "umap" else name for name in foreign}  # what the package umap-learn is called
     assert foreign <= declared
     # Zarr uses numcodecs, torch TensorBoard, datasets zstandard, obstore boto3: nothing of ours calls them by name.
     assert declared - foreign <= {"boto3", "numcodecs", "tensorboard", "zstandard"}

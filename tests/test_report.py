@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tcsae.evaluate.report.page_files import script
-from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier, histogram, lines
-from tcsae.evaluate.report.printed import PRINTED, closed_form
+from tcsae.evaluate.report.pages.page_files import script
+from tcsae.evaluate.report.pages.plots import Point, Series, curves_by_number, frontier, histogram, lines
+from tcsae.evaluate.report.pages.printed import PRINTED, closed_form
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_evaluation
 from tcsae.shared.store.reader import open_store
 
 
 @pytest.fixture(scope="module")
-def written(evaluated, toy_report, tmp_path_factory) -> Path:
-    """A report of all runs of `evaluated`."""
-    out = tmp_path_factory.mktemp("out") / "report"
-    done = toy_report.call(evaluated, "report", "--out", str(out))
-    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
-    return out
+def written(reported) -> Path:
+    return reported
 
 
 def value(path: Path):
@@ -55,12 +51,12 @@ class Tags(HTMLParser):
 def test_every_page_and_every_link_is_there(written, evaluated):
     from urllib.parse import unquote
 
-    pages = list(written.rglob("*.html"))
-    assert len(pages) == 1 + 2 * len(runs_of(evaluated))
+    pages, glossary = list(written.rglob("*.html")), (written / "glossary.html").read_text()
+    assert len(pages) == 3 + 3 * len(runs_of(evaluated)), "overview, comparison, glossary; figures, features and map"
     for page in pages:
         parser = Tags()
         parser.feed(page.read_text())
-        assert len(parser.tags) > 50
+        assert len(parser.tags) > 30
         for tag, attributes in parser.tags:
             assert not {name for name in attributes if name.startswith("on")}, "no handler in the markup"
             link = attributes.get("href") or attributes.get("src")
@@ -71,6 +67,8 @@ def test_every_page_and_every_link_is_there(written, evaluated):
             assert not path or (page.parent / path).is_file(), f"{page}: {link}"
             if link.startswith("#m"):
                 assert f'id="{link[1:]}"' in page.read_text()
+            if "glossary.html#" in link:
+                assert f'id="{link.split("#")[1]}"' in glossary, link
 
 
 def test_what_was_left_out_is_said_with_the_reason(written, evaluated):

@@ -5,94 +5,27 @@ Without them these tests are skipped; where TCSAE_BROWSER is set (CI sets it) th
 """
 
 import importlib.util
-import json
-import os
 import shutil
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
 pytestmark = pytest.mark.slow
-spec = importlib.util.spec_from_file_location("browser", Path(__file__).parent / "bench" / "browser.py")
-tools = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tools)
-if not (tools.CHROMIUM and tools.DRIVER):
-    if os.environ.get("TCSAE_BROWSER"):
-        pytest.fail(
-            "TCSAE_BROWSER is set, but chromium and chromedriver are not there: apt-get install chromium-driver"
-        )
-    pytest.skip("needs chromium and chromedriver: apt-get install chromium-driver", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def report(evaluated, toy_report, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("out") / "a report & more"
-    done = toy_report.call(evaluated, "report", "--out", str(out))
-    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
-    return out
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    driver = tools.open_browser(tmp_path_factory.mktemp("profile"))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
-def browser(chromium):
-    """The browser; afterwards, whatever a test did: no error was logged, and nothing was read but local files."""
-    for log in ("browser", "performance"):
-        chromium.get_log(log)
-    yield chromium
-    assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
-    assert chromium.execute_script("return window.hacked === undefined")
-    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
-    urls = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
-    assert urls, "the log itself has to hold what was read"
-    assert {url.split(":")[0] for url in urls} <= {"file", "data"}
-
-
-def url(report: Path, name: str = "", page: str = "") -> str:
-    return report.as_uri() + (f"/runs/{quote(name, safe='')}/{page}" if name else "/index.html")
-
-
-def named(report: Path, start: str) -> str:
-    return next(path.name for path in sorted((report / "runs").iterdir()) if path.name.startswith(start))
-
-
-def browse(browser, report: Path, start: str = "temporal-matryoshka", latent: int | None = None) -> None:
-    """Open the feature browser, anew, and wait for a feature."""
-    browser.get("about:blank")
-    browser.get(url(report, named(report, start), "features.html") + (f"#{latent}" if latent is not None else ""))
-    WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#feature .context"))
-
-
-def latents(browser) -> list[int]:
-    return [int(one.text) for one in browser.find_elements(By.CSS_SELECTOR, "#list .id")]
-
-
-def opened(browser, latent: int) -> None:
-    WebDriverWait(browser, 10).until(
-        lambda _: browser.find_element(By.ID, "feature").get_attribute("data-latent") == str(latent)
-    )
-
-
-def index(browser) -> dict:
-    """The measures by latent, as the page has them."""
-    path = browser.execute_script("return document.querySelector('script[src=\"data/index.js\"]').src")
-    text = Path(path.removeprefix("file://").replace("%20", " ").replace("%26", "&")).read_text()
-    held = json.loads(text.removeprefix("tcsae.index(").removesuffix(");\n"))
-    rows = zip(held["latents"], *held["columns"].values(), strict=True)
-    return {latent: dict(zip(held["columns"], values, strict=True)) for latent, *values in rows}
+def report(reported):
+    return reported
 
 
 def test_tables_sort_by_their_headings(browser, report):
-    browser.get(url(report))
+    browser.get(toy.url(report))
     table = browser.find_element(By.CSS_SELECTOR, "#results table")
     head = next(one for one in table.find_elements(By.CSS_SELECTOR, "thead th") if one.text.startswith("EV"))
 
@@ -115,63 +48,63 @@ def test_tables_sort_by_their_headings(browser, report):
 
 def test_every_page_of_every_sae_opens(browser, report):
     for folder in sorted((report / "runs").iterdir()):
-        browser.get(url(report, folder.name, "index.html"))
+        browser.get(toy.url(report, folder.name, "index.html"))
         assert browser.find_element(By.TAG_NAME, "h1").text.endswith(folder.name), "an odd name shows as it is"
         assert len(browser.find_elements(By.CSS_SELECTOR, "figure svg")) >= 6
         browser.find_element(By.LINK_TEXT, "Features").click()
         WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#feature .context"))
-        assert latents(browser)
+        assert toy.latents(browser)
         browser.find_element(By.LINK_TEXT, "Overview").click()
         assert browser.find_element(By.ID, "results")
 
 
 def test_features_sort_by_every_measure(browser, report):
-    browse(browser, report)
-    table = index(browser)
+    toy.browse(browser, report)
+    table = toy.index(report)
     select = Select(browser.find_element(By.ID, "sort"))
     assert {one.get_attribute("value") for one in select.options} == {*next(iter(table.values())), "latent"}
     order = browser.find_element(By.ID, "order")
     for measure in ("density", "dwell", "position_share", "decoder_cosine"):
         select.select_by_value(measure)
-        values = [table[one][measure] for one in latents(browser)]
+        values = [table[one][measure] for one in toy.latents(browser)]
         known = [value for value in values if value is not None]
         assert known == sorted(known, reverse=True)
         assert values[: len(known)] == known, "what is not known comes last"
         order.click()
         assert order.text == "smallest first"
-        values = [table[one][measure] for one in latents(browser)]
+        values = [table[one][measure] for one in toy.latents(browser)]
         assert [value for value in values if value is not None] == sorted(known)
         order.click()
 
 
 def test_search_finds_by_token_and_by_number(browser, report):
-    browse(browser, report)
-    every = latents(browser)
+    toy.browse(browser, report)
+    every = toy.latents(browser)
     search = browser.find_element(By.ID, "search")
     search.send_keys(str(every[3]))
-    assert every[3] in latents(browser)
+    assert every[3] in toy.latents(browser)
     search.clear()
     search.send_keys("<")
-    found = latents(browser)
+    found = toy.latents(browser)
     assert 0 < len(found) < len(every)
     for row in browser.find_elements(By.CSS_SELECTOR, "#list a")[:3]:
         row.click()
-        opened(browser, int(row.find_element(By.CLASS_NAME, "id").text))
+        toy.opened(browser, int(row.find_element(By.CLASS_NAME, "id").text))
         fires = [one.text for one in browser.find_elements(By.CSS_SELECTOR, ".fires .chip")]
         assert any("<" in one for one in fires)
     assert browser.find_element(By.ID, "count").text.startswith(f"{len(found)} of ")
     browser.find_element(By.ID, "promoted").click()
-    assert len(latents(browser)) >= len(found)
+    assert len(toy.latents(browser)) >= len(found)
     search.clear()
     search.send_keys("no token has this in it")
-    assert latents(browser) == []
+    assert toy.latents(browser) == []
 
 
 def test_filters_and_their_presets(browser, report):
-    browse(browser, report)
-    table = index(browser)
+    toy.browse(browser, report)
+    table = toy.index(report)
     browser.find_element(By.CSS_SELECTOR, '[data-preset="slow"]').click()
-    found = latents(browser)
+    found = toy.latents(browser)
     assert 0 < len(found) < len(table)
     bounds = {}
     for one in browser.find_elements(By.CSS_SELECTOR, "[data-filter]"):
@@ -189,38 +122,39 @@ def test_filters_and_their_presets(browser, report):
     at_most = browser.find_element(By.CSS_SELECTOR, '[data-filter="max"][data-end="1"]')
     middle = sorted(table[one]["max"] for one in found)[len(found) // 2]
     at_most.send_keys(str(middle))
-    assert set(latents(browser)) == {one for one in found if table[one]["max"] <= middle}
+    assert set(toy.latents(browser)) == {one for one in found if table[one]["max"] <= middle}
     browser.find_element(By.CSS_SELECTOR, '[data-preset=""]').click()
-    assert len(latents(browser)) == len(table)
+    assert len(toy.latents(browser)) == len(table)
 
 
 def test_one_feature_is_linked_by_its_url(browser, report):
-    browse(browser, report)
-    wanted = latents(browser)[-1]
-    browse(browser, report, latent=wanted)
-    opened(browser, wanted)
+    toy.browse(browser, report)
+    wanted = toy.latents(browser)[-1]
+    toy.browse(browser, report, state=f"latent={wanted}")
+    toy.opened(browser, wanted)
     assert browser.find_element(By.CSS_SELECTOR, "#feature h2").text.startswith(f"Latent {wanted}")
     near = browser.find_element(By.CSS_SELECTOR, ".pairs li a")
     other = int(near.text)
     near.click()
-    opened(browser, other)
-    assert browser.current_url.endswith(f"#{other}")
+    toy.opened(browser, other)
+    assert browser.current_url.endswith(f"#latent={other}")
     browser.back()
-    opened(browser, wanted)
-    browse_missing = browser.current_url.split("#")[0] + "#99999"
-    browser.get(browse_missing)
+    toy.opened(browser, wanted)
+    toy.browse(browser, report, state=str(wanted))  # as links were before
+    toy.opened(browser, wanted)
+    browser.get(browser.current_url.split("#")[0] + "#latent=99999")
     WebDriverWait(browser, 10).until(lambda _: "not among" in browser.find_element(By.ID, "feature").text)
 
 
 def test_everything_is_reached_by_keys(browser, report):
-    browse(browser, report)
+    toy.browse(browser, report)
     body = browser.find_element(By.TAG_NAME, "body")
-    first, second = latents(browser)[:2]
-    opened(browser, first)
+    first, second = toy.latents(browser)[:2]
+    toy.opened(browser, first)
     body.send_keys("j")
-    opened(browser, second)
+    toy.opened(browser, second)
     body.send_keys("k")
-    opened(browser, first)
+    toy.opened(browser, first)
     body.send_keys("/")
     assert browser.switch_to.active_element.get_attribute("id") == "search"
     seen = []
@@ -240,7 +174,7 @@ def test_everything_is_reached_by_keys(browser, report):
 
 
 def test_shading_is_never_colour_alone(browser, report):
-    browse(browser, report)
+    toy.browse(browser, report)
     for context in browser.find_elements(By.CSS_SELECTOR, ".context"):
         peak = context.find_elements(By.CSS_SELECTOR, ".peak")
         assert len(peak) == 1
@@ -253,7 +187,7 @@ def test_shading_is_never_colour_alone(browser, report):
 
 
 def test_hostile_text_shows_as_text(browser, report):
-    browse(browser, report)
+    toy.browse(browser, report, state="context=all")
     texts = [one.get_attribute("textContent") for one in browser.find_elements(By.CSS_SELECTOR, ".tokens")]
     assert any("</script><script>hacked=1</script><img/>" in text for text in texts)
     assert browser.find_elements(By.CSS_SELECTOR, "main script, main img") == []
@@ -268,26 +202,26 @@ def test_light_and_dark(browser, report):
 
     shades = {}
     for scheme in ("light", "dark"):
-        tools.set_scheme(browser, scheme)
-        browser.get(url(report))
+        toy.tools.set_scheme(browser, scheme)
+        browser.get(toy.url(report))
         browser.execute_script("localStorage.clear()")
         browser.refresh()
         shades[scheme] = paper()
         browser.find_element(By.ID, "theme").click()
         assert (paper() < 380) == (scheme == "light"), "the button turns it round"
-        browser.get(url(report, named(report, "topk"), "index.html"))
+        browser.get(toy.url(report, toy.named(report, "topk"), "index.html"))
         assert (paper() < 380) == (scheme == "light"), "and it stays"
     assert shades["dark"] < 150 < 700 < shades["light"]
     browser.execute_script("localStorage.clear()")
-    tools.set_scheme(browser, None)
+    toy.tools.set_scheme(browser, None)
 
 
 def test_nothing_is_wider_than_a_narrow_screen(browser, report):
-    tools.set_size(browser, 400, 800)
+    toy.tools.set_size(browser, 400, 800)
     try:
-        browser.get(url(report))
+        browser.get(toy.url(report))
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
-        browse(browser, report)
+        toy.browse(browser, report)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -298,5 +232,5 @@ def test_a_folder_that_is_not_whole_says_so(chromium, report, tmp_path):
     shutil.copytree(report, tmp_path / "broken")
     for file in (tmp_path / "broken" / "sequences").glob("[0-9]*.js"):
         file.unlink()
-    chromium.get(url(tmp_path / "broken", named(report, "topk"), "features.html"))
+    chromium.get(toy.url(tmp_path / "broken", toy.named(report, "topk"), "features.html"))
     WebDriverWait(chromium, 10).until(lambda _: "is missing" in chromium.find_element(By.ID, "feature").text)

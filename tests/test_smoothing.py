@@ -15,7 +15,7 @@ from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.measures.smoothing import parse_smoothing, split_name
 from tcsae.evaluate.printed_tables import differences
-from tcsae.evaluate.report.page_files import choose_runs
+from tcsae.evaluate.report.pages.page_files import choose_runs
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, output_of
 from tcsae.shared.base.errors import ConfigError

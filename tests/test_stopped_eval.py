@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from tcsae.evaluate import batches, one_pass
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.report import feature_pass
+from tcsae.evaluate.report.features import feature_pass
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.paper.results import Place
 from tcsae.paper.run import TIMES, _times

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from tcsae.evaluate.candidates import EvalRequest, candidate, evaluable, load
-from tcsae.evaluate.report.feature_pass import Excerpt
+from tcsae.evaluate.report.features.feature_pass import Excerpt
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.store.reader import Store

@@ -20,8 +20,9 @@ from torch import Tensor
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.exports.feature_source import FeatureSource
 from tcsae.evaluate.measures.core import join_codes
-from tcsae.evaluate.report.contexts import N_TOP, Context
-from tcsae.evaluate.report.feature_pass import Features, Lens, Lenses, collect_features
+from tcsae.evaluate.report.features.contexts import N_TOP, Context
+from tcsae.evaluate.report.features.feature_pass import Features, collect_features
+from tcsae.evaluate.report.features.lens import Lens, Lenses
 from tcsae.evaluate.systems import code_parts
 from tcsae.shared.base.files import write_atomic
 from tcsae.shared.lm.token_text import TokenTexts

@@ -7,9 +7,16 @@ import click
 from tcsae.shared.base.cli import Count, Place, StageCommand
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tcsae.evaluate.report.report import Written
 
 SPLIT = click.Choice(("train", "eval"))
+
+
+def report_folder(runs_path: "Path", out: str | None) -> "Path":
+    """Where the report of a folder of runs lies: beside it, unless another place is given."""
+    return runs_path.parent / "report" if out is None else type(runs_path)(out)
 
 
 @click.command(cls=StageCommand)
@@ -68,7 +75,7 @@ def write_as_asked(place: Place, asked: dict[str, Any]) -> "Written":
     from tcsae.shared.store.reader import open_store
 
     runs_path = Path(place.runs)
-    folder = Path(asked["out"]) if asked["out"] else runs_path.parent / "report"
+    folder = report_folder(runs_path, asked["out"])
     settings = {name: value for name, value in asked.items() if name != "out"}
     request = ReportRequest(**settings | {"device": str(choose_device(asked["device"]))})
     return write_report(open_store(place.store), runs_path, folder, request)
@@ -88,9 +95,21 @@ def write_as_asked(place: Place, asked: dict[str, Any]) -> "Written":
     metavar="N",
     help="Sequences shown, at most.",
 )
+@click.option("--report", "kept_in", metavar="PATH", help="The report to read. Default: report, beside the runs.")
 @click.pass_obj
-def feature(place: Place, name: str | None, latent: int, split: str, max_tokens: int | None, n_contexts: int) -> None:
-    """Show one feature: its measures, where it fires, what it promotes, and the latents nearest to it.
+def feature(
+    place: Place,
+    name: str | None,
+    latent: int,
+    split: str,
+    max_tokens: int | None,
+    n_contexts: int,
+    kept_in: str | None,
+) -> None:
+    """Show one feature: its measures, where it fires, what it promotes, and the latents most like it.
+
+    Read from the report where it has this SAE's current figures and the same text, in a second; else from a pass of the
+    SAE over the store.
 
     Below each sequence stands a bar a token. In a terminal the active tokens are shaded, and the strongest is bold and
     underlined; elsewhere they stand in brackets: ⟦this⟧.
@@ -100,9 +119,14 @@ def feature(place: Place, name: str | None, latent: int, split: str, max_tokens:
     """
     from pathlib import Path
 
-    from tcsae.evaluate.report.feature_terminal import FeatureRequest, find_feature, show_feature
-    from tcsae.shared.store.reader import open_store
+    from tcsae.evaluate.report.features.printed_feature import print_feature
+    from tcsae.evaluate.report.features.shown_feature import FeatureRequest, feature_of_report
 
-    store = open_store(place.store)
-    request = FeatureRequest(name=name, latent=latent, split=split, max_tokens=max_tokens)
-    show_feature(store, find_feature(store, Path(place.runs), request), n_contexts)
+    runs_path, request = Path(place.runs), FeatureRequest(name, latent, split, max_tokens)
+    kept = feature_of_report(place.store, runs_path, report_folder(runs_path, kept_in), request)
+    if kept is None:
+        from tcsae.evaluate.report.features.feature_computed import computed_feature
+        from tcsae.shared.store.reader import open_store
+
+        kept = computed_feature(open_store(place.store), runs_path, request)
+    print_feature(kept, n_contexts)

@@ -1,18 +1,27 @@
 """`tcsae report`: one folder of pages that opens from disk, made of a store, its runs and their evaluations."""
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
 
 from tcsae import __version__
-from tcsae.evaluate.report import page_files
-from tcsae.evaluate.report.feature_data import LABELS, OTHER_MEASURES, FeatureData, feature_data
-from tcsae.evaluate.report.feature_pass import DEFINITION as LENS_DEFINITION
-from tcsae.evaluate.report.feature_pass import MEASURES, Excerpt, Features, Lenses, collect_features
-from tcsae.evaluate.report.overview import overview
-from tcsae.evaluate.report.page_files import Excluded, Included, choose_runs
-from tcsae.evaluate.report.sae_page import sae_page
+from tcsae.evaluate.report.features.decoder_map import OPPOSITE_FROM, decoder_map
+from tcsae.evaluate.report.features.feature_data import OTHER_MEASURES, FeatureData, feature_data
+from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, Features, collect_features
+from tcsae.evaluate.report.features.lens import DEFINITION as LENS_DEFINITION
+from tcsae.evaluate.report.features.lens import Lenses
+from tcsae.evaluate.report.features.shown_feature import LABELS, VERSION
+from tcsae.evaluate.report.pages import page_files
+from tcsae.evaluate.report.pages.matched_saes import MAX_SAES, matched_latents
+from tcsae.evaluate.report.pages.overview import overview
+from tcsae.evaluate.report.pages.page_files import Excluded, Included, choose_runs
+from tcsae.evaluate.report.pages.sae_page import sae_page
 from tcsae.evaluate.systems import sae_on
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import file_digest, remove_dead_partials, write_folder
@@ -73,7 +82,7 @@ def _identity(
     store: Store, request: ReportRequest, included: Sequence[Included], excluded: Sequence[Excluded]
 ) -> dict[str, Any]:
     return {
-        "version": page_files.VERSION,
+        "version": VERSION,
         "tcsae": __version__,
         "content": store.content,
         "split": request.split,
@@ -101,10 +110,14 @@ class _Report:
         self.lenses = Lenses(store, self._part(store.hook(), 0))
         self.shown: set[int] = set()
         self.needed: set[int] = set()
+        self.alive: dict[int, torch.Tensor] = {}
+        """By number of the run: its latents that are alive."""
 
     def write(self, folder: Path, identity: dict[str, Any]) -> None:
         """Every file of it."""
-        pages = page_files.Pages(folder)
+        comparable = self._comparable()
+        generator = f"tcsae {__version__}"
+        pages = page_files.Pages(folder, generator=generator, comparable=bool(comparable), measures=_measures())
         passes = self._passes()
         with progress("report", total=sum(self._part(one.hook, one.rules).n_tokens for one, *_ in passes)) as advance:
 
@@ -120,8 +133,10 @@ class _Report:
                     self.stop.check(UNWRITTEN)
                     self._sae(pages, one, part, features.pop(0))
         self._shared(pages)
-        values = overview(self.store, self.included, self.excluded)
-        pages.page("index.html", "overview.html", **values, generator=f"tcsae {__version__}")
+        if comparable:
+            self._compare(pages, comparable)
+        pages.page("index.html", "overview.html", **overview(self.store, self.included, self.excluded))
+        pages.page("glossary.html", "glossary.html", entries=pages.glossary.entries)
         page_files.mark(folder, identity)
 
     def _part(self, hook: str, rules: CountingRules | int) -> Excerpt:
@@ -143,35 +158,59 @@ class _Report:
 
     def _sae(self, pages: page_files.Pages, one: Included, part: Excerpt, features: Features) -> None:
         """The pages and data of one SAE."""
-        tail = self.lenses.tail(one.hook)
-        directions = one.loaded.sae.W_dec.detach() * features.contexts.maximum()[:, None]
-        data = feature_data(features, one.loaded.sae, self.lenses.of(one.hook, directions), part.tokens)
+        tail, sae, alive = self.lenses.tail(one.hook), one.loaded.sae, features.alive
+        directions = sae.W_dec.detach()[alive] * features.contexts.maximum()[alive, None]
+        latents = alive.nonzero().squeeze(1).tolist()
+        data = feature_data(features, sae, self.lenses.of(one.hook, directions), part.tokens, latents)
+        places = decoder_map(sae.W_dec, alive, data.opposite)
         self.shown |= data.sequences
         self.needed |= data.tokens
-        folder = f"runs/{one.name}"
+        self.alive[one.number] = alive
+        folder, no_lens = f"runs/{one.name}", tail if isinstance(tail, str) else None
         counted = {
             "split": self.request.split,
             "n_tokens": features.n_tokens,
-            "n_together": features.firing.n_tokens,
+            "n_joint": features.firing.n_tokens,
             "skip_first": one.skip_first,
         }
-        common = {"run": one, "counted": counted, "generator": f"tcsae {__version__}"}
-        about = MEASURES | OTHER_MEASURES
+        common = {"run": one, "counted": counted}
         pages.page(f"{folder}/index.html", "sae.html", **common, **sae_page(one, features, data))
         pages.page(
-            f"{folder}/features.html",
-            "features.html",
-            **common,
-            no_lens=tail if isinstance(tail, str) else None,
-            lens_definition=LENS_DEFINITION,
-            measures=[{"name": name, "label": label, "about": about[name]} for name, label in LABELS.items()],
+            f"{folder}/features.html", "features.html", **common, no_lens=no_lens, lens_definition=LENS_DEFINITION
         )
-        self._chunks(pages, folder, data)
+        pages.page(f"{folder}/map.html", "map.html", **common, places=places, opposite_from=OPPOSITE_FROM)
+        rounded = {name: np.round(points, 4).tolist() for name, points in places.places.items()}
+        pages.data(f"{folder}/data/map.js", "map", {"places": rounded, "pairs": places.pairs})
+        about = {"run": one.name, "weights": one.evaluation["weights"], "no_lens": no_lens, "x_rho": _rho_of_x(one)}
+        self._chunks(pages, folder, data, about)
 
-    def _chunks(self, pages: page_files.Pages, folder: str, data: FeatureData) -> None:
-        pages.data(f"{folder}/data/index.js", "index", data.listing | {"per_file": page_files.PER_FILE})
+    def _chunks(self, pages: page_files.Pages, folder: str, data: FeatureData, about: dict[str, Any]) -> None:
+        pages.data(f"{folder}/data/index.js", "index", data.listing | about | {"per_file": page_files.PER_FILE})
         for number, chunk in data.chunks.items():
             pages.data(f"{folder}/data/{number}.js", "features", chunk)
+
+    def _comparable(self) -> list[Included]:
+        """The first MAX_SAES of each hook that has two or more."""
+        by_hook: dict[str, list[Included]] = {}
+        for one in self.included:
+            by_hook.setdefault(one.hook, []).append(one)
+        return [one for runs in by_hook.values() if len(runs) > 1 for one in runs[:MAX_SAES]]
+
+    def _compare(self, pages: page_files.Pages, runs: list[Included]) -> None:
+        """The page of pairs, and a file for each pair of one hook."""
+        listing = [
+            {"number": one.number, "name": one.name, "path": quote(one.name, safe=""), "group": one.hook}
+            for one in runs
+        ]
+        left_out = [one.name for one in self.included if one not in runs]
+        pages.page("compare.html", "compare.html", left_out=left_out, max_saes=MAX_SAES)
+        pages.data("compare/runs.js", "runs", listing)
+        for a, b in itertools.combinations(runs, 2):
+            if a.hook == b.hook:
+                self.stop.check(UNWRITTEN)
+                rows = a.loaded.sae.W_dec, b.loaded.sae.W_dec
+                found = matched_latents(*rows, self.alive[a.number], self.alive[b.number])
+                pages.data(f"compare/{a.number}-{b.number}.js", "pair", f"{a.number}-{b.number}", found)
 
     def _shared(self, pages: page_files.Pages) -> None:
         """What the pages of all SAEs read: the sequences that are shown, and the text of tokens."""
@@ -182,6 +221,19 @@ class _Report:
             self.needed |= set(tokens)
         pages.sequences(rows)
         pages.data("sequences/vocabulary.js", "vocabulary", self.texts.table(self.needed))
+
+
+def _measures() -> list[dict[str, str]]:
+    """What the pages call each measure of a latent, and what it is."""
+    about = MEASURES | OTHER_MEASURES
+    return [{"name": name, "label": label, "about": about[name]} for name, label in LABELS.items()]
+
+
+def _rho_of_x(one: Included) -> list[float | None] | None:
+    """The autocorrelation of x itself within documents, over lags; None if its evaluation has none."""
+    curves = ((one.evaluation.get("temporal") or {}).get("x") or {}).get("curves", {})
+    curve = curves.get("rho_1_within")
+    return None if curve is None else [None if value is None else round(value, 4) for value in curve]
 
 
 def folder_bytes(folder: Path) -> int:

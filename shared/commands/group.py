@@ -33,6 +33,7 @@ STAGES = {
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.api.command:feature",
     "convert": "tcsae.api.command:convert",
+    "serve": "tcsae.serve.command:serve",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.commands.store_commands:inspect",
     "verify": "tcsae.shared.commands.store_commands:verify",

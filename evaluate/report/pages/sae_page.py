@@ -9,11 +9,12 @@ from tcsae.evaluate.measures.core import DEFINITIONS
 from tcsae.evaluate.measures.cross_entropy import DEFINITIONS as TAIL_DEFINITIONS
 from tcsae.evaluate.measures.temporal_run import matched
 from tcsae.evaluate.printed_tables import SUMMARY
-from tcsae.evaluate.report.feature_data import LABELS, FeatureData
-from tcsae.evaluate.report.feature_pass import Features
-from tcsae.evaluate.report.overview import cell
-from tcsae.evaluate.report.page_files import Included, number
-from tcsae.evaluate.report.plots import Series, histogram, lines
+from tcsae.evaluate.report.features.feature_data import FeatureData
+from tcsae.evaluate.report.features.feature_pass import Features
+from tcsae.evaluate.report.features.shown_feature import LABELS
+from tcsae.evaluate.report.pages.overview import cell
+from tcsae.evaluate.report.pages.page_files import Included, number
+from tcsae.evaluate.report.pages.plots import Series, histogram, lines
 from tcsae.shared.base.settings import to_settings
 
 DENSE = 0.1

@@ -7,10 +7,10 @@ from tcsae.evaluate.candidates import UNTRAINED
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures import cross_entropy as tail_metrics
 from tcsae.evaluate.measures import temporal_run
-from tcsae.evaluate.report.page_files import Excluded, Included
-from tcsae.evaluate.report.plots import Point, Series, curves_by_number, frontier
-from tcsae.evaluate.report.printed import COLUMNS as PAPER_COLUMNS
-from tcsae.evaluate.report.printed import paper_blocks
+from tcsae.evaluate.report.pages.page_files import Excluded, Included
+from tcsae.evaluate.report.pages.plots import Point, Series, curves_by_number, frontier
+from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER_COLUMNS
+from tcsae.evaluate.report.pages.printed import paper_blocks
 from tcsae.shared.base.console import size
 from tcsae.shared.store.format import SPLITS
 from tcsae.shared.store.reader import Store
@@ -40,17 +40,18 @@ TEMPORAL = {
     "probe_token": "probe: token",
     "probe_position": "probe: position",
 }
+SLOWNESS = "slowness / x (left: slower)"
 FRONTIERS = (
-    ("l0", "L0", "explained_variance", "explained variance"),
-    ("l0", "L0", "ce_loss_score", "CE score"),
-    ("slowness_to_x", "slowness / x (left: slower)", "explained_variance", "explained variance"),
-    ("slowness_to_x", "slowness / x (left: slower)", "ce_loss_score", "CE score"),
+    ("Variance at which sparsity?", "l0", "L0", "explained_variance", "explained variance"),
+    ("Predictions at which sparsity?", "l0", "L0", "ce_loss_score", "CE score"),
+    ("What does slowness cost in variance?", "slowness_to_x", SLOWNESS, "explained_variance", "explained variance"),
+    ("What does slowness cost in predictions?", "slowness_to_x", SLOWNESS, "ce_loss_score", "CE score"),
 )
 HISTORIES = (("explained_variance", "explained variance, of the batch"), ("adjacent_correlation", "autocorrelation"))
 DEFINITIONS = metrics.DEFINITIONS | tail_metrics.DEFINITIONS | temporal_run.DEFINITIONS
 
 Cell = dict[str, Any]
-"""{"value", "interval"}: an interval of a figure, or of a difference from a null."""
+"""{"value", "interval"} of a figure; {"value", "null", "difference", "interval"} with that of the difference."""
 
 
 def overview(store: Store, included: Sequence[Included], excluded: Sequence[Excluded]) -> dict[str, Any]:
@@ -123,14 +124,15 @@ def cell(value: float | None, intervals: dict[str, Any], name: str) -> Cell:
 
 
 def temporal_cells(evaluation: dict[str, Any], group: str = "all") -> dict[str, Cell]:
-    """Each temporal measure minus its null, of a group of latents; empty if it was not measured."""
+    """Each temporal measure of a group of latents, with its null and the difference; empty if it was not measured."""
     if not evaluation.get("temporal"):
         return {}
     measures = evaluation["temporal"]["groups"].get(group, {"measures": {}})["measures"]
-    return {
-        name: {"value": row["difference"], "interval": row["interval"], "raw": row["value"], "null": row["null"]}
-        for name, row in measures.items()
-    }
+    return {name: _against_null(row) for name, row in measures.items()}
+
+
+def _against_null(row: dict[str, Any]) -> Cell:
+    return {name: row[name] for name in ("value", "null", "difference", "interval")}
 
 
 def _measured(included: Sequence[Included]) -> dict[str, str]:
@@ -142,7 +144,7 @@ def _of_x(included: Sequence[Included]) -> dict[str, Cell]:
     for one in included:
         if temporal := one.evaluation.get("temporal"):
             rows = temporal["x"]["measures"]
-            return {name: {"value": row["difference"], "interval": row["interval"]} for name, row in rows.items()}
+            return {name: _against_null(row) for name, row in rows.items()}
     return {}
 
 
@@ -155,18 +157,18 @@ def _value(one: Included, name: str) -> tuple[float | None, list[float] | None]:
 
 
 def _frontiers(included: Sequence[Included]) -> list[dict[str, str]]:
-    """Figures of each pair of measures that any SAE has."""
+    """Figures of each pair of measures that two SAEs or more have."""
     made = []
-    for x_name, x_label, y_name, y_label in FRONTIERS:
+    for title, x_name, x_label, y_name, y_label in FRONTIERS:
         points = []
         for one in _trained(included):
             (x, _), (y, interval) = _value(one, x_name), _value(one, y_name)
             if x is not None and y is not None:
                 points.append(Point(one.number, x, y, interval))
-        if points:
+        if len(points) > 1:  # one point is in the table
             summary = "; ".join(f"{point.number}: {point.x:.4g}, {point.y:.4g}" for point in points)
             svg = frontier(points, (x_label, y_label))
-            made.append({"title": f"{y_label} against {x_label}", "svg": svg, "summary": summary})
+            made.append({"title": title, "svg": svg, "summary": summary})
     return made
 
 

@@ -8,6 +8,13 @@ from urllib.parse import quote
 
 from tcsae.evaluate.candidates import UNFINISHED, EvalRequest, Loaded, candidate, load, why_not_evaluable
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
+from tcsae.evaluate.measures.core import DEFINITIONS as CORE_DEFINITIONS
+from tcsae.evaluate.measures.cross_entropy import DEFINITIONS as TAIL_DEFINITIONS
+from tcsae.evaluate.measures.temporal_run import DEFINITIONS as TEMPORAL_DEFINITIONS
+from tcsae.evaluate.report.features.feature_data import OTHER_MEASURES
+from tcsae.evaluate.report.features.feature_pass import MEASURES
+from tcsae.evaluate.report.features.shown_feature import FORMAT, MARK, VERSION
+from tcsae.evaluate.report.pages.glossary import Glossary
 from tcsae.shared.base.errors import RunError, TcsaeError
 from tcsae.shared.base.files import file_digest, write_json
 from tcsae.shared.sae.folder import (
@@ -113,10 +120,10 @@ def _included(store: Store, path: Path, number: int) -> Included:
     return Included(number, load(run), evaluation | {"name": path.name}, history)
 
 
-HERE = Path(__file__).parent / "page"
-STATIC = ("style.css", "theme.js", "table.js", "browser.js")
-MARK = "report.json"
-FORMAT, VERSION = "tcsae-report", 1
+HERE = Path(__file__).parent.parent
+DEFINITIONS = CORE_DEFINITIONS | TAIL_DEFINITIONS | MEASURES | OTHER_MEASURES | TEMPORAL_DEFINITIONS
+"""What each figure is, by name."""
+TEMPLATES, STYLE, SCRIPTS = HERE / "page", HERE / "page" / "style.css", HERE / "script"
 CURE = "The report that was there stays. Free some space, or give another --out."
 PER_FILE = 32
 """Sequences whose tokens one file holds."""
@@ -134,20 +141,24 @@ def script(call: str, *values: Any) -> str:
 class Pages:
     """Writes below one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **common: Any) -> None:
+        """`common`: values that every page has."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         self.folder = folder
         self.templates = Environment(
-            loader=FileSystemLoader(HERE),
+            loader=FileSystemLoader(TEMPLATES),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        self.glossary = Glossary(DEFINITIONS)
         self.templates.filters |= {"number": number, "path": lambda name: quote(name, safe="")}
-        for name in STATIC:
-            self._write(f"page/{name}", (HERE / name).read_text(encoding="utf-8"))
+        self.templates.filters["term"] = self.glossary.slug
+        self.templates.globals |= common
+        for file in (STYLE, *sorted(SCRIPTS.glob("*.js"))):
+            self._write(f"page/{file.name}", file.read_text(encoding="utf-8"))
 
     def page(self, path: str, template: str, **values: Any) -> None:
         """A page from a template; `values` are data: markup in them shows as text."""

@@ -10,8 +10,11 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.measures.saebench import max_cosines
-from tcsae.evaluate.report.contexts import Context
-from tcsae.evaluate.report.feature_pass import MEASURES, Features, Lens, Nearest, nearest_by_decoder
+from tcsae.evaluate.report.features.contexts import Context
+from tcsae.evaluate.report.features.feature_pass import MEASURES, Features
+from tcsae.evaluate.report.features.lens import Lens
+from tcsae.evaluate.report.features.likeness import ByDecoder, ByFiring, Nearest, nearest_by_decoder
+from tcsae.evaluate.report.features.shown_feature import LABELS
 from tcsae.shared.sae.module import SparseAutoencoder
 
 PER_CHUNK = 64
@@ -26,22 +29,6 @@ OTHER_MEASURES = {
     "sequences": "number of sequences in which it is ever active",
     "decoder_cosine": "largest cosine of its decoder row with that of another latent",
 }
-LABELS = {
-    "density": "density",
-    "dwell": "dwell",
-    "rho_1": "autocorrelation",
-    "rho_1_within": "autocorr. within doc.",
-    "rho_8_within": "persistence",
-    "slowness": "slowness",
-    "position_share": "position share",
-    "document_share": "document share",
-    "token_share": "token share",
-    "max": "largest activation",
-    "mean": "mean activation",
-    "sequences": "sequences",
-    "decoder_cosine": "nearest decoder cosine",
-}
-"""Every measure that the browser sorts and filters by, and what it is called there."""
 
 
 class FeatureData(NamedTuple):
@@ -58,42 +45,65 @@ class FeatureData(NamedTuple):
     """Numbers of the sequences that are shown."""
     tokens: set[int]
     """Ids outside of them whose text is needed."""
+    opposite: Nearest
+    """By decoder, of all latents."""
 
 
 def feature_data(
-    features: Features, sae: SparseAutoencoder, lens: Lens | None, tokens: Int[np.ndarray, "n_sequences length"]
+    features: Features,
+    sae: SparseAutoencoder,
+    lens: Lens | None,
+    tokens: Int[np.ndarray, "n_sequences length"],
+    latents: list[int],
 ) -> FeatureData:
-    """The features that are alive. `lens` is that of all latents; `tokens` those of the split."""
+    """The data of some latents that are alive. `lens` has a row for each; `tokens` are those of the split."""
     alive = features.alive
-    latents = alive.nonzero().squeeze(1).tolist()
     measures = latent_measures(features, sae)
-    near, together = nearest_by_decoder(sae.W_dec, alive), features.firing.nearest(alive)
+    by_decoder, by_firing = nearest_by_decoder(sae.W_dec, alive), features.firing.nearest(alive)
     rarity = token_rarity(tokens)
     labels = {latent: label_tokens(features.contexts.kept(latent), tokens, rarity) for latent in latents}
     shown: set[int] = set()
     chunks: dict[int, dict[int, Any]] = {}
-    for latent in latents:
+    for row, latent in enumerate(latents):
         contexts = features.contexts.contexts(latent)
         shown |= {one.sequence for one in contexts}
-        chunks.setdefault(latent // PER_CHUNK, {})[latent] = {
-            "contexts": [_context(one) for one in contexts],
-            "rho": [_short(value) for value in features.figures.rho[:, latent].tolist()],
-            "null": _short(float(features.figures.rho_null[latent])),
-            "near": _pairs(near, latent),
-            "together": _pairs(together, latent),
-        } | (_lens(lens, latent) if lens else {})
+        chunk = chunks.setdefault(latent // PER_CHUNK, {})
+        chunk[latent] = _shown(features, latent, contexts) | _likes(by_decoder, by_firing, latent)
+        chunk[latent] |= _lens(lens, row) if lens else {}
     listing: dict[str, Any] = {
         "latents": latents,
         "columns": {name: [_short(values[latent]) for latent in latents] for name, values in measures.items()},
         "fires": [labels[latent] for latent in latents],
-        "promotes": [lens.promoted[latent, :N_LABELS].tolist() for latent in latents] if lens else None,
+        "promotes": lens.promoted[:, :N_LABELS].tolist() if lens else None,
         "per_chunk": PER_CHUNK,
+        "n_latents": sae.config.d_sae,
+        "n_tokens": features.n_tokens,
         "group": _groups(sae, latents),
     }
     needed = {token for label in labels.values() for token in label}
     if lens:
-        needed |= set(lens.promoted[alive].flatten().tolist()) | set(lens.suppressed[alive].flatten().tolist())
-    return FeatureData(latents, measures, listing, chunks, shown, needed)
+        needed |= set(lens.promoted.flatten().tolist()) | set(lens.suppressed.flatten().tolist())
+    return FeatureData(latents, measures, listing, chunks, shown, needed, by_decoder.opposite)
+
+
+def _shown(features: Features, latent: int, contexts: Iterable[Context]) -> dict[str, Any]:
+    width, counts = features.histogram.of(latent)
+    return {
+        "contexts": [_context(one) for one in contexts],
+        "rho": [_short(value) for value in features.figures.rho[:, latent].tolist()],
+        "null": _short(float(features.figures.rho_null[latent])),
+        "histogram": [width, counts],
+    }
+
+
+def _likes(by_decoder: ByDecoder, by_firing: ByFiring, latent: int) -> dict[str, Any]:
+    """The latents most alike in each way, with how much: cosines, shares of tokens, correlations."""
+    return {
+        "near": _pairs(by_decoder.near, latent),
+        "opposite": [[other, -cosine] for other, cosine in _pairs(by_decoder.opposite, latent)],
+        "joint": _pairs(by_firing.joint, latent),
+        "correlated": _pairs(by_firing.correlated, latent),
+    }
 
 
 def latent_measures(features: Features, sae: SparseAutoencoder) -> dict[str, np.ndarray]:
@@ -143,12 +153,17 @@ def _pairs(nearest: Nearest, latent: int) -> list[list[Any]]:
     return [[other, _short(likeness)] for other, likeness in pairs if likeness > 0]
 
 
-def _lens(lens: Lens, latent: int) -> dict[str, Any]:
+def _lens(lens: Lens, row: int) -> dict[str, Any]:
     def pairs(tokens: Tensor, changes: Tensor) -> list[list[Any]]:
-        found = zip(tokens[latent].tolist(), changes[latent].tolist(), strict=True)
+        found = zip(tokens[row].tolist(), changes[row].tolist(), strict=True)
         return [[token, _short(change)] for token, change in found]
 
-    return {"up": pairs(lens.promoted, lens.gains), "down": pairs(lens.suppressed, lens.losses)}
+    low, high = _short(float(lens.lowest[row])), _short(float(lens.highest[row]))
+    return {
+        "up": pairs(lens.promoted, lens.gains),
+        "down": pairs(lens.suppressed, lens.losses),
+        "logits": [low, high, lens.counts[row].tolist()],
+    }
 
 
 def _groups(sae: SparseAutoencoder, latents: list[int]) -> list[int] | None:

@@ -1,0 +1,177 @@
+"""The language model with SAEs at its hooks: the code of a text, and what follows where one latent is changed."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tcsae.evaluate.report.pages.page_files import Included
+from tcsae.harvest.language_model import LanguageModel, find_model, load_bridge
+from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.lm.token_text import TokenTexts
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.store.reader import Store
+
+MAX_TOKENS = 512
+"""Of a text: more is refused."""
+MAX_CONTINUED = 48
+PER_TOKEN = 64
+"""Latents that are listed of a token, the largest first."""
+N_CHANGED = 6
+"""Predictions that are listed of those that change most."""
+KINDS = ("ablate", "clamp", "steer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What is done to one latent at every position."""
+
+    kind: str
+    """ablate: its value becomes 0; clamp: it becomes `value`; steer: `value` is added to it."""
+    latent: int
+    value: float = 0.0
+
+
+class Reading(NamedTuple):
+    """A text as one SAE sees it."""
+
+    ids: list[int]
+    latents: list[list[tuple[int, float]]]
+    """Of each token (latent, value), largest first, PER_TOKEN at most."""
+    n_active: list[int]
+
+
+class Outcome(NamedTuple):
+    """What follows from a change."""
+
+    kl: list[float]
+    """Of each token: the divergence of the changed next-token predictions from the clean ones, in nats."""
+    promoted: list[tuple[int, float]]
+    """(token, change of its probability) of the next token after the text."""
+    suppressed: list[tuple[int, float]]
+    clean: list[int]
+    """The continuation, most likely token by most likely token."""
+    changed: list[int]
+
+
+def stored_model(store: Store, given: str | None) -> LanguageModel:
+    """The store's language model. `given`: where it lies, if the store has the name of a local folder alone.
+
+    Raises ConfigError for another model than the store's, ModelError if there is none.
+    """
+    recipe = store.manifest.recipe.model
+    if recipe.revision.startswith("sha256:") or given is not None:
+        model = find_model(given or recipe.name)
+    else:
+        model = find_model(recipe.name, recipe.revision)
+    if model.revision != recipe.revision:
+        raise ConfigError(
+            f"{given or recipe.name} has revision {model.revision[:19]}; the store {store.location} was harvested from "
+            f"{recipe.name}, revision {recipe.revision[:19]}. Give that model: --model"
+        )
+    return model
+
+
+class LiveModel:
+    """One language model, its tokenizer, and the SAEs of a report by name. One call at a time."""
+
+    def __init__(self, store: Store, runs: Sequence[Included], model: LanguageModel) -> None:
+        self.runs = {one.name: one for one in runs}
+        self.texts = TokenTexts(store)
+        self._tokenizer = model.tokenizer()
+        self._bridge = load_bridge(model)
+        config = model.config().get_text_config()
+        self.limit = min(MAX_TOKENS, int(getattr(config, "max_position_embeddings", MAX_TOKENS)))
+        self.begins = self._tokenizer.bos_token_id if store.manifest.recipe.sequences.prepend_bos else None
+        self._lock = threading.Lock()
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text. Raises ConfigError for none or too many."""
+        found = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = ([] if self.begins is None else [self.begins]) + list(found)
+        if not found or len(ids) > self.limit:
+            raise ConfigError(f"The text has {len(ids)} tokens; give 1 to {self.limit}.")
+        return ids
+
+    def run(self, name: str) -> Included:
+        """Raises ConfigError for an unknown one."""
+        if name not in self.runs:
+            raise ConfigError(unknown("run", name, self.runs))
+        return self.runs[name]
+
+    def read(self, name: str, text: str) -> Reading:
+        """The code of every token of a text. Raises ConfigError for an unknown run or a text without tokens."""
+        one, ids = self.run(name), self.ids(text)
+        with self._lock, torch.inference_mode():
+            caught: list[Tensor] = []
+            self._forward(ids, one.hook, lambda x: _kept(x, caught))
+            code = one.loaded.sae.encode(caught[0][0].float())
+        values, latents = code.topk(min(PER_TOKEN, code.shape[1]), dim=1)
+        pairs = [
+            [(latent, round(value, 4)) for latent, value in zip(*row, strict=True) if value > 0]
+            for row in zip(latents.tolist(), values.tolist(), strict=True)
+        ]
+        return Reading(ids, pairs, (code > 0).sum(1).tolist())
+
+    def change(self, name: str, text: str, change: Change, n_continued: int) -> Outcome:
+        """What a change does to the predictions and to the continuation. Raises ConfigError as `read` does."""
+        one, ids = self.run(name), self.ids(text)
+        sae = one.loaded.sae
+        if change.kind not in KINDS:
+            raise ConfigError(unknown("change", change.kind, KINDS))
+        if not 0 <= change.latent < sae.config.d_sae:
+            raise ConfigError(f"Latent {change.latent}: {name} has latents 0 to {sae.config.d_sae - 1}.")
+        n_continued = max(0, min(n_continued, MAX_CONTINUED, self.limit - len(ids)))
+
+        def changed(x: Tensor) -> Tensor:
+            return x + changed_by(sae, x, change).to(x.dtype)
+
+        with self._lock, torch.inference_mode():
+            clean = self._forward(ids, one.hook, None).log_softmax(-1)
+            after = self._forward(ids, one.hook, changed).log_softmax(-1)
+            moved = after[-1].exp() - clean[-1].exp()
+            return Outcome(
+                (clean.exp() * (clean - after)).sum(-1).clamp(min=0).tolist(),
+                _pairs(moved.topk(N_CHANGED)),
+                _pairs(moved.topk(N_CHANGED, largest=False)),
+                self._continue(ids, one.hook, None, n_continued),
+                self._continue(ids, one.hook, changed, n_continued),
+            )
+
+    def _continue(self, ids: list[int], hook: str, edit: Callable[[Tensor], Tensor] | None, n: int) -> list[int]:
+        grown = list(ids)
+        for _ in range(n):
+            grown.append(int(self._forward(grown, hook, edit)[-1].argmax()))
+        return grown[len(ids) :]
+
+    def _forward(
+        self, ids: Sequence[int], hook: str, edit: Callable[[Tensor], Tensor] | None
+    ) -> Float[Tensor, "n vocabulary"]:
+        """Logits, where `edit` stands between the hook and all that follows."""
+        tokens: Int[Tensor, "1 n"] = torch.tensor([list(ids)])
+        hooks = [] if edit is None else [(hook, lambda value, hook: edit(value))]  # noqa: ARG005
+        with self._bridge.hooks(fwd_hooks=hooks):
+            logits: Any = self._bridge.forward(tokens, return_type="logits", use_cache=False)
+        return logits[0].float()
+
+
+def _kept(x: Tensor, caught: list[Tensor]) -> Tensor:
+    caught.append(x.clone())  # later layers may work in place
+    return x
+
+
+def changed_by(
+    sae: SparseAutoencoder, x: Float[Tensor, "*batch d_model"], change: Change
+) -> Float[Tensor, "*batch d_model"]:
+    """What a change adds to x: the change of the latent's value times its decoder row; the SAE's error stays."""
+    value = sae.encode(x.float())[..., change.latent]
+    by = {"ablate": -value, "clamp": change.value - value, "steer": torch.full_like(value, change.value)}[change.kind]
+    return by[..., None] * sae.W_dec.detach()[change.latent]
+
+
+def _pairs(found: Any) -> list[tuple[int, float]]:
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
