@@ -136,7 +136,7 @@ def attach(
     name = hook or sae.metadata.hook
     if name is None:
         raise ConfigError("The SAE does not say where it belongs. Give a hook, such as blocks.4.hook_resid_post.")
-    if sae.config.window > 1 or sae.config.predictor != "none":
+    if sae.config.reads_neighbours:
         raise ConfigError(
             "The codes of a crosscoder or a TFA depend on several positions: they cannot be read token by token."
         )

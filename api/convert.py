@@ -85,7 +85,7 @@ def to_jumprelu(
 
 
 def _check_plain(sae: SparseAutoencoder) -> None:
-    if sae.config.window > 1 or sae.config.predictor != "none":
+    if sae.config.reads_neighbours:
         raise ConfigError("The codes of a crosscoder or a TFA depend on several positions: it has no such form.")
 
 
