@@ -85,8 +85,8 @@ def measure(
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
     Systems and tail are on the settings' device, sums and observers on `sums_on` of it; what is returned is on the CPU.
-    With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
-    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own together.
+    A `reference` of an earlier pass saves the ablations. Of several processes each runs over its `part`; rank 0 is
+    returned the sums of all, an observer brings its own together.
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
@@ -95,8 +95,7 @@ def measure(
     device, there = settings.device, sums_on(settings.device)
     mean = settings.mean.to(there)
     sums = _Accumulator(len(systems), resamplings, len(mean), there)
-    losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64, device=there)
-    plain = torch.zeros(4, 2, n_documents, dtype=torch.float64, device=there)
+    losses, plain = (torch.zeros(n, 2, n_documents, dtype=torch.float64, device=there) for n in (len(systems), 4))
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):

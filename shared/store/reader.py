@@ -96,10 +96,8 @@ class Split(SplitItems):
     def roles(self) -> UInt8[ndarray, "n_sequences sequence_length"]:
         """Raises StoreError for a store that has none."""
         if not self.store.manifest.recipe.roles:
-            raise StoreError(
-                f"{self.store.location} does not say whose tokens are whose. Harvest conversations with "
-                "--chat-template and --roles."
-            )
+            how = "Harvest conversations with --chat-template and --roles."
+            raise StoreError(f"{self.store.location} does not say whose tokens are whose. {how}")
         return self.store.values(f"{self.name}/roles")
 
     def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
