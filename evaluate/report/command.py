@@ -63,9 +63,9 @@ def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> 
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
-    for one in written.included if tracker else ():
-        figures = {name: value for name, value in one.evaluation["metrics"].items() if value is not None}
-        log_results(str(tracker), runs_path / one.name, figures, folder)
+    for run in written.included if tracker else ():
+        figures = {name: value for name, value in run.evaluation["metrics"].items() if value is not None}
+        log_results(str(tracker), runs_path / run.name, figures, folder)
     n = len(written.included)
     place_of_report = legible(str(folder / "index.html"))
     click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")
