@@ -68,6 +68,7 @@ def _listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # who follows the address at once waits for the server instead of being refused
     except OSError as error:
         listener.close()
         raise ConfigError(f"Port {port} cannot be taken ({error.strerror}). Give another --port.") from error

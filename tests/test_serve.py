@@ -248,7 +248,7 @@ def test_training_is_followed_as_it_goes(page, server):
         last = json.loads(before.splitlines()[-1])
         with file.open("ab") as more:
             more.write(json.dumps({**last, "step": 4321}).encode() + b"\n")
-        toy.wait(page, lambda: "at step 4,321" in toy.one_of(page, "#training").text, 6)
+        toy.wait(page, lambda: "at step 4,321" in toy.one_of(page, "#training").text)
     finally:
         file.write_bytes(before)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))

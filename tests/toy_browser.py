@@ -63,8 +63,8 @@ def named(report: Path, start: str) -> str:
     return next(path.name for path in sorted((report / "runs").iterdir()) if path.name.startswith(start))
 
 
-def wait(driver: Any, condition: Any, seconds: float = 10) -> Any:
-    """Until `condition()` holds."""
+def wait(driver: Any, condition: Any, seconds: float = 60) -> Any:
+    """Until `condition()` holds; a busy machine may take its time."""
     return WebDriverWait(driver, seconds, poll_frequency=0.05).until(lambda _: condition())
 
 

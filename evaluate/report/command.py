@@ -44,6 +44,8 @@ def report(place: Place, tracker: str | None, **asked: Any) -> None:
       tcsae train --preset topk --preset temporal-topk eval report
       tcsae report --run topk --split train --max-tokens 1M --out topk-report
     """
+    from pathlib import Path
+
     from tcsae.evaluate.report.report import folder_bytes
     from tcsae.shared.base.console import legible, say, size
     from tcsae.shared.base.distributed import ranks
@@ -60,7 +62,7 @@ def report(place: Place, tracker: str | None, **asked: Any) -> None:
         say("Nothing has changed since it was written. Write it again with --force.")
     for run in written.included if tracker else ():
         figures = {name: value for name, value in run.evaluation["metrics"].items() if value is not None}
-        log_results(str(tracker), run.loaded.run.path, figures, written.folder)
+        log_results(str(tracker), Path(place.runs) / run.name, figures, written.folder)
     n = len(written.included)
     place_of_report = legible(str(written.folder / "index.html"))
     click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(written.folder))}: {place_of_report}")

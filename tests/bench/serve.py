@@ -41,6 +41,8 @@ def main() -> None:
     try:
         assert server.stdout is not None
         address = server.stdout.readline().rpartition(": ")[2].strip()
+        if not address.startswith("http"):
+            sys.exit("The server did not start: what it says stands above.")
         figures = {"start_s": time.perf_counter() - start}
         text = SENTENCE * 10  # some 128 tokens of the embedded tokenizer
         run = ask(address, "runs", {})[1]["runs"][0]["name"]
