@@ -12,6 +12,7 @@ from torch import Tensor
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import interval, jackknife, point
+from tcsae.evaluate.planted_table import PREFIX, show_planted
 from tcsae.shared.base.console import legible, sparkline, table
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest
@@ -120,6 +121,7 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         table(f"{hook}, {n_tokens:,} eval tokens of {n_documents:,} documents", COLUMNS, rows)
         click.echo(_legend(first))
         show_temporal(group, details)
+        show_planted(group, details)
         if details:
             show_measures(group)
     if evaluations:
@@ -131,6 +133,8 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
 def show_measures(evaluations: Sequence[dict[str, Any]]) -> None:
     """Print the registered measures of codes: a table each, and what its figures are."""
     for name, first in evaluations[0].get("measures", {}).items():
+        if name.startswith(PREFIX):
+            continue
         columns = tuple(first["figures"])
         rows = [[one["name"], *one["measures"][name]["figures"].values()] for one in evaluations]
         table(name, ("", *(column.replace("_", " ") for column in columns)), rows)

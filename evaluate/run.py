@@ -86,7 +86,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
     observer = TemporalObserver(split, options.skip_first, centre, len(group.runs)) if options.temporal else None
     widths = [one.sae.config.d_sae for one in group.runs]
-    measures = MeasureObserver(widths)
+    measures = MeasureObserver([one.sae for one in group.runs], split)
     observers: list[Observer] = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):

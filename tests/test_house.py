@@ -13,7 +13,7 @@ import pytest
 from tcsae.shared.base.windows import positions
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("harvest", "train", "evaluate", "shared", "data", "paper")
+ROOMS = ("harvest", "train", "evaluate", "shared", "data", "paper", "synthetic")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SHARED = {"shared/base", "shared/store", "shared/sae", "shared/lm"}
 MAY_IMPORT = {
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "evaluate": {"evaluate", "evaluate/measures", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     # On top of the stages, as a user is.
+    "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/measures", *SHARED},
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }
 """Layers, lowest first; the store reads run folders for `inspect`, and text for a few sequences."""

@@ -28,6 +28,7 @@ STAGES = {
     "copy": "tcsae.shared.commands.store_commands:copy",
     "export": "tcsae.shared.commands.store_commands:export",
     "paper": "tcsae.paper.command:paper",
+    "synthetic": "tcsae.synthetic.command:synthetic",
 }
 
 
