@@ -29,7 +29,7 @@ class Population:
     durations: Float[ndarray, " n_all"]
     parents: Int[ndarray, " n_all"]
     """-1: none."""
-    levels: list[Int[ndarray, "n_parents n_siblings"]]
+    levels: list[Int[ndarray, "_ n_siblings"]]
     """Children of each level's parents; -1 beyond the last child."""
     loadings: Float[ndarray, "n rank"]
     directions: Float[ndarray, "n_all d_model"]

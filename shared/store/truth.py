@@ -3,6 +3,7 @@
 A safetensors file, STORE.truth.safetensors, whose metadata names the store's content and the settings it was made by.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ CLASSES = (SLOW_RARE, SLOW_DENSE, FAST, POSITION, PARENT, CHILD)
 MODEL = "planted features"
 """Name of the model in the recipe of a planted store."""
 SUFFIX = ".truth.safetensors"
-VERSION = "1"
+VERSION = 1
+ABOUT = "truth"
+"""The metadata's one key: version, content of the store, settings, digest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +80,10 @@ def save_truth(location: str, truth: Truth, content: str, settings: Mapping[str,
     path = truth_path(location)
     assert path is not None, "checked before anything is made"
     tensors = {name: np.ascontiguousarray(getattr(truth, name), kind) for name, kind in DTYPES.items()}
-    metadata = {"version": VERSION, "content": content, "settings": json.dumps(settings, sort_keys=True)}
-    digest = json_digest({**metadata, **{name: _digest(one) for name, one in tensors.items()}})
-    write_atomic(path, safetensors.numpy.save(tensors, {**metadata, "digest": digest}))
+    about = {"version": VERSION, "content": content, "settings": dict(settings)}
+    about["digest"] = _digest(about, tensors)
+    # One key: safetensors writes several in an order of its own, which differs from time to time.
+    write_atomic(path, safetensors.numpy.save(tensors, {ABOUT: json.dumps(about, sort_keys=True)}))
 
 
 def load_truth(store: "Store") -> Truth | None:
@@ -92,17 +96,16 @@ def load_truth(store: "Store") -> Truth | None:
         return None
     try:
         with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise StoreError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}). {AGAIN}") from error
-    if metadata.get("version") != VERSION:
-        raise StoreError(f"{path} has version {metadata.get('version')!r}; this program reads {VERSION!r}. {AGAIN}")
-    if metadata.get("content") != store.content:
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        version = about.get("version") if isinstance(about, dict) else None
+        raise StoreError(f"{path} has version {version!r:.40}; this program reads {VERSION}. {AGAIN}")
+    if about.get("content") != store.content:
         raise StoreError(f"{path} is the truth of another store than {store.location}. {AGAIN}")
-    about = {name: value for name, value in metadata.items() if name != "digest"}
-    digests = {name: _digest(one) for name, one in tensors.items()}
-    if tensors.keys() != DTYPES.keys() or metadata.get("digest") != json_digest({**about, **digests}):
+    if tensors.keys() != DTYPES.keys() or about.get("digest") != _digest(about, tensors):
         raise StoreError(f"{path} is damaged: its digest does not fit. {AGAIN}")
     return Truth(**tensors)
 
@@ -110,7 +113,9 @@ def load_truth(store: "Store") -> Truth | None:
 AGAIN = "Delete it and start the same tcsae synthetic again: it writes the truth anew, and the store stays."
 
 
-def _digest(values: ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + values.tobytes()).hexdigest()
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, ndarray]) -> str:
+    """Of everything in the file but the digest itself."""
+    values = {
+        name: [one.dtype.str, one.shape, hashlib.sha256(one.tobytes()).hexdigest()] for name, one in tensors.items()
+    }
+    return json_digest({"about": {name: about[name] for name in about if name != "digest"}, "values": values})
