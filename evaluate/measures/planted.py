@@ -33,7 +33,7 @@ OVERALL = {
     "recall": "the same of recall",
     "uniqueness": "features that some latent points along most, over the number of latents",
     "recovered": f"share of features whose latent has an F1 of at least {RECOVERED_F1} and a cosine of at least "
-    f"{RECOVERED_COSINE}; a feature that is never on counts as not recovered",
+    f"{RECOVERED_COSINE}, among those that are on at all",
     "shrinkage": "amplitude along a feature's direction that its latent gives back where both are on, over the true "
     "one, pooled; 1: none",
     "false_splits": f"latents beyond the first within a cosine of {SPLIT_COSINE} of a feature, in all",
@@ -154,8 +154,8 @@ class Planted:
         return [torch.from_numpy(self._features), torch.from_numpy(self._latents)]
 
     def per_feature(self) -> dict[str, Float[ndarray, " n_features"]]:
-        """F1, precision, recall of each feature's latent, 0 where undefined, NaN for a feature that is never on;
-        cosine; recovered (0 or 1); and the sums behind all figures.
+        """F1, precision, recall of each feature's latent and whether it is recovered (0 or 1), NaN for a feature that
+        is never on; cosine; and the sums behind all figures.
         """
         sums = dict(zip((*PER_FEATURE, *EDGES), self._features, strict=True))
         latent = self.matching.latent_of
@@ -163,8 +163,9 @@ class Planted:
         on, hits = np.where(sums["on"] > 0, sums["on"], np.nan), sums["hits"]
         f1 = 2 * hits / (on + firings)
         precision = np.where(np.isnan(on), np.nan, hits / np.maximum(firings, 1))
-        recovered = (np.nan_to_num(f1) >= RECOVERED_F1) & (self.matching.cosine >= RECOVERED_COSINE)
-        scores = {"f1": f1, "precision": precision, "recall": hits / on, "recovered": recovered.astype(float)}
+        is_recovered = (f1 >= RECOVERED_F1) & (self.matching.cosine >= RECOVERED_COSINE)
+        recovered = np.where(np.isnan(on), np.nan, is_recovered)
+        scores = {"f1": f1, "precision": precision, "recall": hits / on, "recovered": recovered}
         return sums | scores | {"cosine": self.matching.cosine}
 
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -189,7 +190,7 @@ class Planted:
             "precision": float((hits / np.maximum(firings, 1)).mean()),
             "recall": float((hits / np.maximum(occurrences, 1)).mean()),
             "uniqueness": len(np.unique(matching.nearest)) / len(self.rows),
-            "recovered": float(scores["recovered"].mean()),
+            "recovered": _mean(scores["recovered"]),
             "shrinkage": _ratio(scores["given"].sum(), scores["true"].sum()),
             "false_splits": int(matching.splits.sum()),
             "antipodal_pairs": matching.n_antipodal,
@@ -203,8 +204,7 @@ class Planted:
         figures: dict[str, float | None] = {
             "n_features": int(which.sum()),
             "mcc": float(scores["cosine"][which].mean()),
-            **{key: _mean(scores[key][which]) for key in ("f1", "precision", "recall")},
-            "recovered": float(scores["recovered"][which].mean()),
+            **{key: _mean(scores[key][which]) for key in ("f1", "precision", "recall", "recovered")},
             "uniqueness": float(np.isin(np.flatnonzero(which), self.matching.nearest).mean()),
             "shrinkage": _ratio(sums["given"], sums["true"]),
             "false_splits": float(self.matching.splits[which].mean()),
@@ -241,7 +241,7 @@ def _lookup_sum(
 ) -> Float[ndarray, " a"]:
     """Sum of the weights of each key."""
     at, known = _found(keys, asked)
-    return np.bincount(at[known], weights[known], len(keys))
+    return np.bincount(at[known], weights[known], len(keys)).astype(np.float64)  # also of no weight
 
 
 def _ratio(total: float, n: float) -> float | None:
