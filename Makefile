@@ -2,6 +2,7 @@
 # make test   install with the development extras, then lint, type check and test
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
+# make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval report
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper clean
+.PHONY: run test fast torture lint types paper planted clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -26,6 +27,9 @@ test: .venv/installed-dev lint types
 
 paper: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
+
+planted: .venv/installed
+	$(BIN)/tcsae planted
 
 fast: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=fast
@@ -58,4 +62,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/planted

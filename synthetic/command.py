@@ -70,3 +70,34 @@ def synthetic(
     echo(
         f"  Train with about {round(1.1 * config.n_features)} latents: --set sae.d_sae={round(1.1 * config.n_features)}"
     )
+
+
+@click.command(cls=StageCommand, short_help="Which planted features can be identified, by which method: the page.")
+@click.option("--quick", is_flag=True, help="A minute: few tokens, few steps, one seed. Shows that everything runs.")
+@click.option("--work", default="data/planted", show_default=True, metavar="PATH", help="Folder of stores and runs.")
+@click.option("--out", default="docs/results", show_default=True, metavar="PATH", help="Folder that the page goes to.")
+@click.pass_context
+def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
+    """Plant features of many durations and strengths, train plain and temporal SAEs on them, and write the page
+    planted.md with the identifiability diagram.
+
+    What is done is not done again, so that it can be stopped and started.
+    """
+    from click.core import ParameterSource
+
+    assert ctx.parent is not None
+    for name in ("store", "runs"):
+        if ctx.parent.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is not for planted, which has stores and runs of its own below --work.")
+
+    from pathlib import Path
+
+    from tcsae.shared.base.console import say
+    from tcsae.synthetic.experiment import Place as Work
+    from tcsae.synthetic.experiment import make_all
+    from tcsae.synthetic.planted_page import write_planted_page
+    from tcsae.synthetic.predictions import FULL, QUICK
+
+    size = QUICK if quick else FULL
+    make_all(Work(Path(work)), size)
+    say(f"The page: {write_planted_page(Work(Path(work)), size, Path(out))}")

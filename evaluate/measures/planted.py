@@ -118,9 +118,9 @@ class Planted:
         """The code of the counted positions of the batch that `tokens` is at."""
         tokens, n, matching = self.tokens, self.truth.n_features, self.matching
         sparse = code if isinstance(code, SparseCode) else positive_code(code)
-        on = (sparse.values > 0).numpy()
+        on = (sparse.values.detach() > 0).numpy()
         token, latent = sparse.rows.numpy()[on], sparse.latents.numpy()[on]
-        value = sparse.values.numpy()[on].astype(np.float64)
+        value = sparse.values.detach().numpy()[on].astype(np.float64)
         feature = matching.feature_of[latent]
         matched = np.flatnonzero(feature >= 0)
         keys, order = np.unique(token[matched] * n + feature[matched], return_index=True)

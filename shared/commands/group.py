@@ -29,6 +29,7 @@ STAGES = {
     "export": "tcsae.shared.commands.store_commands:export",
     "paper": "tcsae.paper.command:paper",
     "synthetic": "tcsae.synthetic.command:synthetic",
+    "planted": "tcsae.synthetic.command:planted",
 }
 
 
