@@ -88,8 +88,8 @@ def _page(size: Size, grid: Grid, methods: dict[str, list[dict[str, Any]]], verd
         "# Planted features: what is recovered of a known truth",
         "",
         f"Written by `tcsae planted{size.name}` (`make planted`). `tcsae synthetic` plants features whose truth is "
-        "known; durations change nothing about a single token, so a method that looks at one token at a time must score the "
-        f"same at every duration. {size.n_seeds} seeds, each of store, weights and data order; {size.steps} steps.",
+        "known; durations change nothing about a single token, so a method that looks at one token at a time must score "
+        f"the same at every duration. {size.n_seeds} seeds, each of store, weights and data order; {size.steps} steps.",
         "",
         "## What was predicted, and what would refute it",
         "",
@@ -108,7 +108,7 @@ def _page(size: Size, grid: Grid, methods: dict[str, list[dict[str, Any]]], verd
         f"![Recovered share over duration and signal to noise]({FIGURE})",
         "",
         "Share of rare features recovered (F1 of the matched latent at least 0.5, cosine at least 0.7), mean over "
-        "seeds. Signal to noise: amplitude over the standard deviation of everything else along the feature's direction.",
+        "seeds. Signal to noise: amplitude over the standard deviation of all else along the feature's direction.",
         "",
         "F1 of slow features, mean over seeds and signal to noise:",
         "",

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "train": {"train", *SHARED},
     "evaluate/measures": {"evaluate", "evaluate/measures", *SHARED},
     "evaluate": {"evaluate", "evaluate/measures", *SHARED},
+    "evaluate/probing": {"evaluate", "evaluate/measures", "evaluate/probing", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     # On top of the stages, as a user is.
     "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/measures", *SHARED},

@@ -20,6 +20,7 @@ STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
+    "probe": "tcsae.evaluate.probing.command:probe",
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.evaluate.report.command:feature",
     "presets": "tcsae.train.command:presets",
