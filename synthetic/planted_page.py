@@ -67,7 +67,9 @@ def diagram(grid: Grid) -> bytes:
         titles = [PLAIN, TEMPORAL, "difference"]
         for i, (values, title) in enumerate(zip([*parts, parts[1] - parts[0]], titles, strict=True)):
             axes = figure.add_subplot(1, 3, i + 1)
-            style = {"cmap": "RdBu", "vmin": -1, "vmax": 1} if i == 2 else {"cmap": "viridis", "vmin": 0, "vmax": 1}
+            style: dict[str, Any] = (
+                {"cmap": "RdBu", "vmin": -1, "vmax": 1} if i == 2 else {"cmap": "viridis", "vmin": 0, "vmax": 1}
+            )
             image = axes.imshow(values.T, origin="lower", aspect="auto", **style)
             axes.set_xticks(range(len(grid.durations)), [str(one) for one in grid.durations])
             axes.set_yticks(range(len(grid.snr)), [f"{one:.2g}" for one in grid.snr])
@@ -88,8 +90,9 @@ def _page(size: Size, grid: Grid, methods: dict[str, list[dict[str, Any]]], verd
         "# Planted features: what is recovered of a known truth",
         "",
         f"Written by `tcsae planted{size.name}` (`make planted`). `tcsae synthetic` plants features whose truth is "
-        "known; durations change nothing about a single token, so a method that looks at one token at a time must score "
-        f"the same at every duration. {size.n_seeds} seeds, each of store, weights and data order; {size.steps} steps.",
+        "known; durations change nothing about a single token, so a method that looks at one token at a time must "
+        f"score the same at every duration. {size.n_seeds} seeds, each of store, weights and data order; "
+        f"{size.steps} steps.",
         "",
         "## What was predicted, and what would refute it",
         "",

@@ -3,6 +3,9 @@
 The grid holds everything about a single token fixed (rates, amplitudes, superposition, noise) and changes only how
 long slow features last, so a gain of the term at duration 1 would be an artefact, and one that does not grow with
 duration is not about slowness.
+
+The strengths were set after a look at one cell (duration 16, seed 0): nothing was recovered at a signal to noise of
+1.4 and all at 5, by either method; their F1 there was .803 (TopK) and .796 (temporal TopK). No other cell was seen.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +42,7 @@ class Size:
 FULL = Size(
     name="",
     durations=(1, 2, 4, 8, 16, 32, 64),
-    amplitudes=(0.075, 0.15, 0.3, 0.6, 1.2),
+    amplitudes=(0.15, 0.3, 0.45, 0.6, 0.9),
     per_cell=8,
     n_seeds=3,
     steps=1000,
@@ -74,8 +77,8 @@ class Grid(NamedTuple):
         return np.array(self.durations) >= 8
 
     def middling(self) -> ndarray:
-        """Signal to noise between 1/2 and 2: below nothing is seen in one token, above everything is."""
-        return (self.snr >= 0.5) & (self.snr <= 2)
+        """Signal to noise between 1 and 3.5: below nothing is seen in one token, above everything is."""
+        return (self.snr >= 1) & (self.snr <= 3.5)
 
 
 class Verdict(NamedTuple):
@@ -132,7 +135,7 @@ PREDICTIONS = (
     Prediction(
         "Where features are slow and of middling strength, the term recovers more of them.",
         f"temporal TopK's F1 of slow features is not above TopK's by {SMALLEST} in every seed, at durations of 8 or "
-        "more and a signal to noise of 1/2 to 2",
+        "more and a signal to noise of 1 to 3.5",
         _helps,
     ),
     Prediction(
@@ -142,7 +145,7 @@ PREDICTIONS = (
     ),
     Prediction(
         "The gain grows with duration.",
-        "the rank correlation of duration and gain in F1 (mean over seeds, signal to noise of 1/2 to 2) is 0.5 or less",
+        "the rank correlation of duration and gain in F1 (mean over seeds, signal to noise of 1 to 3.5) is 0.5 or less",
         _grows,
     ),
     Prediction(

@@ -15,7 +15,7 @@ from tcsae.synthetic.predictions import ARMS, PLAIN, PREDICTIONS, QUICK, TEMPORA
 
 def grid(gain: float, *, at_one: float = 0.0, wider: float = 0.0, fast: float = 0.6) -> Grid:
     """F1 of .3, and `gain` more for the term where duration is 8 or more."""
-    durations, snr = (1, 2, 8, 32), np.array([0.2, 0.7, 1.5, 4.0])
+    durations, snr = (1, 2, 8, 32), np.array([0.2, 1.2, 2.5, 4.0])
     plain = np.full((3, 4, 4), 0.3)
     temporal = plain + gain * np.array([0, 0.3, 1, 1.2])[:, None]
     temporal[:, 0] += at_one

@@ -135,6 +135,6 @@ def _labels(path: Path, name: str, values: Sequence[Any]) -> dict[str, Int[ndarr
         return {f"{name}_{value}": _is_value(named, value) for value in sorted(known)}
     example = next(iter(known), None)
     raise DataError(
-        f"{path}: column {name} has {len(known)} different values, such as {str(example)!r:.40}. Give 0 and 1, or up to "
-        f"{MOST_CATEGORIES} names."
+        f"{path}: column {name} has {len(known)} different values, such as {str(example)!r:.40}. Give 0 and 1, "
+        f"or up to {MOST_CATEGORIES} names."
     )

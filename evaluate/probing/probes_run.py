@@ -1,6 +1,7 @@
 """Probing of runs: from a store and folders to figures, a file and tables."""
 
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
 FILE = "probes.json"
+SHOWN = ("1", "5", ALL)
+"""Columns of the tables; probes.json has every k."""
 AGAIN = "Start the same command again once it can."
 X = "x"
 SMOOTHED = ", smoothed"
@@ -147,29 +150,28 @@ def _gain(text: dict[str, Any], name: str, base: str, at: tuple[str, str, str], 
 
 def show(result: dict[str, Any], details: bool) -> None:
     """Means over the labels of each kind; with `details` every label."""
-    labels = [Label(name, one["kind"], None) for name, one in result["labels"].items()]  # type: ignore[arg-type]
-    kinds = list(dict.fromkeys(one.kind for one in labels))
-    ks = list(dict.fromkeys(k for one in result["figures"].values() for figures in one.values() for k in figures))
-    ks = [*(k for k in ks if k != ALL), *(k for k in ks if k == ALL)]
+    of_kind = {name: one["kind"] for name, one in result["labels"].items()}
+    kinds = list(dict.fromkeys(of_kind.values()))
+    ks = SHOWN
     for key, title in (("auroc", "AUROC"), ("within", "AUROC within equal tokens")):
         rows = []
         for name, found in result["figures"].items():
-            by_k = {k: means(found, labels, k, key) for k in ks}
+            by_k = {k: means(found, of_kind, k, key) for k in ks}
             rows.append([name, *(_digits(by_k[k][kind]) for kind in kinds for k in ks)])
-        n = {kind: sum(one.kind == kind for one in labels) for kind in kinds}
+        n = Counter(of_kind.values())
         columns = ("", *(f"{kind} ({n[kind]}) k={k}" if k != ALL else f"{kind} all" for kind in kinds for k in ks))
         table(f"{title}, mean over labels, {result['n_tokens']:,} eval tokens", columns, rows)
     if details:
         _show_labels(result, ks[0])
     echo(
-        "k latents chosen, and a regression fitted, on half of the documents; scored on the other. x has no latents: k=1 "
-        "is the direction between its class means,\nall is Fisher's discriminant. Smoothed: an exponential memory of "
-        "0.8 along each sequence. Within equal tokens: only pairs of one token id count."
+        "k latents chosen, and a regression fitted, on half of the documents; scored on the other. x has no latents: "
+        "k=1 is the direction between its class means,\nall is Fisher's discriminant. Smoothed: an exponential memory "
+        "of 0.8 along each sequence. Within equal tokens: only pairs of one token id count."
     )
     if result["left_out"]:
         echo(f"Left out, as they are too rare or too frequent: {', '.join(result['left_out'])}.")
     spent = f"{duration(result['seconds'])} ({result['processor_seconds']:.0f} s of processor time)"
-    echo(f"It took {spent}; {len(labels)} labels, {len(result['weights'])} SAEs.")
+    echo(f"It took {spent}; {len(of_kind)} labels, {len(result['weights'])} SAEs.")
 
 
 def _show_labels(result: dict[str, Any], k: str) -> None:
@@ -184,8 +186,8 @@ def _show_labels(result: dict[str, Any], k: str) -> None:
 
 def show_difference(found: dict[str, Any], labels: dict[str, Any]) -> None:
     """Means over the labels of each kind."""
-    kept = [Label(name, labels[name]["kind"], None) for name in next(iter(found.values()))]  # type: ignore[arg-type]
-    kinds = list(dict.fromkeys(one.kind for one in kept))
+    kept = {name: labels[name]["kind"] for name in next(iter(found.values()))}
+    kinds = list(dict.fromkeys(kept.values()))
     ks = list(next(iter(next(iter(found.values())).values())))
     rows: list[Sequence[object]] = [
         [name, *(_digits(means(one, kept, k, "auroc")[kind]) for kind in kinds for k in ks)]

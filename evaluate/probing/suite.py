@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -167,6 +167,10 @@ def halves(groups: Sequence[str]) -> Bool[ndarray, " n"]:
     return np.array([side[group] for group in groups], bool)
 
 
+Figures = dict[str, dict[str, dict[str, float | None]]]
+"""{label: {k: {"auroc", "within"}}}; k as text, or ALL."""
+
+
 class Probe:
     """Labels, halves and what is worked out once for all representations."""
 
@@ -188,7 +192,7 @@ class Probe:
     def _contrasts_back(self) -> Float[ndarray, "n n_labels"]:
         return self.tokens.smooth_back(self._contrasts)
 
-    def of_x(self, x: Float[Tensor, "n d_model"]) -> dict[str, dict[str, dict[str, float | None]]]:
+    def of_x(self, x: Float[Tensor, "n d_model"]) -> Figures:
         """{label: {"1": {"auroc", "within"}, "all": ...}} of activations."""
         wide = x.double().numpy()
         differences = wide.T @ self._contrasts
@@ -200,14 +204,15 @@ class Probe:
             found[label.name] = {k: self._score(label, wide @ one) for k, one in directions.items()}
         return found
 
-    def of_code(self, code: csr_array, smooth: bool) -> dict[str, dict[str, dict[str, float | None]]]:
+    def of_code(self, code: csr_array, smooth: bool) -> Figures:
         """{label: {k: {"auroc", "within"}}} of a code, or of that code smoothed."""
         here = code[np.flatnonzero(self.train)]
         n_on = np.bincount(here.indices, minlength=code.shape[1])
         size = np.bincount(here.indices, here.data, minlength=code.shape[1]) / np.maximum(n_on, 1)
         scale = np.where((n_on >= MIN_FIRINGS) & (size > 0), size, np.inf)
         differences = (code.T @ (self._contrasts_back if smooth else self._contrasts)) / scale[:, None]
-        columns, found = csc_array(code), {}
+        columns = csc_array(code)
+        found: Figures = {}
         for i, label in enumerate(self.labels):
             order = np.argsort(-abs(differences[:, i]), kind="stable")[: max(self.ks)]
             values = torch.from_numpy(columns[:, order].toarray()).float()
@@ -243,11 +248,11 @@ def sparse_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"]) -> csr_ar
     return csr_array(vstack(parts)) if len(parts) > 1 else parts[0]
 
 
-def means(found: Mapping[str, Mapping[str, Any]], labels: Sequence[Label], k: str, key: str) -> dict[str, float | None]:
-    """Mean over the labels of each kind of a figure; None where no label has it."""
+def means(found: Figures, kinds: Mapping[str, str], k: str, key: str) -> dict[str, float | None]:
+    """Mean over the labels of each kind of a figure; None where no label has it. `kinds`: of each label."""
     made: dict[str, float | None] = {}
-    for kind in dict.fromkeys(one.kind for one in labels):
-        values = [found[one.name].get(k, {}).get(key) for one in labels if one.kind == kind]
+    for kind in dict.fromkeys(kinds.values()):
+        values = [found[name].get(k, {}).get(key) for name, its_kind in kinds.items() if its_kind == kind]
         known = [one for one in values if one is not None]
         made[kind] = float(np.mean(known)) if known else None
     return made
