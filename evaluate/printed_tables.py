@@ -12,7 +12,7 @@ from torch import Tensor
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import interval, jackknife, point
-from tcsae.evaluate.planted_table import PREFIX, show_planted
+from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
 from tcsae.shared.base.console import legible, sparkline, table
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest

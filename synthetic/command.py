@@ -95,8 +95,8 @@ def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
     from tcsae.shared.base.console import say
     from tcsae.synthetic.experiment import Place as Work
     from tcsae.synthetic.experiment import make_all
+    from tcsae.synthetic.identifiability import FULL, QUICK
     from tcsae.synthetic.planted_page import write_planted_page
-    from tcsae.synthetic.predictions import FULL, QUICK
 
     size = QUICK if quick else FULL
     make_all(Work(Path(work)), size)

@@ -10,7 +10,7 @@ from tcsae.shared.base.files import write_atomic, write_json
 from tcsae.shared.sae.folder import EVALUATION, load_evaluation, writing
 from tcsae.shared.store.reader import open_store
 from tcsae.synthetic.experiment import AGAIN, Place, grid_of, method_presets, runs_of, table_cells
-from tcsae.synthetic.predictions import ARMS, PLAIN, PREDICTIONS, TEMPORAL, Grid, Size
+from tcsae.synthetic.identifiability import ARMS, PLAIN, PREDICTIONS, TEMPORAL, Grid, Size
 
 FIGURE, NUMBERS, PAGE = "planted.svg", "planted.json", "planted.md"
 CLASSES_SHOWN = ("slow_rare", "slow_dense", "fast", "position", "parent", "child")
@@ -96,7 +96,7 @@ def _page(size: Size, grid: Grid, methods: dict[str, list[dict[str, Any]]], verd
         "",
         "## What was predicted, and what would refute it",
         "",
-        "The sentences stood in `synthetic/predictions.py` before the runs were made.",
+        "The sentences stood in `synthetic/identifiability.py` before the runs were made.",
         "",
         "| prediction | refuted if | figure | verdict |",
         "|---|---|---|---|",

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "data": {"data", *SHARED},
     "harvest": {"harvest", "data", *SHARED},
     "train": {"train", *SHARED},
-    "evaluate/measures": {"evaluate", "evaluate/measures", *SHARED},
-    "evaluate": {"evaluate", "evaluate/measures", *SHARED},
+    "evaluate/measures": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate/planted": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
     "evaluate/probing": {"evaluate", "evaluate/measures", "evaluate/probing", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     # On top of the stages, as a user is.
-    "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/measures", *SHARED},
+    "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/planted", *SHARED},
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }
 """Layers, lowest first; the store reads run folders for `inspect`, and text for a few sequences."""

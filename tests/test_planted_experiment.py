@@ -9,8 +9,8 @@ import pytest
 from tcsae.shared.base.errors import RunError
 from tcsae.synthetic import experiment
 from tcsae.synthetic.experiment import Place, make_all, method_presets
+from tcsae.synthetic.identifiability import ARMS, PLAIN, PREDICTIONS, QUICK, TEMPORAL, WIDER, Grid
 from tcsae.synthetic.planted_page import write_planted_page
-from tcsae.synthetic.predictions import ARMS, PLAIN, PREDICTIONS, QUICK, TEMPORAL, WIDER, Grid
 
 
 def grid(gain: float, *, at_one: float = 0.0, wider: float = 0.0, fast: float = 0.6) -> Grid:

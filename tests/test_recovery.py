@@ -11,9 +11,9 @@ import toy_eval
 from click.testing import CliRunner
 
 from tcsae.evaluate.batches import batches
-from tcsae.evaluate.measures.planted import Planted, PlantedTokens
-from tcsae.evaluate.measures.recovery import capture, match
-from tcsae.evaluate.measures.segments import axis_of, compare_segments
+from tcsae.evaluate.planted.matching import capture, match
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
+from tcsae.evaluate.planted.segments import axis_of, compare_segments
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import positive_code

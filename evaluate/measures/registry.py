@@ -14,8 +14,8 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
-from tcsae.evaluate.measures.planted import Planted, PlantedTokens
 from tcsae.evaluate.parallel import Part
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
 from tcsae.shared.base.console import say
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.store.reader import Split

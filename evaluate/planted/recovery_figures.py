@@ -1,6 +1,6 @@
 """Recovery of planted features: for each class of them, whether a latent points their way and is on when they are.
 
-For a store that `tcsae synthetic` wrote, whose truth lies beside it. Matching is by directions alone (`recovery`);
+For a store that `tcsae synthetic` wrote, whose truth lies beside it. Matching is by directions alone (`matching`);
 everything else compares a feature with the one latent that it was matched with, at the counted positions of the split.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.core import Code
-from tcsae.evaluate.measures.recovery import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
-from tcsae.evaluate.measures.segments import Axis, axis_of, compare_segments
+from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
+from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 from tcsae.shared.store.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
 
