@@ -1,26 +1,25 @@
-# make run    install, then harvest, train, evaluate and report on the embedded model and corpus (FRESH=1 starts anew)
+# make run    install, harvest, train the default and its plain twin, evaluate, report, compare (FRESH=1 starts anew)
 # make test   install with the development extras, then lint, type check and test
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
+# make methods  every temporal method on one store, in one table into docs/results, about an hour on two cores
 # make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
 BIN := .venv/bin
-CHAIN = harvest $(if $(FRESH),--fresh) train $(if $(FRESH),--fresh) eval report
+# Fewer steps than the default of `train`: with the installation under five minutes of two cores.
+STEPS ?= 1500
+TWINS = train --preset temporal-topk --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
+CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk --with topk
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper planted clean
+.PHONY: run test fast torture lint types paper methods planted clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
-	@echo "The store: data/activations.zarr. The SAE and its evaluation: data/runs. The report: data/report/index.html. Next:"
-	@echo "  $(BIN)/tcsae inspect                                                 what was harvested and trained"
-	@echo "  $(BIN)/tcsae feature --id 1                                          one feature in the terminal"
-	@echo "  $(BIN)/tcsae train --preset topk eval report                         its twin without the temporal term"
-	@echo "  $(BIN)/tcsae train --preset written-run3 eval report                 the paper's equations"
 
 test: .venv/installed-dev lint types
 	$(BIN)/pytest -n 2 --dist loadfile
@@ -36,6 +35,9 @@ fast: .venv/installed-dev
 
 torture: .venv/installed-dev
 	$(BIN)/python tests/torture/run.py $(TORTURE)
+
+methods: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae methods
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -62,4 +64,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/planted
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods data/planted

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tcsae.shared.sae.folder import load_sae
     from tcsae.shared.sae.module import SparseAutoencoder
+    from tcsae.shared.sae.sources import load_sae
     from tcsae.shared.store.create import create_store
     from tcsae.shared.store.reader import Store, open_store
     from tcsae.train.loader import iterate_segments, iterate_tokens
@@ -23,7 +23,7 @@ _HOMES = {
     "open_store": "tcsae.shared.store.reader",
     "create_store": "tcsae.shared.store.create",
     "SparseAutoencoder": "tcsae.shared.sae.module",
-    "load_sae": "tcsae.shared.sae.folder",
+    "load_sae": "tcsae.shared.sae.sources",
     "iterate_segments": "tcsae.train.loader",
     "iterate_tokens": "tcsae.train.loader",
 }

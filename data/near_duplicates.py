@@ -85,7 +85,7 @@ def n_contained(texts: Sequence[str], others: Sequence[str]) -> int:
     known = np.unique(np.concatenate([shingles(text) for text in others]))
     n = 0
     for text in texts:
-        own = shingles(text)
-        at = np.minimum(np.searchsorted(known, own), len(known) - 1)
-        n += 2 * int(np.count_nonzero(known[at] == own)) >= len(own)
+        runs = shingles(text)
+        at = np.minimum(np.searchsorted(known, runs), len(known) - 1)
+        n += 2 * int(np.count_nonzero(known[at] == runs)) >= len(runs)
     return n

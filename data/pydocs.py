@@ -177,8 +177,8 @@ def corpus(documents: list[Document]) -> tuple[list[Document], Filtered]:
     The order is a shuffle that everybody can repeat: any prefix samples all sources.
     """
     filtered = drop_near_duplicates([document.text for document in documents])
-    kept = [documents[i] for i in filtered.kept]
-    return sorted(kept, key=lambda document: hashlib.sha256(document.text.encode()).digest()), filtered
+    documents = [documents[i] for i in filtered.kept]
+    return sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest()), filtered
 
 
 def describe(reading: Reading, filtered: Filtered) -> str:
@@ -200,11 +200,11 @@ def _installed_roots() -> dict[str, Path]:
 
 
 def _python_files(root: Path) -> list[Path]:
-    def wanted(path: Path) -> bool:
+    def is_source(path: Path) -> bool:
         parts = path.relative_to(root).parts
         return not any(part.startswith("test") or part in _SKIPPED_FOLDERS for part in parts)
 
-    return sorted(path for path in root.rglob("*.py") if wanted(path))
+    return sorted(path for path in root.rglob("*.py") if is_source(path))
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:

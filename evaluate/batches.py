@@ -11,6 +11,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.shared.base.errors import StoreError
+from tcsae.shared.store.counted import CountingRules, as_rules, counted
 from tcsae.shared.store.reader import Split
 
 
@@ -19,7 +20,8 @@ class Settings:
     """How a split is gone through."""
 
     hook: str
-    skip_first: int
+    skip_first: CountingRules | int
+    """Which positions are counted; a number: those from it on."""
     splice_all: bool
     """Whether xhat also stands at the skipped positions when it is given to the tail."""
     mean: Float64[Tensor, " d_model"]
@@ -45,9 +47,14 @@ class EvalBatch(NamedTuple):
     piece: Int[Tensor, " batch"]
     """The same for pieces."""
     counted: Bool[Tensor, "batch position"]
-    """Valid positions from `skip_first` on."""
+    """Valid positions that no rule leaves out."""
     skipped: Bool[Tensor, "batch position"]
-    """Valid positions before."""
+    """The other valid positions."""
+
+    @property
+    def runs(self) -> Int[Tensor, " n"]:
+        """Of each counted position: its run of consecutive ones within a sequence, numbered in order."""
+        return run_numbers(self.counted)
 
     @property
     def has_next(self) -> Bool[Tensor, "batch position"]:
@@ -58,6 +65,12 @@ class EvalBatch(NamedTuple):
 def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:
     """0, 1, 2 ... for each run of equal values."""
     return np.concatenate([[0], (values[1:] != values[:-1]).cumsum()]) if len(values) else values
+
+
+def run_numbers(counted: Bool[Tensor, "batch position"]) -> Int[Tensor, " n"]:
+    """Of each counted position the number of its run: a new one begins with a sequence, and after what is left out."""
+    before = torch.nn.functional.pad(counted, (1, 0))[:, :-1]
+    return (counted & ~before).flatten().cumsum(0)[counted.flatten()] - 1
 
 
 def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[ndarray, " n_sequences"]]:
@@ -71,7 +84,7 @@ def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[nd
 def batches(
     split: Split,
     hook: str,
-    skip_first: int,
+    skip_first: CountingRules | int,
     max_tokens: int | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[EvalBatch]:
@@ -86,9 +99,10 @@ def batches(
         part = slice(start, stop)
         x = torch.from_numpy(rows.read(start, stop)).float()
         lengths = torch.from_numpy(split.lengths[part])
-        valid, from_there = position < lengths[:, None], position >= skip_first
+        valid = position < lengths[:, None]
+        chosen = torch.from_numpy(counted(split, skip_first, start, stop))
         tokens = torch.from_numpy(split.tokens[part])
-        yield EvalBatch(start, x, tokens, lengths, document[part], piece[part], valid & from_there, valid & ~from_there)
+        yield EvalBatch(start, x, tokens, lengths, document[part], piece[part], chosen, valid & ~chosen)
 
 
 def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int, int]]:
@@ -97,13 +111,13 @@ def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int,
     return list(_ranges(piece, max(1, BATCH_TOKENS // split.store.sequence_length)))
 
 
-def check_counted(split: Split, skip_first: int, n_sequences: int | None = None) -> None:
+def check_counted(split: Split, skip_first: CountingRules | int, n_sequences: int | None = None) -> None:
     """Raises StoreError if no position is counted, of the first `n_sequences` or of all: no figure would be one."""
-    lengths = split.lengths[:n_sequences]
-    if not (lengths > skip_first).any():
+    if not counted(split, skip_first, 0, n_sequences).any():
         raise StoreError(
-            f"{split.store.location}: its {split.name} split has no position from {skip_first} on in {len(lengths)} "
-            "sequences. Harvest more tokens, or a larger share for it (--eval-every)."
+            f"{split.store.location}: its {split.name} split has no position {as_rules(skip_first)} in "
+            f"{len(split.lengths[:n_sequences])} sequences. Harvest more tokens, or a larger share for it "
+            "(--eval-every)."
         )
 
 

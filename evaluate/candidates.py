@@ -6,6 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
+from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures.smoothing import Smoothing, check_smoothing, parse_smoothing
 from tcsae.shared.base.console import say
@@ -26,7 +27,9 @@ from tcsae.shared.sae.folder import (
     reason,
 )
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.other_formats import LOADERS
 from tcsae.shared.sae.saelens import foreign_config, is_foreign, load_foreign, other_format, trained_positions
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
@@ -50,12 +53,36 @@ class EvalOptions:
     baselines: bool = False
     """Whether the baselines that have the size of an SAE are scored."""
     split: str = "eval"
+    documents: Documents = "all"
+    """Which of the split's documents are counted: `halves`."""
     smooth: str | None = None
     """How the SAE's codes are smoothed before they are decoded, as in "ema=0.3"; None: not at all."""
+    exclude_tokens: tuple[str, ...] = ()
+    """Tokens that are not counted: as in training."""
+    positions: tuple[str, ...] = ()
+    """Roles whose tokens are counted; empty: everybody's."""
+    max_norm: float | None = None
+    """Largest norm that is counted, in medians: as in training."""
+
+    @property
+    def rules(self) -> CountingRules:
+        """Which positions are counted."""
+        return CountingRules(
+            skip_first=self.skip_first,
+            exclude_tokens=self.exclude_tokens,
+            positions=self.positions,
+            max_norm=self.max_norm,
+            hook=self.hook,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluations hold them: nothing is said of smoothing where there is none."""
-        return {name: value for name, value in to_dict(self).items() if (name, value) != ("smooth", None)}
+        """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
+        silent = {"smooth": None, "documents": "all", "exclude_tokens": [], "positions": [], "max_norm": None}
+        return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
+
+    @property
+    def split_name(self) -> str:
+        return self.split if self.documents == "all" else f"{self.split}-{self.documents}"
 
     def file(self, name: str) -> str:
         return smoothed_file(name, self.smooth)
@@ -73,6 +100,9 @@ class EvalRequest:
     splice: Literal["counted", "all"] = "counted"
     temporal: bool = True
     baselines: bool = False
+    documents: Documents = "all"
+    positions: Collection[str] = ()
+    """Roles whose tokens are counted; none: as each run was trained."""
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -134,7 +164,9 @@ def why_not_evaluable(path: Path) -> str | None:
     if is_finished(path) or is_foreign(path):
         return None
     if form := other_format(path):
-        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS})"
+        loadable = any((path / name).is_file() for name in LOADERS)
+        by = f", tcsae.load_sae({str(path)!r}).save(FOLDER)" if loadable else ""
+        return f"is an SAE in {form}, which is not read: convert it to SAELens' layout ({CONFIG}, {WEIGHTS}{by})"
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
     if len(missing) == 1 and not (path / METRICS).is_file():
         there = WEIGHTS if missing == [CONFIG] else CONFIG
@@ -160,13 +192,18 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
             f"its SAE reads d_model {width}, but {hook} in {store.location} has d_model {d_store}. "
             "Evaluate it on a store of its own model, or name the runs that fit with --run."
         )
-    skip_first = record["train"]["data"]["skip_first"] if request.skip_first is None else request.skip_first
+    data = record["train"]["data"]
+    skip_first = data["skip_first"] if request.skip_first is None else request.skip_first
     options = EvalOptions(
         hook=hook,
         skip_first=skip_first,
         splice=request.splice,
         temporal=request.temporal,
         baselines=request.baselines,
+        documents=request.documents,
+        exclude_tokens=tuple(data.get("exclude_tokens", ())),
+        positions=tuple(request.positions or data.get("positions", ())),
+        max_norm=data.get("max_norm"),
     )
     return Candidate(path, record, options, tuple(differences))
 
@@ -176,11 +213,16 @@ RECORD_VALUES: dict[str, type | UnionType] = {
     "hook": str,
     "sae.d_model": int,
     "train.data.skip_first": int,
+    "train.data.exclude_tokens": list | None,
+    "train.data.positions": list | None,
+    "train.data.max_norm": float | int | None,
     "steps": int | None,
     "tokens": int | None,
     "store.content": str | None,
 }
 """What an evaluation reads of tcsae.json, and what it may be."""
+LATER = ("train.data.exclude_tokens", "train.data.positions", "train.data.max_norm")
+"""Of these, what records of older versions and of others lack."""
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -188,6 +230,9 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
     for name, kind in RECORD_VALUES.items():
         value: Any = record
         for key in name.split("."):
+            if isinstance(value, dict) and key not in value and name in LATER:
+                value = None
+                break
             if not isinstance(value, dict) or key not in value:
                 raise RunError(
                     f"{path / RECORD} lacks {key!r}: it is damaged, or no run of ours. Train it again, or remove it."
@@ -217,10 +262,10 @@ def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: i
 
     `skip_first`: as given on the command line; by default nothing that its seqpos_slice leaves out is counted.
     """
-    found, sequences = [], recipe.sequences
+    differing, sequences = [], recipe.sequences
     bos = config.get("prepend_bos")
     if bos is not None and bos != sequences.prepend_bos:
-        found.append(
+        differing.append(
             f"prepend_bos={str(bos).lower()} in its training, but the store has "
             f"{'a' if sequences.prepend_bos else 'no'} BOS: early positions are not what it was trained on"
         )
@@ -228,15 +273,15 @@ def foreign_differences(recipe: Recipe, config: Mapping[str, Any], skip_first: i
     first = positions.start or 0
     skips_less = skip_first is not None and skip_first < first
     if positions.stop is not None or positions.step not in (None, 1) or first < 0 or skips_less:
-        found.append(
+        differing.append(
             f"seqpos_slice={config['seqpos_slice']} in its training, but all positions from the first counted on are "
             f"scored, up to {sequences.length}: also some that it was not trained on"
         )
     model, theirs = recipe.model.name, config.get("model_name")
     ours_short, theirs_short = (str(one).rstrip("/").rpartition("/")[2].casefold() for one in (model, theirs))
     if theirs and not (ours_short.startswith(theirs_short) or theirs_short.startswith(ours_short)):
-        found.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
-    return found
+        differing.append(f"model_name={str(theirs)[:80]} in its training, but the store is of {model}")
+    return differing
 
 
 def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
@@ -244,16 +289,16 @@ def done_before(store: Store, run: Candidate) -> dict[str, Any] | None:
 
     One that measured more (temporal, baselines) than is asked for now will do.
     """
-    found = load_evaluation(run.path, store.content, run.options.file(EVALUATION))
-    if found is None or found.get("definition_version") != metrics.DEFINITION_VERSION:
+    evaluation = load_evaluation(run.path, store.content, run.options.file(EVALUATION))
+    if evaluation is None or evaluation.get("definition_version") != metrics.DEFINITION_VERSION:
         return None
     # A tail that could not be read may have been put back.
-    tail_is_back = found.get("no_tail") and "none" not in store.manifest.tails.get(run.options.hook, {"none": ""})
-    then, now = found.get("options", {}), run.options.to_json()
+    tail_is_back = evaluation.get("no_tail") and "none" not in store.manifest.tails.get(run.options.hook, {"none": ""})
+    then, now = evaluation.get("options", {}), run.options.to_json()
     same = then.keys() == now.keys() and all(
         then[key] == value or (key in ("temporal", "baselines") and then[key]) for key, value in now.items()
     )
-    return found if same and not tail_is_back else None
+    return evaluation if same and not tail_is_back else None
 
 
 def load(run: Candidate) -> Loaded:

@@ -1,19 +1,32 @@
 """The `eval` command."""
 
-from typing import Any, Literal
+import json
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from tcsae.shared.base.cli import Place, StageCommand
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tcsae.shared.store.reader import Store
+
 
 @click.command(name="eval", cls=StageCommand)
 @click.option("--run", "names", multiple=True, metavar="NAME", help="A run below --runs; repeatable. Default: all.")
-@click.option("--compare", metavar="A", help="Print the paired differences between run A and the run of --with.")
+@click.option("--compare", metavar="A", help="Print the paired differences of run A and that of --with, and no more.")
 @click.option("--with", "other", metavar="B", help="The run that --compare is with. Either may be as RUN+ema=0.3.")
+@click.option("--json", "as_json", is_flag=True, help="Print the evaluations as one JSON document in place of tables.")
 @click.option("--force", is_flag=True, help="Evaluate again what is evaluated already.")
 @click.option("--temporal/--no-temporal", default=True, show_default=True, help="Temporal and position measures.")
-@click.option("--details", is_flag=True, help="Also print every temporal measure with its null and interval.")
+@click.option(
+    "--details",
+    is_flag=True,
+    help="Also print every temporal measure with its null and interval, variants "
+    "of a figure, and figures that are equal.",
+)
 @click.option(
     "--smooth",
     multiple=True,
@@ -21,6 +34,13 @@ from tcsae.shared.base.cli import Place, StageCommand
     help="Also score each SAE with its codes smoothed along every sequence: ema=0.3 (memory; ema-topk=0.3: of it "
     "the k largest), mean=3 (last positions), hysteresis=2 (latents stay on while among the 2 k largest), scale=0.9 "
     "(only smaller: a control). Repeatable; named like RUN+ema=0.3.",
+)
+@click.option(
+    "--documents",
+    type=click.Choice(("all", "choose", "report")),
+    default="all",
+    show_default=True,
+    help="Documents that are counted. Choose settings on one half, and report figures on the other.",
 )
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
@@ -36,6 +56,12 @@ from tcsae.shared.base.cli import Place, StageCommand
     metavar="N",
     help="First positions of each sequence that are not counted. Default: each run's own in training.",
 )
+@click.option(
+    "--positions",
+    multiple=True,
+    metavar="ROLE",
+    help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,
@@ -45,15 +71,22 @@ def evaluate(
     splice: Literal["counted", "all"],
     details: bool,
     smooth: tuple[str, ...],
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Score trained SAEs on the store's eval split, without the language model.
 
-    Also scores SAEs of others: folders below --runs in SAELens' layout. Writes eval.json into each folder, and
-    saebench_core.json, the same in SAEBench's form; prints tables with 95% intervals over documents. The
-    cross-entropies and KL divergences need the tail: the layers after the hook, which the store holds. Everything is
-    computed on the CPU; in several processes (torchrun) the SAEs are dealt out to them,
-    or the split's documents where there are fewer SAEs than processes.
+    \b
+      tcsae eval
+      tcsae eval --run topk --details
+      tcsae eval --smooth ema=0.3 --smooth hysteresis=2
+      tcsae eval --json > figures.json
+
+    Writes eval.json into each run's folder, and saebench_core.json, the same figures in SAEBench's form. Prints tables
+    with 95% intervals over documents. Cross-entropies and KL divergences come through the tail: the layers after the
+    hook, which the store holds. SAEs of other tools are scored as well: folders below --runs in SAELens' layout.
+
+    With torchrun the SAEs are divided among the processes, or the documents where there are fewer SAEs than processes.
     """
     if (compare is None) != (other is None):
         raise click.UsageError("--compare A needs --with B, and --with needs --compare.")
@@ -62,28 +95,154 @@ def evaluate(
 
     from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.measures.smoothing import split_name
-    from tcsae.evaluate.printed_tables import show, show_differences
+    from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
-    from tcsae.shared.base.console import say
+    from tcsae.shared.base.console import complain
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
-    found = [split_name(name) for name in pair]
-    smooth += tuple(one for _, one in found if one)
-    request = EvalRequest(names=[run for run, _ in found] or names, splice=splice, smooth=smooth, **settings)
-    if (ours := ranks()).parallel:
-        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, ours)
+    parts = [split_name(name) for name in pair]
+    smooth += tuple(one for _, one in parts if one)
+    request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
+    if (processes := ranks()).parallel:
+        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes)
     else:
         evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
     by_name = {one["name"]: one for one in evaluations}
-    wanted = ["+".join(filter(None, one)) for one in found]
-    if pair and not refused and all(name in by_name for name in wanted):  # without a rendezvous each has its own
-        show_differences(runs_path, *(by_name[name] for name in wanted))
-    elif evaluations or not ours.parallel:
+    full_names = ["+".join(filter(None, one)) for one in parts]
+    if pair and not refused and all(name in by_name for name in full_names):  # without a rendezvous each has its own
+        show_pair(runs_path, *(by_name[name] for name in full_names), details=details, as_json=as_json)
+    elif as_json and (evaluations or not processes.rank):
+        click.echo(json.dumps({"evaluations": evaluations}, indent=2))
+    elif evaluations or not processes.parallel:
         show(evaluations, place.runs, details)
     if refused:
         for line in refused[:-1]:
-            say(f"Error: {line}")
+            complain(line)
         raise RunError(refused[-1])
+
+
+def show_pair(runs_path: "Path", one: dict[str, Any], other: dict[str, Any], *, details: bool, as_json: bool) -> None:
+    """Print the paired differences of two evaluations."""
+    from tcsae.evaluate.printed_tables import difference_table, differences
+
+    paired = differences(runs_path, one, other)
+    if as_json:
+        click.echo(json.dumps({"run": one["name"], "with": other["name"], "differences": paired}, indent=2))
+    else:
+        difference_table(one, other, paired, details)
+
+
+@click.command(cls=StageCommand)
+@click.option("--run", "name", metavar="RUN", help="The run that is compared. Default: of two runs, the temporal one.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    metavar="RUN",
+    help="A run to compare it with; repeatable. As RUN+ema=0.3: with its codes smoothed, as in eval --smooth.",
+)
+@click.option("--details", is_flag=True, help="Also print equal figures, and variants of a figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
+@click.pass_obj
+def compare(place: Place, name: str | None, others: tuple[str, ...], details: bool, as_json: bool) -> None:
+    """Compare a run with others on the same documents: one table, the paired differences, and two sentences.
+
+    \b
+      tcsae compare --run temporal-topk --with topk
+      tcsae compare --run temporal-topk --with topk --with topk+ema-topk=0.3
+      tcsae compare --json
+
+    Runs that are not evaluated yet are evaluated first. Differences are paired: both SAEs on the same resampling of the
+    documents, so that a 95% interval is of the difference itself. A star: it leaves out zero.
+    """
+    from pathlib import Path
+
+    from tcsae.evaluate import headline
+    from tcsae.evaluate.printed_tables import difference_table, differences
+    from tcsae.shared.base.console import echo, table
+    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.store.reader import open_store
+
+    if ranks().rank:
+        return  # of several processes the first compares
+    runs_path = Path(place.runs)
+    names = chosen_runs(runs_path, name, others)
+    one, *rest = evaluated(open_store(place.store), runs_path, names)
+    pairs = [(other, differences(runs_path, one, other)) for other in rest]
+    said = [headline.sentences(one, other, paired) for other, paired in pairs]
+    if as_json:
+        columns = ("run", *headline.COLUMNS[1:])
+        figures = [dict(zip(columns, row, strict=True)) for row in headline.rows([*rest, one])]
+        compared = [
+            {"run": one["name"], "with": other["name"], "differences": paired, "sentences": lines}
+            for (other, paired), lines in zip(pairs, said, strict=True)
+        ]
+        click.echo(json.dumps({"rows": figures, "comparisons": compared}, indent=2))
+        return
+    for other, paired in pairs:
+        difference_table(one, other, paired, details)
+    table(
+        f"On {one['n_tokens']:,} eval tokens",
+        headline.COLUMNS,
+        [headline.shown(row) for row in headline.rows([*rest, one])],
+    )
+    echo(headline.LEGEND)
+    for lines in said:
+        echo("\n" + "\n".join(lines))
+    echo(f"\nEvery figure, interval and definition: {runs_path}/{one['name'].partition('+')[0]}/eval.json")
+    if (page := runs_path.parent / "report" / "index.html").is_file():
+        echo(f"Curves, features and text: open {page}")
+
+
+def chosen_runs(runs_path: "Path", name: str | None, others: "Sequence[str]") -> list[str]:
+    """The run and those it is compared with. Without options: two runs, the temporal one first.
+
+    Raises RunError if there are not two to choose.
+    """
+    from tcsae.evaluate.candidates import evaluable
+    from tcsae.shared.base.errors import RunError
+    from tcsae.shared.sae.folder import RECORD, load_record
+
+    folders = evaluable(runs_path, ())
+    names = [folder.name for folder in folders]
+    if name is not None and others:
+        return list(dict.fromkeys([name, *others]))
+    if len(names) != 2 or (name or names[0]) not in names:
+        raise RunError(
+            f"{runs_path} holds {len(names)} runs ({', '.join(names)}); without --run and --with compare takes two. "
+            "Name them: --run A --with B."
+        )
+    records = {folder.name: load_record(folder) if (folder / RECORD).is_file() else {} for folder in folders}
+
+    def plain(run: str) -> bool:
+        temporal = records[run].get("train", {}).get("temporal", {})
+        return not (temporal.get("weight") or temporal.get("budget"))
+
+    first = name or next((run for run in names if others and run not in others), sorted(names, key=plain)[0])
+    return [first, *(run for run in names if run != first)]
+
+
+def evaluated(store: "Store", runs_path: "Path", names: "Sequence[str]") -> list[dict[str, Any]]:
+    """Evaluations of runs, some of them as RUN+ema=0.3, in the order named; made where there is none yet.
+
+    Raises RunError for a run that cannot be evaluated.
+    """
+    from tcsae.evaluate.candidates import EvalRequest
+    from tcsae.evaluate.measures.smoothing import split_name
+    from tcsae.evaluate.run import evaluate_runs
+    from tcsae.shared.base.errors import RunError
+
+    smoothings: dict[str, list[str]] = {}
+    for run, smooth in map(split_name, names):
+        smoothings.setdefault(run, []).extend([smooth] if smooth else [])
+    by_name: dict[str, dict[str, Any]] = {}
+    for shared in dict.fromkeys(map(tuple, smoothings.values())):
+        runs = [run for run, ones in smoothings.items() if tuple(ones) == shared]
+        evaluations, refused = evaluate_runs(store, runs_path, EvalRequest(names=runs, smooth=shared))
+        if refused:
+            raise RunError(refused[-1])
+        by_name |= {one["name"]: one for one in evaluations}
+    return [by_name["+".join(filter(None, split_name(name)))] for name in names]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae import __version__
 from tcsae.evaluate.candidates import EvalOptions, Loaded
+from tcsae.evaluate.halves import half
 from tcsae.evaluate.intervals import LEVEL, MIN_DOCUMENTS, N_RESAMPLINGS, interval, point
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures import cross_entropy as tail_metrics
@@ -28,6 +29,7 @@ from tcsae.shared.base.files import file_digest, write_atomic, write_json
 from tcsae.shared.base.settings import to_dict
 from tcsae.shared.base.signals import StopRequest
 from tcsae.shared.sae.folder import CONFIG, EVALUATION, evaluation_digest, writing
+from tcsae.shared.store.counted import left_out
 from tcsae.shared.store.reader import Store
 
 REPLICATES = "eval_replicates.safetensors"
@@ -72,13 +74,13 @@ def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
 
 def points(rows: Mapping[str, Tensor]) -> dict[str, float | None]:
     """The figures themselves, all of them: None where undefined or without a tail."""
-    names = [*metrics.DEFINITIONS, *tail_metrics.DEFINITIONS]
+    names = [*metrics.DEFINITIONS, *(name for name in metrics.PREDICTED if name in rows), *tail_metrics.DEFINITIONS]
     return {name: point(rows[name]) if name in rows else None for name in names}
 
 
 def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict[str, Any]:
     """What the evaluations of a group share."""
-    store, split = group.store, group.store.split(group.options.split)
+    store, split = group.store, half(group.store.split(group.options.split), group.options.documents)
     reference = measured.reference
     return {
         "definition_version": metrics.DEFINITION_VERSION,
@@ -88,6 +90,7 @@ def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict
         "n_documents": split.n_documents,
         "n_tokens": int(measured.counted[0].n_tokens[0]),
         "n_tokens_skipped": int(measured.skipped[0].n_tokens[0]),
+        "left_out": left_out(split, group.options.rules),
         "n_predictions": 0 if reference is None else int(reference.n_predictions.sum()),
         "no_tail": no_tail,
         "through_the_tail": [] if reference is None else list(tail_metrics.DEFINITIONS),
@@ -120,6 +123,8 @@ def write_evaluation(group: Group, loaded: Loaded, figures: Figures, common: dic
     evaluation = _about(loaded, group.store) | {"metrics": points(rows)}
     evaluation["intervals"] = {name: interval(values) for name, values in rows.items() if name != "dead_fraction"}
     evaluation |= common
+    if rows.keys() & metrics.PREDICTED.keys():
+        evaluation["definitions"] = evaluation["definitions"] | metrics.PREDICTED
     assert firings is not None
     with writing(folder, AGAIN):
         files = [options.file(REPLICATES)]

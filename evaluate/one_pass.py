@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers
+from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
@@ -24,9 +25,10 @@ from tcsae.evaluate.measures.core import (
 )
 from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SmoothedOutput, System, output_of
+from tcsae.evaluate.systems import SequenceSystem, System, output_of
 from tcsae.shared.base.distributed import ALONE
 from tcsae.shared.lm.tail import Tail
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 
@@ -71,7 +73,7 @@ class Measured(NamedTuple):
 def measure(
     split: Split,
     settings: Settings,
-    systems: Sequence[System | SmoothedOutput],
+    systems: Sequence[System | SequenceSystem],
     tail: Tail | None,
     reference: Reference | None,
     observers: Sequence[Observer],
@@ -103,8 +105,8 @@ def measure(
             observer.begin(batch, x_counted)
         spliced = {}
         for i, system in enumerate(systems):
-            output = output_of(system, x_counted, counted.sequence)
-            rest = output_of(system, x_skipped, skipped.sequence)
+            output = output_of(system, x_counted, counted.runs)
+            rest = output_of(system, x_skipped, skipped.runs)
             sums.add(i, counted, output, skipped, rest)
             if output.code is not None:
                 _show(observers, i, output.code)
@@ -150,6 +152,11 @@ class _Positions(NamedTuple):
     def sequence(self) -> Int[Tensor, " n"]:
         """Row of the batch that each position lies in."""
         return self.positions.nonzero()[:, 0]
+
+    @property
+    def runs(self) -> Int[Tensor, " n"]:
+        """Run of consecutive positions that each lies in: what is smoothed or compared along."""
+        return run_numbers(self.positions)
 
 
 class _Accumulator:
@@ -237,13 +244,13 @@ class _Accumulator:
 
 
 def _look_back(
-    split: Split, settings: Settings, systems: Sequence[System | SmoothedOutput], observer: Observer, part: Part
+    split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
         x = batch.x[batch.counted]
         observer.look_back(batch, x)
         for i, system in enumerate(systems):
-            if (code := output_of(system, x, batch.counted.nonzero()[:, 0]).code) is not None:
+            if (code := output_of(system, x, batch.runs).code) is not None:
                 observer.pass_over(i, code)
 
 
@@ -263,11 +270,15 @@ def _losses(tail: Tail, batch: EvalBatch, spliced: Mapping[int, Tensor]) -> dict
     return dict(zip((CLEAN, *spliced), found, strict=True))
 
 
-def _counts(split: Split, skip_first: int, n_documents: int) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
+def _counts(
+    split: Split, rules: CountingRules | int, n_documents: int
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
     """Predictions and counted positions of each document: a sequence's last token predicts nothing."""
     document = torch.from_numpy(document_numbers(split)[0])
-    lengths = torch.from_numpy(split.lengths).double()
+    mask = counted(split, rules)
+    last = mask[np.arange(len(mask)), split.lengths - 1]
     counts = torch.zeros(2, n_documents, dtype=torch.float64)
-    counts[0].index_add_(0, document, (lengths - 1 - skip_first).clamp(min=0))
-    counts[1].index_add_(0, document, (lengths - skip_first).clamp(min=0))
+    n = torch.from_numpy(mask.sum(1)).double()
+    counts[0].index_add_(0, document, n - torch.from_numpy(last).double())
+    counts[1].index_add_(0, document, n)
     return counts[0], counts[1]

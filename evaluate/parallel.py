@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import batch_ranges, document_numbers
 from tcsae.shared.base.distributed import ALONE, Ranks
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 Range = tuple[int, int]
@@ -44,12 +45,12 @@ class Part(NamedTuple):
             if wide is not tensor:
                 tensor.copy_(wide)
 
-    def gather(self, found: Any) -> list[Any]:
+    def gather(self, part: Any) -> list[Any]:
         """What all processes found, in order, in rank 0; nothing in the others."""
         if not self.ours.parallel:
-            return [found]
+            return [part]
         gathered = [None] * self.ours.world if self.has_all else None
-        dist.gather_object(found, gathered)
+        dist.gather_object(part, gathered)
         return gathered or []
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -61,7 +62,7 @@ class Part(NamedTuple):
         return values
 
 
-def part_of(split: Split, skip_first: int, ours: Ranks) -> Part:
+def part_of(split: Split, skip_first: CountingRules | int, ours: Ranks) -> Part:
     """This process's part: about as many tokens as any other's, of documents that nobody else has."""
     ranges = batch_ranges(split)
     if not ours.parallel:
@@ -71,20 +72,20 @@ def part_of(split: Split, skip_first: int, ours: Ranks) -> Part:
     begins = (starts == 0) | (document[starts] != document[starts - 1])  # some document, which no batch before holds
     done = np.concatenate([[0], split.lengths.cumsum()])
     able = np.flatnonzero(begins)
-    wanted = np.arange(ours.world + 1) * done[-1] / ours.world
-    edges = np.append(able, len(ranges))[np.searchsorted(done[starts[able]], wanted)]
+    shares = np.arange(ours.world + 1) * done[-1] / ours.world
+    edges = np.append(able, len(ranges))[np.searchsorted(done[starts[able]], shares)]
     edges[-1] = len(ranges)
     first, stop = (int(edge) for edge in edges[ours.rank : ours.rank + 2])
     return Part(ranges[first:stop], _before(split, skip_first, ranges, first), ours)
 
 
-def _before(split: Split, skip_first: int, ranges: list[Range], first: int) -> list[Range]:
+def _before(split: Split, skip_first: CountingRules | int, ranges: list[Range], first: int) -> list[Range]:
     """The batches up to number `first` that hold the last document with a counted token before it."""
     if not 0 < first < len(ranges):
         return []
-    counted = np.flatnonzero(split.lengths[: ranges[first][0]] > skip_first)
-    if not len(counted):
+    sequences = np.flatnonzero(counted(split, skip_first, 0, ranges[first][0]).any(1))
+    if not len(sequences):
         return []
     document = document_numbers(split)[0]
-    sequence = counted[np.searchsorted(document[counted], document[counted[-1]])]
+    sequence = sequences[np.searchsorted(document[sequences], document[sequences[-1]])]
     return [one for one in ranges[:first] if one[1] > sequence]

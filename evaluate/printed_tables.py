@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
+from tcsae.evaluate.headline import MAIN
 from tcsae.evaluate.intervals import interval, jackknife, point
 from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
 from tcsae.shared.base.console import legible, sparkline, table
@@ -35,12 +36,12 @@ def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> 
                 f"{one['name']} and {other['name']} differ in {key} ({ours}, {theirs}), so their documents cannot be "
                 "paired. Give both the same: tcsae eval --force, with --skip-first if that is what differs."
             )
-    found = {}
+    paired = {}
     rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
     for name in sorted(rows[0].keys() & rows[1].keys()):
         a, b = rows[0][name], rows[1][name]
-        found[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
-    return found | _temporal_differences(one, other)
+        paired[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
+    return paired | _temporal_differences(one, other)
 
 
 def _temporal_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -48,26 +49,36 @@ def _temporal_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[st
     if not (one.get("temporal") and other.get("temporal")):
         return {}
     ours, theirs = (evaluation["temporal"]["groups"]["all"]["measures"] for evaluation in (one, other))
-    found = {}
+    paired = {}
     for name in [name for name in ours if name in theirs and "replicates" in ours[name]]:
         a, b = ours[name]["value"], theirs[name]["value"]
-        left = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
-        known = a is not None and b is not None and all(None not in pair for pair in left)
-        between = jackknife(a - b, [first - second for first, second in left]) if known else None
-        found[name] = {"a": a, "b": b, "difference": a - b if known else None, "interval": between}
-    return found
+        replicates = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
+        known = a is not None and b is not None and all(None not in pair for pair in replicates)
+        bounds = jackknife(a - b, [first - second for first, second in replicates]) if known else None
+        paired[name] = {"a": a, "b": b, "difference": a - b if known else None, "interval": bounds}
+    return paired
 
 
-def show_differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Print them; a star where the interval leaves out zero."""
+def difference_table(
+    one: dict[str, Any], other: dict[str, Any], paired: dict[str, dict[str, Any]], details: bool = False
+) -> None:
+    """Print `differences`, a star where the interval leaves out zero. Without `details` only `headline.MAIN`, and of
+    these no figures that are equal.
+    """
     rows = []
-    for name, found in differences(runs_path, one, other).items():
-        between = found["interval"]
-        star = "*" if between and not between[0] <= 0 <= between[1] else ""
-        rows.append([name, found["a"], found["b"], found["difference"], *(between or (None, None)), star])
+    for name, figure in paired.items():
+        if not details and (name not in MAIN or figure["difference"] in (0, None)):
+            continue
+        interval = figure["interval"]
+        star = "*" if interval and not interval[0] <= 0 <= interval[1] else ""
+        rows.append([name, figure["a"], figure["b"], figure["difference"], *(interval or (None, None)), star])
     columns = ("", one["name"], other["name"], "difference", "95% from", "to", "")
     table(f"{one['name']} minus {other['name']}, paired over {one['n_documents']:,} documents", columns, rows)
-    click.echo("* The interval leaves out zero.")
+    left_out = len(paired) - len(rows)
+    click.echo(
+        "* The interval leaves out zero."
+        + (f" {left_out} more figures, equal ones and variants: --details." if left_out else "")
+    )
 
 
 def _comparable(evaluation: dict[str, Any], key: str) -> Any:
@@ -118,7 +129,9 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         rows = [_row(name.replace("_", " "), figures, {}) for name, figures in first["baselines"].items()]
         rows += [_row(one["name"], one["metrics"], one["intervals"]) for one in group]
         hook, n_tokens, n_documents = first["options"]["hook"], first["n_tokens"], first["n_documents"]
-        table(f"{hook}, {n_tokens:,} eval tokens of {n_documents:,} documents", COLUMNS, rows)
+        shown = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in rows)]  # no tail: no CE
+        title = f"{hook}, {n_tokens:,} eval tokens of {n_documents:,} documents"
+        table(title, [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
         click.echo(_legend(first))
         show_temporal(group, details)
         show_planted(group, details)
@@ -137,6 +150,8 @@ def show_measures(evaluations: Sequence[dict[str, Any]]) -> None:
             continue
         columns = tuple(first["figures"])
         rows = [[one["name"], *one["measures"][name]["figures"].values()] for one in evaluations]
+        if all(value is None for row in rows for value in row[1:]):
+            continue
         table(name, ("", *(column.replace("_", " ") for column in columns)), rows)
         for column, definition in first["definitions"].items():
             click.echo(f"{column.replace('_', ' ')}: {definition}.")
@@ -163,6 +178,8 @@ SHARES = ("cossim", "l2_ratio", "kl_div_score")
 def _legend(one: dict[str, Any]) -> str:
     skip_first = one["options"]["skip_first"]
     counted = f"positions from {skip_first} on" if skip_first else "all positions"
+    if out := {name: n for name, n in one.get("left_out", {}).items() if name != "skip_first"}:
+        counted += f" ({', '.join(f'{n:,} tokens left out by {name}' for name, n in out.items())})"
     ev = f"EV: centred, pooled explained variance over {counted}. ±: half the interval ({one['interval_rule']})."
     figures = one["metrics"]
     if one["no_tail"]:
@@ -183,10 +200,10 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
         return
     rows = [_summary("x itself", measured[0]["temporal"]["x"])]
     for one in measured:
-        for group, found in one["temporal"]["groups"].items():
-            if "rho_1" in found["measures"]:
+        for group, figures in one["temporal"]["groups"].items():
+            if "rho_1" in figures["measures"]:
                 name = one["name"] if group == "all" else f"  {group.replace('_', ' ')}"
-                rows.append(_summary(name, found))
+                rows.append(_summary(name, figures))
     table("Temporal and position measures, each minus its null", ("", *SUMMARY, "rho(k)"), rows)
     click.echo(
         "A star: the 95% interval leaves out zero. slow/x: below 0 is slower than x itself, relative to permuted "
@@ -203,8 +220,8 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     click.echo("Nulls: " + "; ".join(f"{name}: {text}" for name, text in first["null_definitions"].items()) + ".")
 
 
-def _summary(name: str, found: dict[str, Any]) -> list[object]:
-    measures, curve = found["measures"], found["curves"].get("rho_1_within", [])
+def _summary(name: str, figures: dict[str, Any]) -> list[object]:
+    measures, curve = figures["measures"], figures["curves"].get("rho_1_within", [])
     curve = sparkline([value for value in curve if value is not None], CURVE_WIDTH)
     return [name, *(_difference(measures.get(measure)) for measure in SUMMARY.values()), curve]
 
@@ -219,13 +236,13 @@ def _difference(row: dict[str, Any] | None) -> str | None:
 def _details(title: str, temporal: dict[str, Any], groups: dict[str, Any]) -> None:
     """Two tables: the measures of each group of latents, and how its autocorrelation falls with the lag."""
     rows, curves = [], []
-    for group, found in groups.items():
+    for group, figures in groups.items():
         prefix = "" if group == "all" else f"{group}: "
-        for measure, row in found["measures"].items():
+        for measure, row in figures["measures"].items():
             low, high = row["interval"] or (None, None)
             null = temporal["nulls"][measure]
             rows.append([prefix + measure, row["value"], row["null"], row["difference"], low, high, null])
-        for name, curve in found.get("curves", {}).items():
+        for name, curve in figures.get("curves", {}).items():
             curves.append([prefix + name.replace("rho_1", "rho"), *(curve[lag - 1] for lag in LAGS)])
     columns = ("measure", "value", "null", "difference", "95% from", "to", "null is")
     table(f"{title}: {temporal['pairs']}", columns, rows)

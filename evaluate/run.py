@@ -15,6 +15,7 @@ from torch import Tensor
 from tcsae.evaluate.batches import Settings, check_counted
 from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
+from tcsae.evaluate.halves import half
 from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
@@ -22,12 +23,13 @@ from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SaeOutput, SmoothedOutput, System
+from tcsae.evaluate.systems import SequenceSystem, System, system_of
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
-from tcsae.shared.base.errors import RemoteError, StoreError, TcsaeError
+from tcsae.shared.base.errors import NoTailError, StoreError
+from tcsae.shared.base.files import remove_dead_partials_in
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
-from tcsae.shared.lm.tail import Tail
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
@@ -53,6 +55,8 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
     """
     request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
+    for folder in folders:
+        remove_dead_partials_in(folder)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
         evaluations = dict(work.current)
@@ -70,21 +74,21 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
 def _evaluate(group: Group) -> list[dict[str, Any]]:
     """One pass for all runs of a group; their evaluations, written and returned in the same order (by rank 0)."""
     store, options = group.store, group.options
-    split = store.split(options.split)
-    check_counted(split, options.skip_first)
-    part = part_of(split, options.skip_first, group.ours)
+    split = half(store.split(options.split), options.documents)
+    check_counted(split, options.rules)
+    part = part_of(split, options.rules, group.ours)
     tail, no_tail = _tail(store, options.hook)
     _check_agreed(part, no_tail)
     mean = train_mean(store, options.hook)
-    settings = Settings(hook=options.hook, skip_first=options.skip_first, splice_all=options.splice == "all", mean=mean)
-    reference = load_reference(group.runs_path, store, options.split, settings) if tail else None
+    settings = Settings(hook=options.hook, skip_first=options.rules, splice_all=options.splice == "all", mean=mean)
+    reference = load_reference(group.runs_path, store, options.split_name, settings) if tail else None
     if not all(part.all_gather(reference is not None)):
         reference = None
     constant = baselines.constant_baselines(mean.float())
     sized = _sized_baselines(group) if options.baselines else {}
     systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
-    observer = TemporalObserver(split, options.skip_first, centre, len(group.runs)) if options.temporal else None
+    observer = TemporalObserver(split, options.rules, centre, len(group.runs)) if options.temporal else None
     widths = [one.sae.config.d_sae for one in group.runs]
     measures = MeasureObserver([one.sae for one in group.runs], split)
     observers: list[Observer] = [measures, observer] if observer else [measures]
@@ -98,7 +102,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         return []
     if tail and reference is None and measured.reference is not None:
         with writing(group.runs_path, AGAIN):
-            save_reference(group.runs_path, store, options.split, settings, measured.reference)
+            save_reference(group.runs_path, store, options.split_name, settings, measured.reference)
     rows = all_rows(measured, len(group.runs))
     common = common_values(group, measured, no_tail)
     common["baselines"] = dict(zip([*sized, *constant], map(points, rows[len(group.runs) :]), strict=True))
@@ -155,9 +159,9 @@ def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
     return mean if store.train.n_tokens else torch.full_like(mean, torch.nan)
 
 
-def _system(loaded: Loaded) -> System | SmoothedOutput:
+def _system(loaded: Loaded) -> System | SequenceSystem:
     smooth = loaded.run.options.smooth
-    return SmoothedOutput(loaded.sae, parse_smoothing(smooth)) if smooth else SaeOutput(loaded.sae)
+    return system_of(loaded.sae, parse_smoothing(smooth) if smooth else None)
 
 
 def _check_agreed(part: Part, no_tail: str | None) -> None:
@@ -169,18 +173,19 @@ def _check_agreed(part: Part, no_tail: str | None) -> None:
 
 
 def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
-    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without."""
+    """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without.
+
+    Raises StoreError for one that is damaged or out of reach: without a word the figures would be of less.
+    """
     try:
         return Tail.load(store.tail_path(hook)), None
-    except RemoteError:  # there may be one
-        raise
-    except TcsaeError as error:
+    except (NoTailError, TailError) as error:
         return None, str(error)
 
 
 def _sized_baselines(group: Group) -> dict[str, System]:
     options = group.options
-    return baselines.sized_baselines(group.store, options.hook, options.skip_first, group.runs[0].sae.config)
+    return baselines.sized_baselines(group.store, options.hook, options.rules, group.runs[0].sae.config)
 
 
 def evaluate_parallel(store: Store, runs_path: Path, request: EvalRequest, ours: Ranks) -> Evaluated:

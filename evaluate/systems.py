@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.measures.core import Code, Output, join_codes
@@ -17,8 +18,11 @@ from tcsae.evaluate.measures.smoothing import (
     stay_above,
     stay_topk,
 )
+from tcsae.shared.sae import temporal_features
+from tcsae.shared.sae.crosscoder import read_out
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
+from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
 
 BATCH_CODE_ENTRIES = 8 << 20
 """Of a dense code or of pre-activations, at most: 32 MB."""
@@ -37,6 +41,26 @@ class SaeOutput:
         parts = [(decoded(self.sae, code, part), code) for part, code in code_parts(self.sae, x)]
         x_hats, codes = zip(*parts, strict=True)
         return Output(torch.cat(x_hats) if len(parts) > 1 else x_hats[0], join_codes(list(codes)))
+
+
+class CrosscoderOutput:
+    """A temporal crosscoder, read out on every window of each sequence."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+
+    def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+        return Output(*read_out(self.sae, x, sequence_lengths(sequence)))
+
+
+class TemporalFeatureOutput:
+    """Temporal feature analysis: the novel code, and the reconstruction from it and the predicted one."""
+
+    def __init__(self, sae: TemporalFeatureAutoencoder) -> None:
+        self.sae = sae
+
+    def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+        return Output(*temporal_features.read_out(self.sae, x, sequence_lengths(sequence)))
 
 
 class SmoothedOutput:
@@ -81,9 +105,36 @@ def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) 
     return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae)
 
 
-def output_of(system: "System | SmoothedOutput", x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
+SequenceSystem = SmoothedOutput | CrosscoderOutput | TemporalFeatureOutput
+"""Systems whose output at a token depends on other tokens of its sequence."""
+
+
+def output_of(system: System | SequenceSystem, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
     """What a system makes of activations; `sequence` numbers each one's sequence, ascending."""
-    return system(x, sequence) if isinstance(system, SmoothedOutput) else system(x)
+    return system(x, sequence) if isinstance(system, SequenceSystem) else system(x)
+
+
+def system_of(sae: SparseAutoencoder, smoothing: Smoothing | None = None) -> System | SequenceSystem:
+    """An SAE of any kind as a system."""
+    if smoothing is not None:
+        return SmoothedOutput(sae, smoothing)
+    if isinstance(sae, TemporalFeatureAutoencoder):
+        return TemporalFeatureOutput(sae)
+    return CrosscoderOutput(sae) if sae.config.window > 1 else SaeOutput(sae)
+
+
+def sequence_lengths(sequence: Int[Tensor, " n"]) -> Int[ndarray, " n_sequences"]:
+    """Tokens of each sequence that has any."""
+    return sequence.unique_consecutive(return_counts=True)[1].cpu().numpy()
+
+
+def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Code:
+    """An SAE's code of every token, whatever it reads of the token's sequence."""
+    if isinstance(sae, TemporalFeatureAutoencoder):
+        return temporal_features.read_out(sae, x, sequence_lengths(sequence))[1]
+    if sae.config.window > 1:
+        return read_out(sae, x, sequence_lengths(sequence))[1]
+    return join_codes([code for _, code in code_parts(sae, x)])
 
 
 def code_parts(

@@ -43,6 +43,23 @@ if TYPE_CHECKING:
     "--tokens-field", metavar="NAME", help="The column that holds token ids of this model, where there is no text."
 )
 @click.option(
+    "--chat-template",
+    metavar="own|FILE",
+    help="Read conversations, a list of messages a row: by the tokenizer's own template, or that of a file (Jinja).",
+)
+@click.option(
+    "--messages-field",
+    default="messages",
+    show_default=True,
+    metavar="NAME",
+    help="With --chat-template: the column that holds the messages.",
+)
+@click.option(
+    "--roles",
+    metavar="ROLE,...",
+    help="With --chat-template: mark whose tokens are whose, e.g. assistant,user, for train and eval --positions ROLE.",
+)
+@click.option(
     "--hook",
     "hooks",
     multiple=True,
@@ -119,7 +136,7 @@ if TYPE_CHECKING:
     help="Of compact: mean squared error relative to the variance.  [default: 0.01]",
 )
 @click.option("--exact", is_flag=True, help="Fail if the corpus has less text than --tokens.")
-@click.option("--dry-run", is_flag=True, help="Only make the sequences; print what the rest will take.")
+@click.option("--dry-run", is_flag=True, help="Print size and time, measured on a batch. Leaves nothing behind.")
 @click.option(
     "--force",
     is_flag=True,
@@ -129,6 +146,12 @@ if TYPE_CHECKING:
 @click.pass_context
 def harvest(ctx: click.Context, **options: Any) -> None:
     """Run a language model over text once and store its activations.
+
+    \b
+      tcsae harvest                                  the embedded model and corpus, no network
+      tcsae --store pythia.zarr harvest --model EleutherAI/pythia-70m --dataset openwebtext --tokens 50M
+      tcsae --store mine.zarr harvest --model ./model --dataset texts.jsonl --hook blocks.2.hook_mlp_out
+      tcsae harvest --tokens 1G --codec compact --dry-run          size and time; nothing is left behind
 
     Documents become sequences, one document in each, in a train and an eval split. The model runs up to the deepest
     hook. Killed at any moment, the same command goes on where it stopped; a finished store of the same settings is used
@@ -142,6 +165,10 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 
     if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
         raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
+    if options["roles"] and not options["chat_template"]:
+        raise click.UsageError("--roles needs --chat-template: without one there are no roles.", ctx)
+    if options["chat_template"] and options["tokens_field"]:
+        raise click.UsageError("Give --chat-template or --tokens-field, not both.", ctx)
     place: Place = ctx.obj
     config, fresh, exact = _config(options), options["fresh"], options["exact"]
     if options["dry_run"]:
@@ -151,10 +178,13 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 
 
 def _config(options: Mapping[str, Any]) -> "HarvestConfig":
+    from tcsae.harvest.chat import ChatChoice
     from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.resolve import HarvestConfig, ModelChoice
     from tcsae.shared.store.format import ControlRecipe, SequenceRecipe
 
+    roles = tuple(options["roles"].split(",")) if options["roles"] else ()
+    chat = ChatChoice(template=options["chat_template"], roles=roles) if options["chat_template"] else None
     return HarvestConfig(
         model=ModelChoice(
             name=options["model"],
@@ -169,8 +199,9 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
             revision=options["dataset_revision"],
             config=options["dataset_config"],
             split=options["split"],
-            field=options["tokens_field"] or options["text_field"],
+            field=options["messages_field"] if chat else options["tokens_field"] or options["text_field"],
             tokenized=options["tokens_field"] is not None,
+            chat=chat is not None,
             seed=options["seed"],
         ),
         sequences=SequenceRecipe(
@@ -179,6 +210,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
             prepend_bos=options["prepend_bos"],
             eval_every=options["eval_every"],
         ),
+        chat=chat,
         hooks=options["hooks"],
         n_tokens=options["tokens"],
         n_sequences=options["sequences"],
@@ -227,7 +259,8 @@ def print_summary(store: "Store") -> None:
 
     counts = store.manifest.counts
     title = f"{store.location}: {store.manifest.recipe.model.name} over {store.manifest.recipe.corpus.name}"
-    rows = [(name, counts["train"][name], counts["eval"][name]) for name in ("sequences", "tokens", "documents")]
+    names = ["sequences", "tokens", "documents", *(f"tokens_of_{role}" for role in store.manifest.recipe.roles)]
+    rows = [(name, counts["train"].get(name, 0), counts["eval"].get(name, 0)) for name in names]
     table(title, ["", "train", "eval"], rows)
     _print_control(store.manifest.recipe)
     n_tokens = counts["train"]["tokens"] + counts["eval"]["tokens"]

@@ -3,12 +3,9 @@
 All of them are read through `datasets`, streaming, so that memory stays bounded and any document can be skipped to.
 """
 
-import codecs
-import gzip
 import hashlib
 import importlib.util
-import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.harvest.assumptions import companion_columns, without_padding
+from tcsae.harvest.local_rows import DOCUMENT_CHARACTERS, Row, json_rows, text_rows
+from tcsae.harvest.messages import as_messages
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.errors import ConfigError, DataError, unknown
 from tcsae.shared.base.files import file_digest
@@ -131,14 +130,12 @@ MARKUP = (".md", ".rst")
 SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 """Files of a folder that `save_to_disk` wrote: of one dataset, and of a dictionary of them."""
 PACKED = (".gz", ".zst")
-ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-"""What a text file's first two bytes say; else it is UTF-8."""
 BOM = "\ufeff"
 SHUFFLE_BUFFER = 10_000
 BATCH_DOCUMENTS = 32
 """Read at a time: 256 would be 2.6 GB of documents of 10 MB."""
-Document = str | list[int]
-"""Text, or token ids."""
+Document = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or the messages of a conversation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,8 +149,10 @@ class CorpusChoice:
     config: str | None = None
     split: str = "train"
     field: str = "text"
-    """The column that holds the text, or with `tokenized` the token ids."""
+    """The column that holds the text, with `tokenized` the token ids, with `chat` the messages."""
     tokenized: bool = False
+    chat: bool = False
+    """The field holds conversations: lists of messages."""
     seed: int = 0
     """0: the corpus's own order. Otherwise documents are shuffled in a buffer of 10,000 with this seed."""
 
@@ -169,6 +168,8 @@ class Corpus:
     is_local: bool = True
     pad_id: int | None = None
     """Of the tokenizer, where token ids may be padded and only labels say so."""
+    chat: bool = False
+    """The documents are conversations."""
 
     def check(self) -> None:
         """Read one document. Raises DataError if there is none, or if the text's column is missing."""
@@ -176,9 +177,10 @@ class Corpus:
             if self.recipe.field not in first:
                 ids = sorted(name for name, value in first.items() if _are_ids(value))
                 hint = f" Token ids, as {ids[0]!r} has, are read by --tokens-field {ids[0]}." if ids else ""
+                option = "--messages-field" if self.chat else "--text-field"
                 raise DataError(
                     f"{self.recipe.name} has no column {self.recipe.field!r}. It has: {', '.join(sorted(first))}. "
-                    f"Give one of these: --text-field NAME.{hint}"
+                    f"Give one of these: {option} NAME.{hint}"
                 )
             return
         raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
@@ -204,7 +206,9 @@ class Corpus:
     def _document(self, number: int, value: Any, mask: Any, labels: Any) -> Document:
         ids = self.recipe.tokenized
         if value is None:
-            return [] if ids else ""
+            return [] if ids or self.chat else ""
+        if self.chat:
+            return self._conversation(number, value)
         if not (value == [] or _are_ids(value)) if ids else not isinstance(value, str):
             kind, option = ("token ids", "--tokens-field") if ids else ("text", "--text-field")
             raise DataError(
@@ -212,7 +216,7 @@ class Corpus:
                 f"{self.recipe.field!r}, not {kind}. Give another column: {option} NAME."
             )
         if not ids:
-            return value.removeprefix(BOM)
+            return self._text(number, value)
         try:
             return without_padding(value, mask, labels, self.pad_id)
         except ValueError as error:
@@ -220,6 +224,31 @@ class Corpus:
                 f"{self.recipe.name}: document {number} has an attention mask that is none of its token ids ({error}). "
                 "Repair the data, or leave that column out."
             ) from error
+
+    def _conversation(self, number: int, value: Any) -> list[dict[str, Any]]:
+        try:
+            return as_messages(value)
+        except ValueError as error:
+            raise DataError(
+                f"{self.recipe.name}: document {number} has {error} in column {self.recipe.field!r}. Give another "
+                "column: --messages-field NAME."
+            ) from error
+
+    def _text(self, number: int, value: str) -> str:
+        """A text as UTF-8 holds it: without a byte order mark, and U+FFFD in place of half a surrogate pair, which the
+        escapes of JSON can write.
+        """
+        if len(value) > DOCUMENT_CHARACTERS:
+            raise DataError(
+                f"{self.recipe.name}: document {number} has {len(value):,} characters, {DOCUMENT_CHARACTERS:,} are "
+                "allowed. Split it."
+            )
+        value = value.removeprefix(BOM)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
 
     def _companions(self, rows: Any) -> list[str]:
         """Columns beside the token ids that say which of them are padding."""
@@ -268,13 +297,17 @@ def find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None = None) -> Cor
     Raises DataError: unknown, unreachable, or of no kind that can be read; ConfigError: options of the Hub for what is
     local.
     """
+    return replace(_find_corpus(choice, stored), chat=choice.chat)
+
+
+def _find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None) -> Corpus:
     path = Path(choice.name).expanduser()
     if choice.name == PYDOCS:
         from tcsae.data.pydocs import pydocs_revision
 
         _check_local(choice)
         recipe = _recipe(choice, PYDOCS, pydocs_revision())
-        return Corpus(recipe, lambda: _load("json", choice.split, data_files={choice.split: [str(_embedded_file())]}))
+        return Corpus(recipe, lambda: _load_files("json", [_embedded_file()], choice))
     if choice.name not in ALIASES and path.exists():
         if path.is_dir() and (saved := _saved_folder(path, choice)):
             digest = digest_files([file for file in saved.rglob("*") if file.is_file()], saved)
@@ -312,33 +345,21 @@ def _load_saved(folder: Path) -> Any:
 
 def _load_files(reader: str, files: list[Path], choice: CorpusChoice) -> Any:
     """The rows of local files, in order."""
+    names, companions = [str(file) for file in files], companion_columns(choice.field) if choice.tokenized else ()
     if reader == "text":
-        import datasets
-
-        return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs={"files": [str(file) for file in files]})
-    options: dict[str, Any] = {"data_files": {choice.split: [str(file) for file in files]}}
-    if reader == "parquet" and (columns := _shared_columns(files, choice)):
+        return _rows_from(text_rows, files=names)
+    if reader == "json":
+        return _rows_from(json_rows, files=names, fields=(choice.field, *companions))
+    options: dict[str, Any] = {"data_files": {choice.split: names}}
+    if columns := _shared_columns(files, choice):
         options["columns"] = columns
     return _load(reader, choice.split, **options)
 
 
-def _text_rows(files: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The whole text of each file, without its byte order mark; line ends as in Python's text files."""
-    for file in files:
-        with _unpacked(file) as opened:
-            encoding = ENCODINGS.get(opened.peek(2)[:2], "utf-8-sig")
-            yield {"text": io.TextIOWrapper(opened, encoding=encoding).read()}
+def _rows_from(rows: Callable[..., Iterator[Row]], **arguments: Any) -> Any:
+    import datasets
 
-
-def _unpacked(file: str) -> Any:
-    """A file's bytes, as a buffered reader."""
-    if file.lower().endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.lower().endswith(".zst"):
-        import zstandard
-
-        return io.BufferedReader(zstandard.open(file, "rb"))
-    return Path(file).open("rb")
+    return datasets.IterableDataset.from_generator(rows, gen_kwargs=arguments)
 
 
 def _shared_columns(files: list[Path], choice: CorpusChoice) -> list[str]:

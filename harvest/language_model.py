@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from tcsae.harvest.documents import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
-from tcsae.shared.base.errors import ConfigError, ModelError
+from tcsae.shared.base.errors import ConfigError, ModelError, broken_library
 from tcsae.shared.lm.tail import TailError
 from tcsae.shared.store.format import ModelRecipe
 
@@ -48,7 +49,9 @@ class LanguageModel:
 
         try:
             return AutoConfig.from_pretrained(self.source, **self.options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise broken_library(f"The model {self.name}", error) from error
+        except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"The model {self.name} has no config that can be read ({first_line(error)}).{self._code_hint(error)}"
             ) from error
@@ -81,7 +84,9 @@ class LanguageModel:
             # Where files are missing, transformers may make one that knows no word.
             if not tokenizer("text", add_special_tokens=False)["input_ids"]:
                 raise ValueError("its vocabulary is empty")
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise broken_library(f"The tokenizer of the model {self.name}", error) from error
+        except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"The model {self.name} has no tokenizer that can be loaded ({first_line(error)}). "
                 f"Put its tokenizer files beside config.json.{self._code_hint(error)}"
@@ -173,7 +178,9 @@ def load_plain(model: LanguageModel, device: str = "cpu", dtype: str = "float32"
                 return _untrained(model, kind, dtype, options).to(device)
             options |= {"dtype": getattr(torch, dtype), **model.options}
             return kind.from_pretrained(model.source, **options).eval().to(device)
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        raise broken_library(f"The model {model.name}", error) from error
+    except (OSError, ValueError) as error:
         raise TailError(f"No tail: {model.name} is no causal language model ({first_line(error)}).") from error
 
 
@@ -223,17 +230,18 @@ def nothing_installed() -> Iterator[None]:
 
     It would put another torch into the user's environment; the image processor that it wants is not used here.
     """
-    from transformer_lens.model_bridge.sources.transformers import helpers
+    call = subprocess.check_call
 
-    install = getattr(helpers, "_ensure_torchvision", None)
-    if install is None:  # a version that does not install
-        yield
-        return
-    helpers._ensure_torchvision = lambda: False
+    def refuse(command: Any, *rest: Any, **options: Any) -> int:
+        if "torchvision" in command:
+            raise OSError("nothing is installed")  # which it takes for a failed installation
+        return call(command, *rest, **options)
+
+    subprocess.check_call = refuse
     try:
         yield
     finally:
-        helpers._ensure_torchvision = install
+        subprocess.check_call = call
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.chat import ChatChoice, Marked, chat_template
 from tcsae.harvest.documents import Corpus
 from tcsae.harvest.language_model import LanguageModel, load_plain, quiet
 from tcsae.harvest.sequences import Sequencer, TokenReader, budgets_of, n_tokens, permuted, split_of
@@ -30,6 +31,7 @@ from tcsae.shared.store.writer import StoreWriter
 COMMIT_DOCUMENTS = 5000
 COMMIT_S = 10.0
 SAMPLE_SEQUENCES = 4
+NOTHING = Marked(np.zeros(0, np.int32))
 
 
 class Sample(NamedTuple):
@@ -40,15 +42,17 @@ class Sample(NamedTuple):
     lengths: Int[Tensor, " n"]
 
 
-def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, stop: StopRequest) -> None:
+def write_sequences(
+    writer: StoreWriter, corpus: Corpus, model: LanguageModel, stop: StopRequest, chat: ChatChoice | None = None
+) -> None:
     """Phase 1: the sequences of both splits, with a commit every few thousand documents or seconds."""
     if writer.planned:
         return
     recipe = writer.manifest.recipe
-    reader = TokenReader(model, corpus, recipe.sequences.prepend_bos)
+    reader = TokenReader(model, corpus, recipe.sequences.prepend_bos, chat_template(chat, model) if chat else None)
     budget, unit = budgets_of(recipe)
     done = writer.progress.get("counts")
-    sequencer = Sequencer(recipe.sequences, budget, reader.bos_id, done, unit)
+    sequencer = Sequencer(recipe.sequences, budget, reader.bos_id, done, unit, recipe.roles)
     counts = sequencer.counts
     if done:
         say(f"{writer.location} goes on: {counts['documents_read']:,} documents are read.")
@@ -65,6 +69,8 @@ def write_sequences(writer: StoreWriter, corpus: Corpus, model: LanguageModel, s
                 stop.check(f"{committed:,} documents are read")
     writer.commit(sequencer.take_rows(), {"counts": counts})
     writer.finish_sequences({**counts, "corpus_exhausted": not sequencer.done})
+    if reader.template is not None and (n := reader.template.n_unmarked):
+        say(f"{n:,} messages are not in the text as they stand in the data (the template changes them): not marked.")
 
 
 def write_activations(
@@ -172,13 +178,16 @@ def _read(sequencer: Sequencer, corpus: Corpus, reader: TokenReader, control: Co
         first = sequencer.counts["documents_read"]
         splits = [split_of(document, every) for document in documents]
         needed = [i for i, split in enumerate(splits) if not sequencer.is_full(split)]
-        ids = reader.ids([documents[i] for i in needed], [first + i for i in needed])
-        ids_of = dict(zip(needed, ids, strict=True))
+        read = reader.marked([documents[i] for i in needed], [first + i for i in needed])
+        read_of = dict(zip(needed, read, strict=True))
         for i, split in enumerate(splits):
-            if i in ids_of and control is not None and control.kind == PERMUTED:
-                order = permuted(ids_of[i], control.seed, sequencer.counts["documents_read"])
-                ids_of[i] = np.asarray(order, np.int32)
-            sequencer.add(split, ids_of.get(i, ()))
+            ids, roles = read_of.get(i, NOTHING)
+            if i in read_of and control is not None and control.kind == PERMUTED:
+                number = sequencer.counts["documents_read"]
+                ids = np.asarray(permuted(ids, control.seed, number), np.int32)
+                if roles is not None:
+                    roles = np.asarray(permuted(roles.tolist(), control.seed, number), np.uint8)
+            sequencer.add(split, ids, roles)
             if sequencer.done:
                 break
         yield

@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass, field, replace
 
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.chat import ChatChoice, chat_template
 from tcsae.harvest.documents import Corpus, CorpusChoice
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel
 from tcsae.harvest.sequences import TokenReader, check_sequences
@@ -53,6 +54,8 @@ class HarvestConfig:
     corpus: CorpusChoice = field(default_factory=CorpusChoice)
     sequences: SequenceRecipe = field(default_factory=SequenceRecipe)
     """Its pad_id is replaced by the tokenizer's."""
+    chat: ChatChoice | None = None
+    """How conversations become text; None: documents are text or token ids."""
     hooks: tuple[str, ...] = ("blocks.4.hook_resid_post",)
     n_tokens: int = 1_000_000
     """Valid tokens over both splits."""
@@ -102,12 +105,13 @@ def resolve(
         batch_size=config.model.batch_size,
     )
     check_dtype(asked.dtype, asked.device)
+    template = chat_template(config.chat, model) if config.chat else None
     if stored is not None and _same_hooks(stored, asked, config.hooks):
         hooks, pad_id = stored.hooks, stored.sequences.pad_id
         asked = replace(asked, attention=stored.model.attention)
     else:
         model.check_length(config.sequences.length)
-        reader = TokenReader(model, corpus, config.sequences.prepend_bos)
+        reader = TokenReader(model, corpus, config.sequences.prepend_bos, template)
         pad_id = reader.pad_id
         if stored is None:
             corpus.check()
@@ -128,6 +132,7 @@ def resolve(
         libraries={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
         control=config.control,
+        chat=template and template.recipe,
     )
     return recipe, capture
 

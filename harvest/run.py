@@ -7,9 +7,10 @@ import contextlib
 import gc
 import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +20,7 @@ from numpy import ndarray
 
 from tcsae.data.model import EVAL_EVERY
 from tcsae.harvest.capture import Capture
+from tcsae.harvest.chat import ChatChoice
 from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
 from tcsae.harvest.documents import Corpus, find_corpus
 from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
@@ -64,8 +66,8 @@ def harvest(
     processes, start = ranks(), time.monotonic()
     if processes.parallel and fresh:
         raise ConfigError(
-            f"--fresh in {processes.world} processes: each would delete what the others write. Start anew with one "
-            "process, harvest --fresh --dry-run, then start all without --fresh."
+            f"--fresh in {processes.world} processes: each would delete what the others write. Delete {location} "
+            "first, then start all without --fresh."
         )
     with disk_errors(location, StoreError):
         job = _prepare(location, config, fresh, force)
@@ -89,21 +91,52 @@ def harvest(
 def plan_harvest(location: str, config: HarvestConfig, *, fresh: bool = False, exact: bool = False) -> Plan:
     """What `harvest` would write and how long it would take: text becomes sequences, then a batch is timed.
 
-    Leaves an unfinished store, from which `harvest` goes on. Raises what `harvest` raises; StoreError for a sealed
-    store, which would have to be opened for writing.
+    Leaves nothing behind: sequences go into a scratch folder beside `location`, or are those of an unfinished store.
+    `fresh` plans as if no store were there. Raises what `harvest` raises; StoreError for a sealed store, which would
+    have to be opened for writing.
     """
     if (processes := ranks()).parallel:
         raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
-    with disk_errors(location, StoreError):
-        job = _prepare(location, config, fresh)
-        manifest = read_manifest(location)
+    with disk_errors(location, StoreError), _scratch(location) as scratch, stop_on_signals() as stop:
+        manifest = None if fresh else read_manifest(location)
         if manifest is not None and manifest.state == SEALED:
             raise StoreError(f"{location} is sealed, there is nothing to plan. Give another --store, or --fresh.")
-        writer = open_writer(location, job.recipe)
-        assert writer is not None
-        with writer, stop_on_signals() as stop:
+        job = _prepare(scratch if fresh else location, config, fresh=False)
+        if manifest is not None:
+            with _unfinished(location, job.recipe) as writer:
+                if writer.planned:
+                    return make_plan(writer, job.load())
+        with _unfinished(scratch, job.recipe) as writer:
             _make_sequences(writer, job, stop, exact)
-            return make_plan(writer, job.load())
+            return replace(make_plan(writer, job.load()), location=location)
+
+
+def _unfinished(location: str, recipe: Recipe) -> StoreWriter:
+    writer = open_writer(location, recipe)
+    assert writer is not None, "sealed stores were refused"
+    return writer
+
+
+@contextlib.contextmanager
+def _scratch(location: str) -> Iterator[str]:
+    """A store's location on the same disk, in a temporary folder that is gone afterwards; killed, it goes at the next
+    start, as what `remove_store` leaves does. Of an object store: on the local disk.
+    """
+    objects = objects_at(location)
+    if not isinstance(objects, LocalObjects):
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"{folder}/plan.zarr"
+        return
+    root = objects.root.absolute()
+    has_parent = root.parent.exists()
+    scratch = root.with_name(f"{root.name}.{uuid.uuid4().hex}{DELETED}")
+    try:
+        yield str(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not has_parent:
+            with contextlib.suppress(OSError):  # something else has come to lie there
+                root.parent.rmdir()
 
 
 @dataclass
@@ -114,6 +147,7 @@ class _Job:
     corpus: Corpus
     recipe: Recipe
     capture: Capture | None
+    chat: ChatChoice | None = None
 
     def load(self) -> Capture:
         if self.capture is None:
@@ -147,7 +181,7 @@ def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = Fa
     if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
         model = replace(model, weights_seed=config.control.seed)
     corpus = find_corpus(config.corpus, stored.corpus if stored else None)
-    return _Job(model, corpus, *resolve(config, model, corpus, stored))
+    return _Job(model, corpus, *resolve(config, model, corpus, stored), config.chat)
 
 
 def _open(
@@ -187,7 +221,7 @@ def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force
 
 def _make_sequences(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool) -> None:
     """Phase 1."""
-    write_sequences(writer, job.corpus, job.model, stop)
+    write_sequences(writer, job.corpus, job.model, stop, job.chat)
     _check_counts(writer, exact)
 
 

@@ -4,17 +4,20 @@ Pure bookkeeping: texts and token ids come in, rows and counts come out, and the
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from numpy import ndarray
 
 from tcsae.data.model import is_eval
+from tcsae.harvest.chat import ChatTemplate, Marked
 from tcsae.harvest.documents import Corpus, Document
 from tcsae.harvest.language_model import LanguageModel
+from tcsae.harvest.messages import check_roles
 from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError, DataError, ModelError
 from tcsae.shared.store.format import SPLITS, Recipe, SequenceRecipe
@@ -37,7 +40,10 @@ class TokenReader:
     `prepended` is the id that begins every sequence, if one does: a document that begins with it loses it.
     """
 
-    def __init__(self, model: LanguageModel, corpus: Corpus, prepend_bos: bool) -> None:
+    def __init__(
+        self, model: LanguageModel, corpus: Corpus, prepend_bos: bool, template: ChatTemplate | None = None
+    ) -> None:
+        self.template = template
         self._name = corpus.recipe.name
         self._model = model
         self._tokenizer = model.tokenizer()
@@ -58,16 +64,22 @@ class TokenReader:
             self._check_vocabulary()
         unshuffled = replace(corpus, recipe=replace(corpus.recipe, seed=0))
         for documents in unshuffled.batches(size=CHECKED_DOCUMENTS):
+            if self.template is not None:
+                check_roles(self.template.recipe.roles, [one for one in documents if is_chat(one)], self._name)
             self.ids(documents, range(len(documents)))
             return
 
     def ids(self, documents: Sequence[Document], numbers: Sequence[int]) -> list[Int[ndarray, " n_tokens"]]:
-        """int32 token ids of each document; `numbers` are the documents' in the corpus.
+        """int32 token ids of each document; `numbers` are the documents' in the corpus. Raises as `marked` does."""
+        return [one.ids for one in self.marked(documents, numbers)]
 
-        Raises DataError for ids that the model has not.
+    def marked(self, documents: Sequence[Document], numbers: Sequence[int]) -> list[Marked]:
+        """The same, with whose token each is where that was asked for.
+
+        Raises DataError for ids that the model has not, or a conversation that the template refuses.
         """
         checked = []
-        for i, ids in enumerate(self._unchecked(documents)):
+        for i, (ids, roles) in enumerate(self._unchecked(documents, numbers)):
             if len(ids) and not 0 <= ids.min() <= ids.max() < self._n_vocabulary:
                 source = "data" if isinstance(documents[i], list) else f"the tokenizer of {self._model.name}"
                 raise DataError(
@@ -77,11 +89,26 @@ class TokenReader:
                 )
             if self.prepended is not None:
                 others = np.flatnonzero(ids != self.prepended)
-                ids = ids[others[0] if len(others) else len(ids) :]
-            checked.append(ids.astype(np.int32))
+                first = others[0] if len(others) else len(ids)
+                ids, roles = ids[first:], None if roles is None else roles[first:]
+            checked.append(Marked(ids.astype(np.int32), roles))
         return checked
 
-    def _unchecked(self, documents: Sequence[Document]) -> Iterator[Int[ndarray, " n_tokens"]]:
+    def _unchecked(self, documents: Sequence[Document], numbers: Sequence[int]) -> Iterator[Marked]:
+        """Ids of the documents in order."""
+        if self.template is None:
+            yield from map(Marked, self._texts(documents))
+            return
+        for number, document in zip(numbers, documents, strict=True):
+            try:
+                yield self.template.read(document)
+            except ValueError as error:
+                raise DataError(
+                    f"{self._name}: the chat template refuses document {number} ({error}). Leave that conversation "
+                    "out, or give another --chat-template."
+                ) from error
+
+    def _texts(self, documents: Sequence[Document]) -> Iterator[Int[ndarray, " n_tokens"]]:
         """Ids of the documents in order: short texts go to the tokenizer side by side, long ones in pieces."""
         texts: list[str] = []
         size = 0
@@ -169,12 +196,21 @@ POSITION_BYTES, TOKEN_BYTES = 4 * 4096, 4
 """Of one hook's activations at a width of 4096 in float32; of a token id."""
 
 
-def split_of(document: str | Sequence[int], eval_every: int) -> str:
+def is_chat(document: Document) -> bool:
+    """Whether a document is a conversation."""
+    return isinstance(document, list) and bool(document) and isinstance(document[0], dict)
+
+
+def split_of(document: Document, eval_every: int) -> str:
     """ "eval" for one document in `eval_every`, by the sha256 of its text; else "train".
 
-    Where a document is token ids, its text is their decimal numbers with a space between two.
+    Where a document is token ids, its text is their decimal numbers with a space between two; where it is a
+    conversation, its messages as JSON with sorted keys.
     """
-    text = document if isinstance(document, str) else " ".join(map(str, document))
+    if is_chat(document):
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+    else:
+        text = document if isinstance(document, str) else " ".join(map(str, document))
     return "eval" if is_eval(text, eval_every) else "train"
 
 
@@ -230,14 +266,17 @@ class Sequencer:
         bos_id: int | None = None,
         counts: dict[str, Any] | None = None,
         unit: str = "tokens",
+        roles: Sequence[str] = (),
     ) -> None:
         self.recipe = recipe
+        self.roles = roles
+        """Whose tokens are marked, and counted as tokens_of_ROLE."""
         self.budgets = budgets
         self.unit = unit
         assert not recipe.prepend_bos or bos_id is not None
         self._bos = [bos_id or 0] * recipe.prepend_bos
         self.counts: dict[str, Any] = copy.deepcopy(counts) if counts else _no_counts()
-        self._rows: dict[str, list[tuple[np.ndarray, int, int, int]]] = {split: [] for split in SPLITS}
+        self._rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
 
     @property
     def done(self) -> bool:
@@ -247,7 +286,9 @@ class Sequencer:
     def is_full(self, split: str) -> bool:
         return self.counts[split][self.unit] >= self.budgets[split]
 
-    def add(self, split: str, ids: Sequence[int] | Int[ndarray, " n"]) -> None:
+    def add(
+        self, split: str, ids: Sequence[int] | Int[ndarray, " n"], roles: UInt8[ndarray, " n"] | None = None
+    ) -> None:
         """Take the next document of the corpus; `ids` is not looked at if its split is full."""
         counts, of_split = self.counts, self.counts[split]
         before = {name: dict(value) if name in SPLITS else value for name, value in counts.items()}
@@ -264,7 +305,7 @@ class Sequencer:
             if self.is_full(split):
                 counts["tokens_beyond_budget"] += len(tokens) - kept
                 break
-            kept = self._keep(split, tokens, number, start, stop)
+            kept = self._keep(split, Marked(tokens, roles), number, start, stop)
         else:
             counts["tokens_dropped_short"] += len(tokens) - kept
             counts["pieces_dropped_short"] += len(tokens) > kept
@@ -279,24 +320,41 @@ class Sequencer:
         self._rows = {split: [] for split in SPLITS}
         return taken
 
-    def _keep(self, split: str, tokens: np.ndarray, number: int, start: int, stop: int) -> int:
+    def _keep(self, split: str, tokens: Marked, number: int, start: int, stop: int) -> int:
         length = len(self._bos) + stop - start
         row = np.full(self.recipe.length, self.recipe.pad_id, np.int32)
         row[: len(self._bos)] = self._bos
-        row[len(self._bos) : length] = tokens[start:stop]
-        self._rows[split].append((row, length, number, start))
+        row[len(self._bos) : length] = tokens.ids[start:stop]
+        whose = np.zeros(self.recipe.length, np.uint8)
+        if tokens.roles is not None:
+            whose[len(self._bos) : length] = tokens.roles[start:stop]
+        for i, role in enumerate(self.roles, 1):
+            name = f"tokens_of_{role}"
+            self.counts[split][name] = self.counts[split].get(name, 0) + int((whose == i).sum())
+        self._rows[split].append(_Row(row, length, number, start, whose))
         self.counts[split]["sequences"] += 1
         self.counts[split]["tokens"] += length
         return stop
 
-    def _stack(self, rows: list[tuple[np.ndarray, int, int, int]]) -> Rows:
-        tokens, lengths, documents, starts = zip(*rows, strict=True) if rows else ((), (), (), ())
+    def _stack(self, rows: "list[_Row]") -> Rows:
+        tokens, lengths, documents, starts, whose = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         return Rows(
             np.array(tokens, np.int32).reshape(-1, self.recipe.length),
             np.array(lengths, np.int32),
             np.array(documents, np.int64),
             np.array(starts, np.int32),
+            np.array(whose, np.uint8).reshape(-1, self.recipe.length) if self.roles else None,
         )
+
+
+class _Row(NamedTuple):
+    """One sequence."""
+
+    tokens: Int[ndarray, " length"]
+    length: int
+    document: int
+    start: int
+    roles: UInt8[ndarray, " length"]
 
 
 def check_sequences(recipe: SequenceRecipe, n_tokens: int, batch_size: int = 1) -> None:

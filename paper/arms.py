@@ -5,6 +5,8 @@ Arms that differ in one setting share seeds, data order and steps, so that they 
 
 from dataclasses import dataclass, replace
 
+from tcsae.evaluate.halves import Documents
+
 TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments"
 """Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
 moments that the paper's had."""
@@ -25,6 +27,11 @@ class Arm:
     """Whether temporal measures are taken of it."""
     smooth: str = ""
     """How its codes are smoothed after training, as `tcsae eval --smooth` says it."""
+    documents: Documents = "all"
+    """Documents of the eval split that its figures are of."""
+    vary: tuple[str, ...] = ("init_seed",)
+    """Settings that take the seed's number."""
+    first_seed: int = 0
 
     def on(self, store: str) -> "Arm":
         return replace(self, store=store)
@@ -39,7 +46,7 @@ def weighted(kind: str, weight: float, *settings: str) -> Arm:
     about = f"{NAMES[kind]}, weight {weight:g}"
     if kind == "contrastive" and weight == 3.0 and not settings:
         return topk(about, preset="temporal-topk")
-    at = ("temporal.temperature=0.3",) if kind == "contrastive" else ()
+    at = ("temporal.contrast.temperature=0.3",) if kind == "contrastive" else ()
     return topk(about, f"temporal.kind={kind}", f"temporal.weight={weight:g}", *at, *settings)
 
 
@@ -100,7 +107,7 @@ BATCHTOPK_CONTRASTIVE = topk(
     "BatchTopK, contrastive",
     "temporal.kind=contrastive",
     "temporal.weight=3",
-    "temporal.temperature=0.3",
+    "temporal.contrast.temperature=0.3",
     preset="batchtopk",
 )
 LARGE_PLAIN = Arm("4096 latents, k = 32, no temporal term", "topk", ())

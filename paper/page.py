@@ -75,9 +75,9 @@ def paper_table(results: Results) -> str:
         rows = [_row("printed in the paper", PRINTED[run])]
         rows.append(_row(f"closed form, {UNITS} units, no step", _expected(run, D_MODEL, NORM, SPREAD)))
         rows.append(_measured(results, LOGGED[MOMENTS, run], "the same network, synthetic activations"))
-        own = results.evaluations[LOGGED[TEXT, run]][0]
-        spread_here = 1 - own["baselines"]["zero_output"]["explained_variance_legacy"]
-        d_model, norm = own["sae"]["d_model"], own["metrics"]["l2_norm_in"]
+        untrained = results.evaluations[LOGGED[TEXT, run]][0]
+        spread_here = 1 - untrained["baselines"]["zero_output"]["explained_variance_legacy"]
+        d_model, norm = untrained["sae"]["d_model"], untrained["metrics"]["l2_norm_in"]
         rows.append(_row(f"closed form, d = {d_model}, no step", _expected(run, d_model, norm, spread_here)))
         rows.append(_measured(results, LOGGED[TEXT, run], "the same network, the store's activations"))
         for arms, about in ((WRITTEN, "trained as written"), (RESCALED, "trained, lambda_1 rescaled")):
@@ -282,18 +282,22 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: PageConte
             "picture": "",
         }
         shown.insert(0, body | {"made": _made(TABLE, TABLE_ARMS, results, made)})
+    text = rendered("page.md.j2", sections=shown, cut=CUT, **_about(results, keys, made))
+    with writing(out, CURE):
+        write_json(out / DATA, _data(chosen, results, keys))
+        write_atomic(out / PAGE, text.encode())
+    return out / PAGE
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder, filled; every value has to be there."""
     environment = Environment(
         loader=PackageLoader("tcsae.paper", "."),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    about = _about(results, keys, made)
-    text = environment.get_template("page.md.j2").render(sections=shown, cut=CUT, **about)
-    with writing(out, CURE):
-        write_json(out / DATA, _data(chosen, results, keys))
-        write_atomic(out / PAGE, text.encode())
-    return out / PAGE
+    return environment.get_template(template).render(**values)
 
 
 def _about(results: Results, keys: Sequence[str], made: PageContext) -> dict[str, Any]:
@@ -374,24 +378,24 @@ def _made(key: str, arms: Sequence[Arm], results: Results, made: PageContext) ->
     seeds = sorted({len(results.records[arm]) for arm in arms})
     parts = [f"`{made.command} --only {key}`", f"{' or '.join(map(str, seeds))} seeds"]
     for name, unit in (("steps", "steps"), ("tokens", "token visits a run")):
-        found = sorted({record[name] for record in records})
-        if found:
-            parts.append(f"{found[0]:,}{f' to {found[-1]:,}' if len(found) > 1 else ''} {unit}")
+        values = sorted({record[name] for record in records})
+        if values:
+            parts.append(f"{values[0]:,}{f' to {values[-1]:,}' if len(values) > 1 else ''} {unit}")
     return "; ".join(parts) + "."
 
 
 def _data(sections: Sequence[Section], results: Results, keys: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    questions: dict[str, Any] = {}
     for section in sections:
-        found[section.key] = [_line(line.arm, line.twin, line.group, section, results) for line in section.lines]
+        questions[section.key] = [_line(line.arm, line.twin, line.group, section, results) for line in section.lines]
     if TABLE in keys:
-        found[TABLE] = [
+        questions[TABLE] = [
             {"arm": arm.label, "preset": arm.preset, "store": arm.store, "metrics": [one["metrics"] for one in seeds]}
             for arm in TABLE_ARMS
             for seeds in [results.evaluations[arm]]
         ]
     held = {key: {one.text: one.holds(results) for one in PREDICTIONS[key]} for key in keys}
-    return {"questions": found, "predictions": held}
+    return {"questions": questions, "predictions": held}
 
 
 def _line(arm: Arm, twin: Arm | None, group: str, section: Section, results: Results) -> dict[str, Any]:

@@ -130,11 +130,11 @@ class Results:
         pairs = list(zip(self.evaluations[arm], self.evaluations[twin], strict=False))
         if (arm, twin) not in self._gains:
             self._gains[arm, twin] = [differences(self.folders[arm.store], *pair) for pair in pairs]
-        found = [one.get(figure) for one in self._gains[arm, twin]]
-        paired = [one and one["difference"] for one in found]
+        gains = [one.get(figure) for one in self._gains[arm, twin]]
+        paired = [one and one["difference"] for one in gains]
         plain = [value_of(ours, figure) - value_of(theirs, figure) for ours, theirs in pairs]
         values = [other if one is None else one for one, other in zip(paired, plain, strict=True)]
-        return Gain(values, [one and one["interval"] for one in found])
+        return Gain(values, [one and one["interval"] for one in gains])
 
     def curve(self, arm: Arm, name: str) -> list[float]:
         """A temporal measure over lags 1, 2 ..., mean over seeds."""
@@ -148,10 +148,10 @@ def value_of(evaluation: dict[str, Any], figure: str, group: str = GROUPS[0], nu
     NaN where it was not measured (a small split has too few documents for probes; a store without a tail has no CE).
     """
     if figure in evaluation["metrics"]:
-        found = evaluation["metrics"][figure]
+        value = evaluation["metrics"][figure]
     elif figure == "energy":
-        found = evaluation["temporal"]["scale"]["mean_squared_norm"]
+        value = evaluation["temporal"]["scale"]["mean_squared_norm"]
     else:
         measured = evaluation["temporal"]["groups"][group]["measures"].get(figure, {})
-        found = measured.get("difference" if null else "value")
-    return float("nan") if found is None else float(found)
+        value = measured.get("difference" if null else "value")
+    return float("nan") if value is None else float(value)

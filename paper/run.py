@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.evaluate.candidates import EvalRequest, smoothed_file
+from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
@@ -53,7 +54,7 @@ FULL = Size(1_000_000, most_seeds=3, shorter=1, name="")
 QUICK = Size(60_000, most_seeds=1, shorter=25, name=" --quick")
 
 
-def answer(place: Place, out: Path, keys: Sequence[str], asked: Source, size: Size) -> None:
+def answer(place: Place, out: Path, asked: Source, keys: Sequence[str], size: Size) -> None:
     """Harvest, train and evaluate what the questions need, and write the page about all that are complete.
 
     In several processes runs are dealt out; rank 0 writes the page. Raises ConfigError for an unknown question.
@@ -68,16 +69,16 @@ def answer(place: Place, out: Path, keys: Sequence[str], asked: Source, size: Si
             say(f"{title_of(key)} (--only {key}): {len(arms)} arms")
         for name in dict.fromkeys([TEXT, *(arm.store for arm in arms)]):
             if name not in stores:
-                stores[name] = _store(place, name, asked, key)
+                stores[name] = make_store(place, name, asked, key)
         with timed(place, key, "train"):
-            _train(place, stores, arms, size)
+            train_arms(place, stores, arms, size)
         with timed(place, key, "eval"):
-            _evaluate(place, stores, arms, size)
+            evaluate_arms(place, stores, arms, size)
     if ours.rank == 0:
         say(f"The page: {_page(place, out, asked, size)}")
 
 
-def _store(place: Place, name: str, asked: Source, key: str) -> Store:
+def make_store(place: Place, name: str, asked: Source, key: str) -> Store:
     """A store, made first by all processes together, or by rank 0 where it is no harvest."""
     ours = ranks()
     with timed(place, key, "harvest"):
@@ -104,9 +105,10 @@ def timed(place: Place, key: str, stage: str) -> Iterator[None]:
 def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
     """An arm's runs, one a seed."""
     settings = [_filled(one, store) for one in arm.settings]
-    seeds = ",".join(map(str, range(size.seeds(arm))))
-    steps = f"steps={arm.n_steps // size.shorter}"
-    return plan_runs(store, Request((arm.preset,), [*settings, steps], (f"init_seed={seeds}",)))
+    settings.append(f"steps={arm.n_steps // size.shorter}")
+    seeds = range(arm.first_seed, arm.first_seed + size.seeds(arm))
+    varied = [[f"{name}={seed}" for name in arm.vary] for seed in seeds]
+    return [run for one in varied for run in plan_runs(store, Request((arm.preset,), [*settings, *one]))]
 
 
 def _filled(setting: str, store: Store) -> str:
@@ -118,7 +120,7 @@ def _filled(setting: str, store: Store) -> str:
     return setting
 
 
-def _train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> None:
+def train_arms(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> None:
     """Train what is not trained yet, in one pass for all that agree on their data."""
     ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
@@ -128,39 +130,44 @@ def _train(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size: Si
             train_runs(stores[name], place.runs(name), todo)
 
 
-def _evaluate(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
+def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
     """Evaluate what is not evaluated yet."""
     ours = ranks()
-    for temporal, smooth in dict.fromkeys((arm.temporal, arm.smooth) for arm in arms):
-        chosen = [arm for arm in arms if (arm.temporal, arm.smooth) == (temporal, smooth)]
-        for name, runs in _by_store(stores, chosen, size).items():
-            names = [run.name for run in runs]
-            request = EvalRequest(names=names, temporal=temporal, smooth=(smooth,) if smooth else ())
+    for options in dict.fromkeys(map(_options, arms)):
+        for name, runs in _by_store(stores, [arm for arm in arms if _options(arm) == options], size).items():
+            names, (temporal, smooth, documents) = [run.name for run in runs], options
+            request = EvalRequest(
+                names=names, temporal=temporal, smooth=(smooth,) if smooth else (), documents=documents
+            )
             if ours.parallel:
                 evaluate_parallel(stores[name], place.runs(name), request, ours)
             else:
                 evaluate_runs(stores[name], place.runs(name), request)
 
 
+def _options(arm: Arm) -> tuple[bool, str, Documents]:
+    return arm.temporal, arm.smooth, arm.documents
+
+
 def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict[str, list[Run]]:
-    found: dict[str, dict[str, Run]] = {}
+    runs_of: dict[str, dict[str, Run]] = {}
     for arm in arms:
         runs = plan(stores[arm.store], arm, size)
-        found.setdefault(arm.store, {}).update({run.name: run for run in runs})
-    return {name: list(runs.values()) for name, runs in found.items()}
+        runs_of.setdefault(arm.store, {}).update({run.name: run for run in runs})
+    return {name: list(runs.values()) for name, runs in runs_of.items()}
 
 
 def _page(place: Place, out: Path, asked: Source, size: Size) -> Path:
     """Write the page about the questions whose arms are all trained and evaluated."""
     results = Results({}, {})
     stores: dict[str, Store] = {}
-    complete = [key for key in KEYS if all(_load(place, arm, size, stores, results) for arm in arms_of(key))]
+    complete = [key for key in KEYS if all(load_arm(place, arm, size, stores, results) for arm in arms_of(key))]
     given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
-    made = PageContext(f"tcsae paper{size.name}{given}", bool(size.name), stores, _times(place))
+    made = PageContext(f"tcsae paper{size.name}{given}", bool(size.name), stores, read_times(place))
     return write_page(out, results, complete, made)
 
 
-def _load(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results: Results) -> bool:
+def load_arm(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results: Results) -> bool:
     """Read an arm's records and evaluations into `results`; False if one is missing."""
     if arm in results.evaluations:
         return True
@@ -174,15 +181,17 @@ def _load(place: Place, arm: Arm, size: Size, stores: dict[str, Store], results:
     if not all(map(is_finished, folders)):
         return False
     file = smoothed_file(EVALUATION, arm.smooth or None)
-    found = [load_evaluation(folder, store.content, file) for folder in folders]
-    if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in found):
+    evaluations = [load_evaluation(folder, store.content, file) for folder in folders]
+    if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in evaluations):
         return False
-    results.evaluations[arm] = [one for one in found if one is not None]
+    if any(one and one["options"].get("documents", "all") != arm.documents for one in evaluations):
+        return False
+    results.evaluations[arm] = [one for one in evaluations if one is not None]
     results.records[arm] = [load_record(folder) for folder in folders]
     return True
 
 
-def _times(place: Place) -> list[dict[str, Any]]:
+def read_times(place: Place) -> list[dict[str, Any]]:
     """The lines of times.jsonl; those that are damaged are left out, and how many is said."""
     path = place.work / TIMES
     try:

@@ -10,12 +10,11 @@ import numpy as np
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest, json_digest, write_json
-from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.folder import EVALUATION, WEIGHTS, is_finished, load_evaluation, load_sae, read_object, writing
 from tcsae.shared.store.reader import Store
 from tcsae.shared.store.truth import CLASSES, FAST, SLOW_RARE, Truth, load_truth
@@ -23,7 +22,6 @@ from tcsae.synthetic.identifiability import ARMS, PLAIN, TEMPORAL, WIDER, Grid, 
 from tcsae.synthetic.planting import planted_config
 from tcsae.synthetic.run import HOOK, write_planted
 from tcsae.train.plan import Request, Run, plan_runs
-from tcsae.train.presets import PRESETS
 from tcsae.train.run import train_runs
 
 SCORES = "planted_scores.json"
@@ -44,14 +42,11 @@ class Place:
         return self.work / f"{name}-runs"
 
 
-def method_presets() -> list[str]:
-    """Presets whose SAEs are trained and sparse: the paper's are neither or dense."""
-    made = {name: one.make(64) for name, one in PRESETS.items()}
-    return [
-        name
-        for name, config in made.items()
-        if config.steps and KINDS[config.sae.activation].mostly_zero and not name.startswith(("logged-", "written-"))
-    ]
+METHODS = (
+    "topk", "batchtopk", "jumprelu", "relu-l1", "temporal-topk", "temporal-topk-penalised", "temporal-matryoshka",
+    "local-contrast", "topic", "t-sae", "slow-linear", "crosscoder-3", "tfa",
+)  # fmt: skip
+"""Presets of the table: one of each family. The paper's are dense or not trained."""
 
 
 class Cell(NamedTuple):
@@ -95,7 +90,7 @@ def planting_of(size: Size, cell: Cell) -> tuple[str, ...]:
 
 def runs_of(store: Store, size: Size, cell: Cell) -> list[Run]:
     if cell.duration is None:
-        return plan_runs(store, Request(method_presets(), _settings(size, cell.seed)))
+        return plan_runs(store, Request(METHODS, _settings(size, cell.seed)))
     return list(grid_runs(store, size, cell.seed).values())
 
 
@@ -120,7 +115,7 @@ def _finish(place: Place, cell: Cell, store: Store, runs: list[Run]) -> None:
     if not all(done):
         evaluate_runs(store, folder, EvalRequest(names=[run.name for run in runs], temporal=False))
     truth: Truth | None = None
-    for run in runs:
+    for run in runs if cell.duration is not None else ():
         path = folder / run.name
         if load_scores(path) is None:
             truth = truth or load_truth(store)
@@ -135,7 +130,7 @@ def _finish(place: Place, cell: Cell, store: Store, runs: list[Run]) -> None:
 def score(store: Store, truth: Truth, path: Path) -> dict[str, Any]:
     """F1 and recovery of every feature by the run at `path`, and each feature's signal to noise."""
     sae, tokens = load_sae(path), PlantedTokens(truth, store.eval.lengths)
-    planted = Planted(tokens, sae.W_dec.detach().numpy())
+    planted = Planted(tokens, decoder_rows(sae))
     moments = np.zeros((sae.config.d_model + 1, sae.config.d_model + 1))
     for batch in batches(store.eval, HOOK, 0):
         tokens.begin(batch)

@@ -9,7 +9,7 @@ import numpy as np
 from tcsae.shared.base.files import write_atomic, write_json
 from tcsae.shared.sae.folder import EVALUATION, load_evaluation, writing
 from tcsae.shared.store.reader import open_store
-from tcsae.synthetic.experiment import AGAIN, Place, grid_of, method_presets, runs_of, table_cells
+from tcsae.synthetic.experiment import AGAIN, METHODS, Place, grid_of, runs_of, table_cells
 from tcsae.synthetic.identifiability import ARMS, PLAIN, PREDICTIONS, TEMPORAL, Grid, Size
 
 FIGURE, NUMBERS, PAGE = "planted.svg", "planted.json", "planted.md"
@@ -39,7 +39,7 @@ def write_planted_page(place: Place, size: Size, out: Path) -> Path:
 
 def method_figures(place: Place, size: Size) -> dict[str, list[dict[str, Any]]]:
     """Of each preset, for every seed: EV, L0, and the recovery overall and by class."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in method_presets()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for cell in table_cells(size):
         store = open_store(place.store(cell.name))
         for run in runs_of(store, size, cell):

@@ -6,12 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tcsae
 from tcsae.shared.base.errors import ConfigError, DataError, StoreError
+from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.store.format import Layout
+from tcsae.shared.store.verify import find_faults
 from tcsae.shared.store.writer import StoreWriter
 
 LENGTH, WIDTHS = 4, {"layer1": 3, "layer2": 6}
@@ -181,3 +185,70 @@ def test_appending_is_linear(tmp_path, monkeypatch):
         store.append("eval", {"h": np.ones((2, 1, 2))})
     assert len(read) <= 42
     assert max(read) <= 8
+
+
+def small(path, **options):
+    return tcsae.create_store(path, hooks={"a": 2}, sequence_length=LENGTH, **options)
+
+
+def test_labels_are_shown_as_text(tmp_path):
+    tokens = np.array([[0, 1, 2, 1]])
+    with small(tmp_path / "a.zarr", labels=["sky", "wet grass", "road"]) as creation:
+        for split in ("train", "eval"):
+            creation.append(split, {"a": np.ones((1, LENGTH, 2))}, tokens=tokens)
+    store = tcsae.open_store(tmp_path / "a.zarr")
+    texts = TokenTexts(store)
+    assert [texts[i] for i in (0, 1, 2)] == ["sky", "wet grass", "road"]
+    shown = CliRunner().invoke(cli, ["--store", str(tmp_path / "a.zarr"), "inspect"])
+    assert "sky wet grass road wet grass" in shown.stdout
+    assert list(find_faults(str(tmp_path / "a.zarr"), lambda _: None)) == []
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_tokenizer_goes_into_the_store(tiny_lm, tmp_path, as_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    with small(tmp_path / "a.zarr", tokenizer=folder if as_folder else tokenizer) as creation:
+        creation.append(
+            "train", {"a": np.ones((1, LENGTH, 2))}, tokens=[tokenizer("the model reads one")["input_ids"][:4]]
+        )
+        creation.append("eval", {"a": np.ones((1, LENGTH, 2))})
+    store = tcsae.open_store(tmp_path / "a.zarr")
+    (first, *_) = store.train.tokens[0].tolist()
+    assert TokenTexts(store)[first] == tokenizer.decode([first])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokenizer": "nowhere"}, "tokenizer 'nowhere' is no folder with a tokenizer.json"),
+        ({"tokenizer": 3}, "tokenizer is a int. Give a Hugging Face tokenizer or its folder"),
+        ({"labels": ["a", "b", "a"]}, "the label 'a' is given twice"),
+        ({"tokenizer": "nowhere", "labels": ["a"]}, "a tokenizer and labels are given. Give one of them"),
+    ],
+)
+def test_what_cannot_name_tokens(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        small(tmp_path / "a.zarr", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_token_without_a_label_is_refused(tmp_path):
+    with (
+        pytest.raises(DataError, match="A token of 2: the store has 2 labels"),
+        small(tmp_path / "a.zarr", labels="ab") as one,
+    ):
+        one.append("train", {"a": np.ones((1, LENGTH, 2))}, tokens=[[0, 1, 2, 0]])
+
+
+def test_a_store_without_an_eval_split_says_so(tmp_path, capsys):
+    with small(tmp_path / "a.zarr") as creation:
+        creation.append("train", {"a": np.ones((1, LENGTH, 2))})
+    assert "a.zarr has no eval split, so tcsae train can use it and tcsae eval cannot." in capsys.readouterr().err
+    with small(tmp_path / "b.zarr") as creation:
+        for split in ("train", "eval"):
+            creation.append(split, {"a": np.ones((1, LENGTH, 2))})
+    assert "eval split" not in capsys.readouterr().err

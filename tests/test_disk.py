@@ -4,8 +4,10 @@ import errno
 import importlib.util
 import io
 import os
+import signal
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -16,7 +18,14 @@ from click.testing import CliRunner
 import tcsae
 from tcsae.shared.base import files
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.base.files import disk_line, whole_file, write_atomic, write_folder
+from tcsae.shared.base.files import (
+    disk_line,
+    remove_dead_partials,
+    remove_dead_partials_in,
+    whole_file,
+    write_atomic,
+    write_folder,
+)
 from tcsae.shared.commands import group
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.copy import copy_store
@@ -194,15 +203,54 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path, fails):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_partials_of_writers_that_were_killed_go_after_a_day(tmp_path):
-    names = [f"x.{i}.partial" for i in range(3)]
+WRITERS = {
+    "a file": lambda path: write_atomic(path, b"new"),
+    "a folder": lambda path: write_folder(path, folder_of("new")),
+}
+
+
+def hold_up(write: Callable[[], None]) -> int:
+    """A child that is stopped in the middle of a write, as soon as it is: fsync comes when all is written."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files.os, "fsync", lambda _: (os.write(told, b"x"), signal.pause()))
+            write()
+    os.close(told)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    return child
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("sweep", [remove_dead_partials, lambda path: remove_dead_partials_in(path.parent), None])
+def test_the_next_writer_deletes_what_a_killed_one_left_and_never_a_living_one_s(tmp_path, kind, sweep):
+    path, write = tmp_path / "x", WRITERS[kind]
+    sweep = sweep or write
+    others = {"x.partial", "x.1.partial", "y.partial", f"x.{'g' * 32}.partial", f"x.{'0' * 32}.partial.txt"}
+    for name in others:
+        (tmp_path / name).touch()
+    child = hold_up(lambda: write(path))
+    written = {one.name for one in tmp_path.iterdir()} - others
+    assert len(written) == 1
+    sweep(path)
+    assert written <= {one.name for one in tmp_path.iterdir()}, "its writer lives"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    sweep(path)
+    assert {one.name for one in tmp_path.iterdir()} - {"x"} == others, "no file of a user is taken for one"
+
+
+def test_where_nothing_can_be_locked_age_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "try_lock", lambda *_, **__: None)
+    names = [f"x.{str(i) * 32}.partial" for i in range(3)]
     for name in names:
         (tmp_path / name).mkdir()
-    for name in (*names[:2], "y.0.partial"):
-        (tmp_path / name).mkdir(exist_ok=True)
+    for name in names[:2]:
         os.utime(tmp_path / name, (0, 0))
     write_folder(tmp_path / "x", folder_of("new"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.2.partial", "y.0.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", names[2]]
 
 
 class Grudging(io.FileIO):

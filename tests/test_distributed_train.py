@@ -57,6 +57,14 @@ KINDS = {
     "written-run3-budget": ("temporal.budget=0.3",),
     "topk-position": ("temporal.position_penalty=0.3",),
     "written-run3-position": ("temporal.position_penalty=0.3",),
+    "local-contrast-batch": ("temporal.contrast.gap=1",),
+    "temporal-topk-centred": (),
+    "temporal-topk-positions": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
+    "direction": ("temporal.contrast.gap=2", "temporal.contrast.rank=5"),
+    "topic": ("temporal.contrast.distance=6", "data.segment_length=4"),
+    "t-sae": ("data.segment_length=2", "data.n_segments=24", "dead.after_share=0.05", "sparsity.threshold=average"),
+    # One pair a segment: with more, two may share a partner, and a BatchTopK's ties are cut otherwise.
+    "t-sae-past-shuffled": ("temporal.contrast.per_segment=1",),
     "temporal-matryoshka-outliers": ("data.max_norm=1.8", "data.n_segments=4"),
 }
 
@@ -68,7 +76,8 @@ def location(tmp_path_factory) -> str:
     with tcsae.create_store(path, hooks={"h": D}, sequence_length=LENGTH, codec="float32") as store:
         for split, n in (("train", 200), ("eval", 8)):
             x = rng.normal(size=(n, LENGTH, D)).cumsum(1).astype("f4")
-            store.append(split, {"h": x}, lengths=rng.integers(3, LENGTH + 1, n))
+            lengths, tokens = rng.integers(3, LENGTH + 1, n), np.arange(n * LENGTH).reshape(n, LENGTH)
+            store.append(split, {"h": x}, lengths=lengths, tokens=tokens)
     return str(path)
 
 
@@ -80,14 +89,14 @@ def make_run(kind: str, *more: str) -> Run:
 def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights, counters, losses and logged figures of 20 steps in float64."""
     store = tcsae.open_store(location)
-    loader = SegmentLoader(store, run.config.data, ranks=ours or ALONE)
+    loader = SegmentLoader(store, run.config.data, ranks=ours or ALONE, text=run.config.temporal.reads_text)
     torch.set_default_dtype(torch.float64)
     trainer = Trainer(run.config, loader.sample(1000).double(), LENGTH)
     told, smallest = [], np.inf
     for batch, _ in zip(loader, range(20), strict=False):
         smallest = min(smallest, len(batch.lengths))
         result = trainer.step(batch._replace(x=batch.x.double()))
-        told.append(metrics_line(trainer, batch, result))
+        told.append(metrics_line(trainer, result))
     found = {name: one.detach().clone() for name, one in trainer.sae.named_parameters()}
     found |= {
         "since": trainer.tokens_since_fired,

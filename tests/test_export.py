@@ -131,6 +131,39 @@ def test_config_says_where_the_sae_is_from(export, tmp_path):
     assert found["tcsae"]["store"] == "c0ffee"
 
 
+def by_sparsify(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code and reconstruction by the formulas of sparsify 1.3.3 (sparse_coder.py, fused_encoder.py)."""
+    state, config = (
+        safetensors.torch.load_file(folder / "sae.safetensors"),
+        json.loads((folder / "cfg.json").read_text()),
+    )
+    assert (config["activation"], config["d_in"], config["num_latents"]) == ("topk", D_MODEL, D_SAE)
+    assert not any(config[name] for name in ("multi_topk", "skip_connection", "transcode", "normalize_decoder"))
+    pre = torch.nn.functional.linear(x - state["b_dec"], state["encoder.weight"], state["encoder.bias"]).relu()
+    top = pre.topk(config["k"], dim=-1, sorted=False)
+    code = torch.zeros_like(pre).scatter_(-1, top.indices, top.values)
+    return code, code @ state["W_dec"] + state["b_dec"]
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_sparsify_gets_the_same_codes_and_reconstructions(export, tmp_path, x, activation):
+    path = make_run(tmp_path / "runs", activation, unit=False)
+    done = export("--to", "sparsify", "--run", path.name)
+    assert done.exit_code == 0, done.output
+    code, x_hat = by_sparsify(path / "export-sparsify", x)
+    sae = load_sae(path)
+    with torch.no_grad():
+        torch.testing.assert_close(code, sae.encode(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x_hat, sae(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_threshold_has_no_form_in_sparsify(export, tmp_path):
+    path = make_run(tmp_path / "runs", "jumprelu")
+    done = export("--to", "sparsify", "--run", path.name)
+    assert done.exit_code == 1
+    assert "has sae.activation=jumprelu, which has no form in sparsify. There is: topk, relu," in done.stderr
+
+
 def test_saelens_gets_its_two_files_alone(export, tmp_path):
     path = make_run(tmp_path / "runs", "batchtopk")
     done = export("--to", "saelens", "--run", path.name, "--out", "there")
@@ -190,7 +223,7 @@ def test_only_an_earlier_export_is_replaced(export, tmp_path):
     "arguments, code, message",
     [
         (["--to", "saelens", "--run", "topc-run"], 1, "Unknown run 'topc-run'. Did you mean 'topk-run'?"),
-        (["--to", "sparsify", "--run", "topk-run"], 2, "'sparsify' is not one of 'dictionary_learning', 'saelens'"),
+        (["--to", "keras", "--run", "topk-run"], 2, "'keras' is not one of 'dictionary_learning', 'saelens'"),
         (["--to", "saelens"], 2, "Missing option '--run'"),
         (["--run", "topk-run"], 2, "Missing option '--to'"),
     ],

@@ -31,8 +31,9 @@ from tcsae.train.config import (
     TrainConfig,
 )
 from tcsae.train.log import metrics_line
-from tcsae.train.losses import TEMPORAL, temporal_term
-from tcsae.train.losses.contrastive import contrastive, info_nce, partners
+from tcsae.train.losses import STATEFUL, TEMPORAL, temporal_term
+from tcsae.train.losses.contrastive import contrastive, info_nce
+from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.trainer import StepResult, Trainer
 
@@ -106,23 +107,28 @@ def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):
     )
 
 
+OF_PAIRS = {"local", "direction", "t-sae", "topic", "local-topic"}
+"""Held against theirs in test_contrasts, test_t_sae and test_topic."""
+
+
 def test_every_kind_of_temporal_term_is_held_against_an_oracle():
-    assert set(TEMPORAL) == {"difference", "relative", "gated", "contrastive"}
+    assert {*TEMPORAL, *STATEFUL} == {"difference", "relative", "gated", "contrastive"} | OF_PAIRS
     with pytest.raises(ConfigError, match=r"Unknown temporal.kind 'contrastiv'.*'contrastive'"):
         temporal_term("contrastiv")
 
 
 def test_partners_are_adjacent_and_negatives_of_other_documents():
     batch = batch_of(torch.zeros(14, 1), [3, 1, 4, 2, 4])
-    first, second, others = partners(batch, 5)
-    assert (second - first).tolist() == [1, 1, 1, 1]
+    config = TemporalConfig(kind="contrastive")
+    first, _, others = choose_pairs(config, batch, 5)
+    second = first + 1
     segment = np.repeat(np.arange(5), batch.lengths)
     assert segment[first].tolist() == segment[second].tolist() == [0, 2, 3, 4]
     assert others.tolist() == [[i // 2 != j // 2 for j in (0, 2, 3, 4)] for i in (0, 2, 3, 4)]
-    everywhere = {int(partners(batch, seed)[0][1]) for seed in range(40)}
+    everywhere = {int(choose_pairs(config, batch, seed).first[1]) for seed in range(40)}
     assert everywhere == {4, 5, 6}
     alone = torch.zeros(2, 2, dtype=torch.bool)
-    assert info_nce(torch.eye(2), torch.eye(2), alone, 0.1) == 0
+    assert info_nce(torch.eye(2) / 0.1, alone) == 0
 
 
 @pytest.mark.parametrize("order", ["segment", "batch"])
@@ -237,7 +243,7 @@ def same_as_textbook(trainer: Trainer, batch: Batch) -> StepResult:
     torch.testing.assert_close(dense, theirs.code)
     torch.testing.assert_close(result.x_hat - result.x, theirs.error)
     assert (trainer.tokens_since_fired == 0).tolist() == (theirs.code > 0).any(0).tolist()
-    assert_figures(metrics_line(trainer, batch, result), theirs, batch)
+    assert_figures(metrics_line(trainer, result), theirs, batch)
     return result
 
 

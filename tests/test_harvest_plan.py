@@ -31,9 +31,7 @@ def test_the_plan_is_what_is_then_on_disk(tiny_config, tmp_path, codec):
     config = dataclasses.replace(tiny_config, codec=codec)
     location = tmp_path / "store.zarr"
     plan = plan_harvest(str(location), config)
-    records = toy.records(location)
-    assert records == {"sequences", "plan"}, "phase 1, and no more"
-    assert not list(location.rglob("*.partial"))
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
     store = harvest(str(location), config)
     for split in ("train", "eval"):
         assert plan.sequences[split] == store.split(split).n_sequences
@@ -65,7 +63,12 @@ def test_what_is_on_disk_is_not_planned_again(tiny_config, tmp_path):
     location = tmp_path / "store.zarr"
     whole = plan_harvest(str(location), tiny_config)
     assert toy.harvest_in_child(location, tiny_config, 5, "journal/train-") == 9
+    before = {file: file.read_bytes() for file in location.rglob("*") if file.is_file()}
     rest = plan_harvest(str(location), tiny_config)
+    after = {file: file.read_bytes() for file in location.rglob("*") if file.is_file() and file.name != "harvest.lock"}
+    assert {file: data for file, data in before.items() if file.suffix != ".partial"}.items() >= after.items()
+    assert plan_harvest(str(location), tiny_config, fresh=True).left == whole.left, "as if it were not there"
+    assert [file.name for file in tmp_path.iterdir()] == ["store.zarr"]
     lengths = 5 * 8 * 32
     assert 0 < whole.left - rest.left <= lengths
     assert rest.needed < whole.needed and rest.activations == whole.activations
@@ -98,8 +101,17 @@ def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     assert harvest(str(location), tiny_config, force=True).manifest.state == "sealed"
 
 
+def test_a_dry_run_of_another_harvest_is_refused_as_that_is(tiny_config, tmp_path):
+    location = tmp_path / "store.zarr"
+    assert toy.harvest_in_child(location, tiny_config, 1, "journal/sequences") == 9
+    with pytest.raises(StoreError, match=r"was harvested otherwise \(n_tokens: 3000, not 4000\). Give another --store"):
+        plan_harvest(str(location), dataclasses.replace(tiny_config, n_tokens=4000))
+    with pytest.raises(StoreError, match="is extended by --tokens, not by hooks. Give another --store"):
+        plan_harvest(str(location), dataclasses.replace(tiny_config, hooks=(toy.RESIDUAL,)))
+
+
 @pytest.mark.slow
-def test_a_dry_run_prints_the_plan_and_the_same_command_goes_on(tiny_lm, tiny_corpus, tmp_path):
+def test_a_dry_run_prints_the_plan_and_leaves_the_way_free(tiny_lm, tiny_corpus, tmp_path):
     options = [
         "--store",
         str(tmp_path / "store.zarr"),
@@ -114,8 +126,7 @@ def test_a_dry_run_prints_the_plan_and_the_same_command_goes_on(tiny_lm, tiny_co
     assert planned.exit_code == 0, planned.output
     for words in ("sequences", "float16", "(chosen)", "about", "the disk has", "per token: the model", "tokens to go"):
         assert words in planned.stdout
-    with pytest.raises(StoreError, match="unfinished"):
-        open_store(tmp_path / "store.zarr")
+    assert not list(tmp_path.iterdir())
     done = CliRunner().invoke(cli, options)
     assert done.exit_code == 0, done.output
     store = open_store(tmp_path / "store.zarr")

@@ -90,7 +90,7 @@ def everything_in(folder: Path) -> dict[str, str]:
 
 def test_a_sealed_store_on_one_screen(path, tmp_path):
     before = everything_in(path)
-    done = inspect(path, tmp_path)
+    done = inspect(path, tmp_path, "--details")
     assert done.exit_code == 0, done.output
     shown = done.stdout
     content = json.loads((path / "zarr.json").read_text())["attributes"]["tcsae"]["content"]
@@ -108,6 +108,9 @@ def test_a_sealed_store_on_one_screen(path, tmp_path):
     ):
         assert expected in shown, expected
     assert shown.count("stored as float16") == 1
+    short = inspect(path, tmp_path).stdout
+    assert "sealed, format 2\n" in short and "toy/model, float32 on" in short
+    assert content[:12] not in short and "revision" not in short
     assert len(shown.splitlines()) < 50
     assert everything_in(path) == before
 

@@ -108,15 +108,22 @@ def test_order_is_shuffled_by_seed_and_epoch(store):
 @pytest.mark.parametrize("n_segments", [8, 11])
 @pytest.mark.parametrize(("segment_length", "skip_first"), [(1, 0), (3, 1), (7, 2)])
 @pytest.mark.parametrize("max_norm", [1.2, 1.6])
-def test_segments_with_outliers_are_left_out_whole_and_counted(store, n_segments, segment_length, max_norm, skip_first):
+def test_outliers_are_left_out_token_by_token_and_segments_cut_there(
+    store, n_segments, segment_length, max_norm, skip_first
+):
     plain = DataConfig(n_segments=n_segments, segment_length=segment_length, skip_first=skip_first)
     limit = max_norm * norm_median(store, HOOK)
     cut = SegmentLoader(store, dataclasses.replace(plain, max_norm=max_norm))
     for whole, batch in zip(range(20), cut, strict=False):
         (x, lengths), *_ = take(SegmentLoader(store, plain, n_batches_done=whole), 1)
-        parts = [part for part in np.split(x, np.cumsum(lengths)[:-1]) if np.linalg.norm(part, axis=1).max() <= limit]
-        np.testing.assert_array_equal(batch.x.numpy(), np.concatenate(parts))
+        parts = []
+        for part in np.split(x, np.cumsum(lengths)[:-1]):
+            within = np.linalg.norm(part, axis=1) <= limit
+            runs = np.split(part, np.flatnonzero(np.diff(within)) + 1)
+            parts += [run for run in runs if np.linalg.norm(run[0]) <= limit]
+        np.testing.assert_array_equal(batch.x.numpy(), np.concatenate([x[:0], *parts]))
         assert batch.lengths.tolist() == [len(part) for part in parts]
+        assert batch.starts.tolist() == [int(part[0, 1]) for part in parts]
         assert batch.n_left_out == len(x) - len(batch.x)
     assert cut.n_skipped == int(np.minimum(store.train.lengths, skip_first).sum())
 
@@ -126,7 +133,7 @@ def test_a_norm_that_leaves_nothing_is_said(store):
     batch = next(iter(loader))
     assert (len(batch.x), len(batch.lengths), batch.n_whole) == (0, 0, 0)
     assert batch.n_left_out > 0
-    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves none of the first \d+ segments. Raise it"):
+    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves no token of the first \d+ segments. Raise it"):
         loader.sample(10)
 
 

@@ -213,9 +213,9 @@ def test_ranks_from_the_environment(monkeypatch):
     [
         (
             ["harvest", "train"],
-            "harvest train: in several processes .* a start of its own.* start them with torchrun",
+            "harvest train: processes that WORLD_SIZE counts cannot wait .* on its own, or start them with torchrun",
         ),
-        (["train", "eval", "report"], "train eval report: in several processes"),
+        (["train", "eval", "report"], "train eval report: processes that WORLD_SIZE counts"),
         (["harvest", "--fresh"], "--fresh in 2 processes: each would delete what the others write"),
         (["harvest", "--dry-run"], "--dry-run in 2 processes: one is enough"),
     ],

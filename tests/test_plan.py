@@ -73,6 +73,9 @@ def test_a_toml_file_sets_anything(tmp_path):
     [
         (Request(["topkk"]), r"Unknown preset 'topkk'. Did you mean 'topk'\?"),
         (Request([], ["sae.kk=3"]), r"Unknown setting 'sae.kk'. Did you mean 'sae.k'\?"),
+        (Request([], ["k=3"]), r"Unknown setting 'k'. Did you mean 'sae.k'\?"),
+        (Request([], ["lr=1e-3"]), r"Unknown setting 'lr'. Did you mean 'optimizer.lr'\?"),
+        (Request([], ["weight=1"]), r"Unknown setting 'weight'. Did you mean 'temporal.weight'\?"),
         (Request([], [], ["sae.k"]), "--sweep 'sae.k' has no values. Write key=v1,v2"),
         (Request([], [], ["sae.k=4,many"]), "sae.k: 'many' is not a count"),
     ],
@@ -95,6 +98,16 @@ def test_config_files_that_cannot_be(tmp_path):
     file.write_text("[sae]\nwidth = 3")
     with pytest.raises(ConfigError, match="Unknown setting 'sae.width'"):
         plan_runs(STORE, Request(config_file=file))
+
+
+def test_the_papers_presets_are_listed_apart():
+    printed = CliRunner().invoke(cli, ["presets"]).output.splitlines()
+    ours, papers = printed[1 : printed.index("The paper's:")], printed[printed.index("The paper's:") + 1 :]
+    assert printed[0] == "Presets:" and len(ours) + len(papers) == len(PRESETS)
+    assert all(line.split()[0].startswith(("logged-", "written-")) for line in papers)
+    assert not any(line.split()[0].startswith(("logged-", "written-")) for line in ours)
+    (default,) = (line for line in printed if line.endswith("(default)"))
+    assert default in ours and default.split()[0] == DEFAULT
 
 
 @pytest.mark.parametrize("name", PRESETS)

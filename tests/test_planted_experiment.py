@@ -8,9 +8,10 @@ import pytest
 
 from tcsae.shared.base.errors import RunError
 from tcsae.synthetic import experiment
-from tcsae.synthetic.experiment import Place, make_all, method_presets
+from tcsae.synthetic.experiment import METHODS, Place, make_all
 from tcsae.synthetic.identifiability import ARMS, PLAIN, PREDICTIONS, QUICK, TEMPORAL, WIDER, Grid
 from tcsae.synthetic.planted_page import write_planted_page
+from tcsae.train.presets import PRESETS
 
 
 def grid(gain: float, *, at_one: float = 0.0, wider: float = 0.0, fast: float = 0.6) -> Grid:
@@ -38,16 +39,14 @@ def test_predictions_can_be_refuted(made, held):
     assert [prediction.judge(made).held for prediction in PREDICTIONS] == held
 
 
-def test_the_papers_presets_are_no_methods_here():
-    found = method_presets()
-    assert {"topk", "temporal-topk"} <= set(found)
-    assert not any(name.startswith(("logged", "written")) for name in found)
+def test_the_methods_are_presets():
+    assert set(METHODS) <= set(PRESETS)
 
 
 @pytest.mark.slow
 def test_the_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "method_presets", lambda: ["topk", "temporal-topk"])
-    monkeypatch.setattr("tcsae.synthetic.planted_page.method_presets", lambda: ["topk", "temporal-topk"])
+    monkeypatch.setattr(experiment, "METHODS", ("topk", "temporal-topk"))
+    monkeypatch.setattr("tcsae.synthetic.planted_page.METHODS", ("topk", "temporal-topk"))
     size, place, trained = replace(QUICK, steps=10), Place(tmp_path / "work"), []
     train = experiment.train_runs
 

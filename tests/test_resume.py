@@ -68,6 +68,8 @@ def mixed_runs(extra: tuple[str, ...] = ()) -> list[Run]:
         "slow": ("temporal-topk", ("temporal.position_penalty=0.1",)),
         "contrast": ("temporal-matryoshka", ()),
         "paper": ("written-run3", ()),
+        "direction": ("direction", ("temporal.contrast.gap=1", "linear.kind=pca", "sae.activation=batchtopk")),
+        "t-sae": ("t-sae-past", ("temporal.contrast.per_segment=2",)),
         "seeded": ("topk", ("init_seed=5", "steps=40")),
     }
     return [

@@ -282,7 +282,7 @@ def test_seal_names_a_missing_shard(tmp_path):
     "spoil, message",
     [
         (lambda a: a.update(format="other"), "has format 'other'; this program reads 'tcsae-activations'"),
-        (lambda a: a.update(version=99), "has version 99; this program reads up to 2. Update tcsae"),
+        (lambda a: a.update(version=99), "has version 99; this program reads up to 3. Update tcsae"),
         (lambda a: a["counts"]["train"].update(tokens=1), "manifest in zarr.json is damaged"),
         (lambda a: a.clear(), "has format None"),
     ],

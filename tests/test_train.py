@@ -246,7 +246,7 @@ def test_a_batch_of_nothing_but_outliers_is_counted_and_skipped(store, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / record["name"] / "metrics.jsonl").read_text().splitlines()]
     skipped = [line for line in lines if line.get("event") == "skipped"]
     assert 0 < len(skipped) < 30
-    assert skipped[0]["why"] == f"Batch {skipped[0]['step'] - 1}: data.max_norm=1.1 leaves no segment of it."
+    assert skipped[0]["why"] == f"Batch {skipped[0]['step'] - 1}: data.max_norm=1.1 leaves no token of it."
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert record["steps"] == 30
     assert record["left_out"]["max_norm"] > 0

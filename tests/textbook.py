@@ -11,7 +11,7 @@ from tcsae.shared.sae.module import layer_normed
 from tcsae.shared.sae.sparse import batchtopk_code
 from tcsae.train.batch import shuffled
 from tcsae.train.losses.auxk import AUX_TOKENS
-from tcsae.train.losses.contrastive import partners
+from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.trainer import NO_GRADIENT
 
 
@@ -133,12 +133,13 @@ def windows(config, f, batch, _seed=0):
 
 def contrastive(config, f, batch, seed):
     """InfoNCE, pair by pair: each one's partner against the partners of pairs from other documents."""
-    first, second, others = partners(batch, seed)
+    first, _, others = choose_pairs(config, batch, seed)
+    second = first + 1
     losses = []
     for rows, columns in ((f[first], f[second]), (f[second], f[first])):
         for i in range(len(rows)):
-            chosen = [i, *others[i].nonzero().flatten().tolist()]
-            scores = F.cosine_similarity(rows[i][None], columns[chosen], dim=1, eps=1e-12) / config.temperature
+            chosen = [i, *others[i].nonzero()[0].tolist()]
+            scores = F.cosine_similarity(rows[i][None], columns[chosen], dim=1, eps=1e-12) / config.contrast.temperature
             losses.append(torch.logsumexp(scores, 0) - scores[0])
     return torch.stack(losses).mean() if len(first) > 1 else f.sum() * 0
 

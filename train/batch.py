@@ -3,12 +3,12 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.shared.base.windows import positions
+from tcsae.shared.base.device import to_device
+from tcsae.shared.base.windows import positions, tiles
 from tcsae.train.collectives import ONE_PROCESS, Collectives
 
 
@@ -19,6 +19,16 @@ class Whole(NamedTuple):
     documents: Int[ndarray, " n_segments"]
     n_before: int
     """Tokens before this process's own."""
+    starts: Int[ndarray, " n_segments"]
+
+
+class Text(NamedTuple):
+    """What stands at each token of the whole batch."""
+
+    tokens: Int[ndarray, " n_whole"]
+    """Token ids."""
+    places: Int[ndarray, " n_whole"]
+    """Number of each token within its document."""
 
 
 class Batch(NamedTuple):
@@ -36,10 +46,16 @@ class Batch(NamedTuple):
     """None: these are all."""
     group: Collectives = ONE_PROCESS
     """The processes that have the other parts."""
+    text: Text | None = None
+    """Only where a loss reads it (TemporalConfig.reads_text)."""
+    partners: Float[Tensor, "n d_model"] | None = None
+    """Activations of each token's partner, where a loss takes pairs (t-sae)."""
+    stride: int = 1
+    """Positions from one row of `x` to the next."""
 
     @property
     def all(self) -> Whole:
-        return self.whole or Whole(self.lengths, self.documents, 0)
+        return self.whole or Whole(self.lengths, self.documents, 0, self.starts)
 
     @property
     def n_whole(self) -> int:
@@ -51,10 +67,33 @@ class Batch(NamedTuple):
         """Where these tokens begin in the whole batch."""
         return self.all.n_before
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the whole batch's longest segment."""
+        return int(self.all.lengths.max(initial=0))
+
     def positions(self) -> Int[Tensor, " n"]:
-        """Each token's position in its sequence."""
-        position = positions(self.lengths) + np.repeat(self.starts, self.lengths)
-        return torch.from_numpy(position).to(self.x.device)
+        """Each row's position in its sequence, its first where it is a window."""
+        position = self.stride * positions(self.lengths) + np.repeat(self.starts, self.lengths)
+        return to_device(position, self.x.device)
+
+    def windows(self, window: int, offset: int) -> "Batch":
+        """The batch as windows of consecutive positions laid end to end, side by side from `offset` of each segment on:
+        x is [n_windows, window * d_model].
+
+        Up to `window` - 1 positions at either end of a segment are in none.
+        """
+        first, lengths = tiles(self.lengths, window, window, offset)
+        rows = to_device(first[:, None] + np.arange(window), self.x.device)
+        x = self.x[rows].flatten(1)
+        whole = self.whole
+        if whole is not None:
+            counts = tiles(whole.lengths, window, window, offset)[1]
+            n_segments_before = int(np.searchsorted(np.cumsum(whole.lengths), whole.n_before, side="right"))
+            whole = whole._replace(
+                lengths=counts, n_before=int(counts[:n_segments_before].sum()), starts=whole.starts + offset
+            )
+        return self._replace(x=x, lengths=lengths, starts=self.starts + offset, whole=whole, stride=window)
 
 
 # Controls of the temporal term: the same tokens in another order.
@@ -66,4 +105,4 @@ def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int
     draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":
         draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
-    return torch.from_numpy(np.argsort(draws)).to(batch.x.device)
+    return to_device(np.argsort(draws), batch.x.device)

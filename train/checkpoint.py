@@ -65,6 +65,7 @@ def restore(file: Path, trainer: Trainer) -> None:
     except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
     trainer.progress = progress
+    trainer.restart()
 
 
 def _damaged(file: Path, error: Exception) -> RunError:
@@ -76,14 +77,15 @@ def remember(trainer: Trainer) -> Callable[[], None]:
 
     Progress stays, but for the running mean of the loss: the loader never rewinds.
     """
-    kept = {name: tensor.clone() for name, tensor in _tensors(trainer).items()}
+    copies = {name: tensor.clone() for name, tensor in _tensors(trainer).items()}
     mean_loss = trainer.progress.mean_loss
 
     def bring_back() -> None:
         for name, tensor in _tensors(trainer).items():
             with torch.no_grad():
-                tensor.copy_(kept[name]) if name in kept else tensor.zero_()
+                tensor.copy_(copies[name]) if name in copies else tensor.zero_()
         trainer.progress.mean_loss = mean_loss
+        trainer.restart()
 
     return bring_back
 
@@ -91,6 +93,8 @@ def remember(trainer: Trainer) -> Callable[[], None]:
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
     tensors = {f"sae.{name}": tensor.detach() for name, tensor in trainer.sae.named_parameters()}
     tensors["tokens_since_fired"] = trainer.tokens_since_fired
+    if trainer.head is not None:
+        tensors |= {f"head.{name}": tensor.detach() for name, tensor in trainer.head.named_parameters()}
     if trainer.positions is not None:
         tensors |= {"positions.sums": trainer.positions.sums, "positions.counts": trainer.positions.counts}
     return tensors

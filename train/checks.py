@@ -13,8 +13,9 @@ import torch
 
 from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.sae.layout import SaeConfig
 from tcsae.shared.store.reader import Store
-from tcsae.train.config import TrainConfig
+from tcsae.train.config import CONTRASTIVE, TrainConfig
 
 FLOAT_BYTES = 4
 
@@ -23,12 +24,31 @@ def memory_bytes(configs: Sequence[TrainConfig]) -> int:
     """Bytes of runs that share a pass: weights, gradients and two moments of each; of the largest, the pre-activations
     of a batch and what a step makes of them, and a contrastive term's scores of all pairs; the batch.
     """
-    weights = sum(2 * config.sae.d_sae * config.sae.d_model + 3 * config.sae.d_sae for config in configs)
+    weights = sum(_n_weights(config.sae) for config in configs)
     tokens = [config.data.n_segments * config.data.segment_length for config in configs]
-    codes = max((n * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0)
+    codes = max(
+        (n // config.sae.window * config.sae.d_sae for n, config in zip(tokens, configs, strict=True)), default=0
+    )
     batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
-    pairs = max((config.data.n_segments**2 for config in configs if config.temporal.kind == "contrastive"), default=0)
-    return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs)
+    pairs = max((_n_pairs(config) ** 2 for config in configs), default=0)
+    attention = 12 * codes if any(config.sae.predictor != "none" for config in configs) else 0
+    return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs + attention)
+
+
+def _n_weights(sae: SaeConfig) -> int:
+    if sae.predictor == "none":
+        return 2 * sae.d_sae * sae.d_in + 3 * sae.d_sae
+    return sae.d_sae * sae.d_model + sae.n_layers * 2 * (sae.d_sae**2 // sae.bottleneck + sae.d_sae**2)
+
+
+def _n_pairs(config: TrainConfig) -> int:
+    """Pairs of a batch that a contrastive term compares with each other."""
+    temporal, data = config.temporal, config.data
+    if not temporal.active or temporal.kind not in CONTRASTIVE:
+        return 0
+    one = temporal.kind in ("contrastive", "t-sae")
+    most = -(-data.segment_length // temporal.contrast.gap)
+    return data.n_segments * min(most, temporal.contrast.per_segment or (1 if one else most))
 
 
 def check_memory(store: Store, configs: Sequence[TrainConfig], device: torch.device) -> None:

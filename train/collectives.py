@@ -6,15 +6,14 @@ computed from whole-batch quantities in every process and then divided by their 
 add up again.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tcsae.shared.base.device import static_shapes, sum_dtype
 from tcsae.shared.base.distributed import ALONE, Ranks
-from tcsae.shared.sae.sparse import SparseCode, batchtopk_code, threshold_code
+from tcsae.shared.sae.sparse import SparseCode, batchtopk_code, from_flat, threshold_code
 
 
 class Collectives:
@@ -45,9 +44,10 @@ class Collectives:
         """This process's share of a loss that all have computed for the whole batch."""
         return whole / self.world
 
-    def norm(self, part: Tensor) -> float:
-        """Norm of all parts laid end to end."""
-        return math.sqrt(float(self.sum_(part.double().square().sum()))) if not self.alone else float(part.norm())
+    def norm(self, part: Tensor) -> Float[Tensor, ""]:
+        """Norm of all parts laid end to end, in the dtype of sums."""
+        wide = sum_dtype(part.device)
+        return part.norm().to(wide) if self.alone else self.sum_(part.to(wide).square().sum()).sqrt()
 
     def mean(self, rows: Float[Tensor, "n d"], n_whole: int) -> Float[Tensor, " d"]:
         """Mean over the rows of all parts."""
@@ -56,6 +56,13 @@ class Collectives:
     def any(self, part: Bool[Tensor, " d"]) -> Bool[Tensor, " d"]:
         """Where some part is true."""
         return part if self.alone else self.sum_(part.to(torch.int32)) > 0
+
+    def smallest(self, part: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """The least entry of all parts; infinity if there is none."""
+        least = torch.cat([part, part.new_full((1,), torch.inf)]).min()
+        if not self.alone:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return least
 
     def rows(self, part: Float[Tensor, "m d"], at: Int[Tensor, " m"], n: int) -> Float[Tensor, "n d"]:
         """All n rows, of which this process has those at `at`; with a gradient to them."""
@@ -70,14 +77,18 @@ class Collectives:
             return batchtopk_code(pre, k)
         n_kept = k * n_whole
         offered = pre.new_zeros(n_kept)
-        best = pre.flatten().topk(min(n_kept, pre.numel()), sorted=False).values
-        offered[: len(best)] = best.clamp_(min=0)
+        flat = pre.flatten()
+        best = flat.topk(min(n_kept, pre.numel()), sorted=False)
+        offered[: len(best.values)] = best.values.clamp_(min=0)
         gathered = [torch.empty_like(offered) for _ in range(self.world)]
         dist.all_gather(gathered, offered)
         candidates = torch.cat(gathered)
         last = candidates.kthvalue(len(candidates) - n_kept + 1).values
-        below = torch.nextafter(last, torch.full_like(last, -torch.inf))
-        return threshold_code(pre, below.clamp(min=0))
+        below = torch.nextafter(last, torch.full_like(last, -torch.inf)).clamp(min=0)
+        if static_shapes(pre):
+            at = best.indices.sort().values
+            return from_flat(at, torch.where(flat[at] > below, flat[at], 0.0), pre.shape)
+        return threshold_code(pre, below)
 
 
 ONE_PROCESS = Collectives()

@@ -1,18 +1,31 @@
 """The `train` and `presets` commands."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tcsae.shared.base.cli import Count, Place, StageCommand
+
+if TYPE_CHECKING:
+    from tcsae.train.dry_run import TrainEstimate
+
+PAPERS = ("logged-", "written-")
+"""How the names of the paper's presets begin."""
 
 
 @click.command(cls=StageCommand)
 @click.option(
     "--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: temporal-topk."
 )
-@click.option("--steps", type=Count(), help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500.")
-@click.option("--seed", type=click.IntRange(min=0), help="Order of the data, as --set data.seed. Default: 0.")
+@click.option(
+    "--steps",
+    type=Count(),
+    help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500. A finished run goes on to more, "
+    "if its schedule allows it.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", help="Order of the data, as --set data.seed. Default: 0."
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting, such as sae.k=16; repeatable."
 )
@@ -20,6 +33,12 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
     "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,...", help="Train one run a value; repeated: a grid."
 )
 @click.option("--config", "config_file", metavar="FILE", help="Settings from a TOML file, with a preset to start from.")
+@click.option(
+    "--positions",
+    multiple=True,
+    metavar="ROLE",
+    help="Train on the tokens of this role of a conversation alone, as --set data.positions; repeatable.",
+)
 @click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
 @click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
 @click.option(
@@ -29,44 +48,56 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
     show_default=True,
     help="Where runs are trained; auto: the first of the others that is there.",
 )
+@click.option("--dry-run", is_flag=True, help="Print passes, memory and time, measured on a few steps. Writes nothing.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
 def train(
     place: Place, steps: int | None, seed: int | None, tracker: str | None, fresh: bool, device: str, **asked: Any
 ) -> None:
-    """Train sparse autoencoders from the store, all from one pass over it.
-
-    Each becomes a folder below --runs, named after its preset and settings, in SAELens' layout. Without a preset the
-    recommended one is trained. `tcsae presets` lists the presets and every setting with its default.
+    """Train sparse autoencoders from the store, any number in one pass over it.
 
     \b
-      tcsae train --preset topk --preset temporal-topk --steps 5000
-      tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2
+      tcsae train                                                      the recommended preset
+      tcsae train --preset topk --preset temporal-topk --steps 5000    two runs, one pass
+      tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2    nine runs, one pass
+      tcsae train --preset written-run3 --dry-run                      passes, memory, time; nothing is written
 
-    Interrupted, the same command goes on where the last checkpoint is, to the same weights: bit for bit on a CPU with
-    the same number of threads, up to rounding on a GPU.
+    A run is a folder below --runs, named after its preset and settings, in SAELens' layout. `tcsae presets` lists the
+    presets, `tcsae presets --name NAME` every setting of one.
 
-    In several processes, `torchrun --nproc-per-node N -m tcsae train ...`, several runs are dealt out to them, each the
-    same as trained alone; a single run is trained by all, each on its part of every batch.
+    An interrupted run goes on from its last checkpoint under the same command, to the same weights: bit for bit on a
+    CPU with the same number of threads, up to rounding on a GPU. A finished run goes on under a higher --steps if its
+    schedule does not depend on the number of steps (optimizer.decay=none and a warm-up that fits); otherwise the reason
+    is given.
+
+    With `torchrun --nproc-per-node N -m tcsae train ...` the runs are divided among N processes, each run the same as
+    trained alone. A single run is trained by all processes, each on its part of every batch.
     """
 
     from pathlib import Path
 
     from tcsae.shared.base.device import choose_device, keep_freed_memory
     from tcsae.shared.base.distributed import device_of, ranks
+    from tcsae.shared.base.errors import ConfigError
     from tcsae.shared.store.reader import open_store
+    from tcsae.train.dry_run import estimate
     from tcsae.train.plan import Request, plan_runs
     from tcsae.train.run import train_parallel, train_runs
 
     keep_freed_memory()
     store = open_store(place.store)
-    options = {"data.seed": seed, "steps": steps}
+    options = {"data.seed": seed, "steps": steps, "data.positions": ",".join(asked["positions"]) or None}
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(
         asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options
     )
     runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
     chosen = device_of(processes, choose_device(device))
+    if asked["dry_run"]:
+        if processes.parallel:
+            raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
+        show_estimate(estimate(store, runs_path, runs, fresh, chosen))
+        return
     if not processes.parallel:
         show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
     elif records := train_parallel(store, runs_path, runs, processes, fresh, tracker, chosen):
@@ -78,7 +109,7 @@ def show(records: list[dict[str, Any]], runs: str) -> None:
     from tcsae.shared.base.console import sparkline, table
     from tcsae.shared.sae.folder import read_metrics
 
-    columns = ("run", "latents", "steps", "tokens", "EV, last batch", "over time", "L0", "dead %", "minutes")
+    columns = ("run", "latents", "steps", "tokens", "EV (last batch)", "over time", "L0", "dead %", "minutes")
     rows = []
     for record in records:
         lines = [line for line in read_metrics(f"{runs}/{record['name']}") if "event" not in line]
@@ -86,18 +117,47 @@ def show(records: list[dict[str, Any]], runs: str) -> None:
         values = [line.get("explained_variance") for line in lines]
         curve = sparkline([value for value in values if isinstance(value, int | float)])
         name = record["name"] + (" (ended early)" if record["ended"] else "")
-        made = (record["sae"]["d_sae"], record["steps"], record["tokens"])
+        size = (record["sae"]["d_sae"], record["steps"], record["tokens"])
         figures = (last.get("explained_variance"), curve, last.get("l0"), 100 * record["dead_fraction"])
-        rows.append((name, *made, *figures, record["seconds"] / 60))
+        rows.append((name, *size, *figures, record["seconds"] / 60))
     table(f"Trained in {runs}", columns, rows)
+
+
+def show_estimate(estimated: "TrainEstimate") -> None:
+    """Print what a training would take: a row a run, a line a pass."""
+    import torch
+
+    from tcsae.shared.base.console import duration, echo, size, table
+
+    for name in estimated.trained:
+        echo(f"{name}: trained already. Train it again with --fresh.")
+    rows = [
+        (one.run.name, one.run.config.sae.d_sae, one.run.config.steps, one.tokens, one.epochs, 1000 * one.step_s)
+        for part in estimated.passes
+        for one in part.runs
+    ]
+    if rows:
+        table("To train", ("run", "latents", "steps", "tokens", "epochs", "ms a step"), rows)
+    for number, part in enumerate(estimated.passes, start=1):
+        names = ", ".join(one.run.name for one in part.runs)
+        about = f"about {size(part.memory_bytes)} of memory, about {duration(part.seconds)}"
+        echo(f"Pass {number} of {len(estimated.passes)}: {names}; {about}")
+    total = sum(part.seconds for part in estimated.passes)
+    echo(f"In all about {duration(total)} with {torch.get_num_threads()} thread(s). Nothing was written.")
 
 
 @click.command(cls=StageCommand)
 @click.option("--name", metavar="NAME", help="Show every setting of this preset.")
 def presets(name: str | None) -> None:
-    """List the presets of `train`, a line each; with --name every setting of one.
+    """List the presets of `train`; with --name every setting of one.
 
-    Settings are changed with `train --set KEY=VALUE`; `train --sweep KEY=V1,V2` trains one run a value.
+    \b
+      tcsae presets
+      tcsae presets --name topk
+      tcsae train --preset topk --set sae.k=16
+
+    The paper's presets stand apart: logged-run* are its networks before their first step, which is what its printed
+    figures are of; written-run* are its equations, trained.
     """
     from tcsae.shared.base.settings import to_settings
     from tcsae.train.presets import DEFAULT, PRESETS, preset
@@ -108,5 +168,8 @@ def presets(name: str | None) -> None:
                 click.echo(line)
         return
     width = max(map(len, PRESETS))
-    for one, about in PRESETS.items():
-        click.echo(f"{one:{width}}  {about.about}{' (default)' if one == DEFAULT else ''}")
+    papers = [one for one in PRESETS if one.startswith(PAPERS)]
+    for title, names in (("Presets:", [one for one in PRESETS if one not in papers]), ("The paper's:", papers)):
+        click.echo(title)
+        for one in names:
+            click.echo(f"  {one:{width}}  {PRESETS[one].about}{' (default)' if one == DEFAULT else ''}")

@@ -7,7 +7,10 @@ from typing import Literal
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.counted import SPECIAL, CountingRules
 
+FOLDABLE = ("batchtopk", "jumprelu", "relu")
+"""Activations that a linear part folds into: a latent is on by its own value alone, once trained."""
 MAX_SEED = 2**63 - 1
 """What torch's generators take."""
 MAX_STEPS = 10**12
@@ -29,8 +32,18 @@ class DataConfig:
     """First positions of each sequence that are left out: their norms are outliers in many models."""
     min_sequence_length: int = 1
     """Shorter sequences are left out; sequence_length keeps only those that were cut off, not ended."""
+    exclude_tokens: tuple[str, ...] = ()
+    """Token ids that are left out wherever they stand, or special: all special tokens of the store's tokenizer.
+    Segments are cut there, so that no window spans one."""
+    positions: tuple[str, ...] = ()
+    """Roles of a conversation whose tokens are trained on, as harvest --roles marked them; empty: everybody's. Segments
+    are cut at the others."""
     max_norm: float | None = None
-    """Leave out segments that hold a norm above this many times the median; None keeps all."""
+    """Leave out tokens whose norm is above this many times the median (attention sinks), and cut segments there; None
+    keeps all."""
+    document_segments: int = 1
+    """Segments of one document that come one after the other, at most, drawn from all over it: for terms that compare
+    far parts of a document."""
     buffer_sequences: int = 2048
     """Segments are shuffled within blocks of this many sequences, from chunks in random order."""
     seed: int = 0
@@ -41,6 +54,7 @@ class DataConfig:
         _at_least("data.segment_length", self.segment_length, 1)
         _at_least("data.skip_first", self.skip_first, 0)
         _at_least("data.min_sequence_length", self.min_sequence_length, 1)
+        _at_least("data.document_segments", self.document_segments, 1)
         _at_least("data.buffer_sequences", self.buffer_sequences, 1)
         if self.n_segments * self.segment_length > MAX_BATCH_TOKENS:
             raise ConfigError(
@@ -50,8 +64,22 @@ class DataConfig:
             )
         _at_least("data.seed", self.seed, 0)
         _at_most("data.seed", self.seed, MAX_SEED)
+        for name in self.exclude_tokens:
+            if name != SPECIAL and not name.isdecimal():
+                raise ConfigError(f"data.exclude_tokens={name!r}: give token ids with commas between, or {SPECIAL}.")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(f"data.max_norm={self.max_norm}: must be above 0, or none.")
+
+    @property
+    def rules(self) -> CountingRules:
+        """Which positions are trained on."""
+        return CountingRules(
+            skip_first=self.skip_first,
+            exclude_tokens=self.exclude_tokens,
+            positions=self.positions,
+            max_norm=self.max_norm,
+            hook=self.hook,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,45 +120,126 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastConfig:
+    """Pairs of tokens of the contrastive kinds, and what each is told from."""
+
+    temperature: float = 0.1
+    """Scores (cosine, bilinear) are divided by it; t-sae has none."""
+    negatives: Literal["documents", "sequence", "batch", "position"] | None = None
+    """documents: pairs of other documents. sequence: pairs of the same segment. batch: both. position: pairs of other
+    documents at the same position. None: as the kind says (contrastive: documents; local: sequence)."""
+    gap: int = 16
+    """Positions between the pairs of one segment, at least."""
+    per_segment: int | None = None
+    """Pairs drawn from a segment, at most. None: as the kind says (local and direction: all that fit; the
+    others: 1)."""
+    min_negatives: int = 1
+    """Pairs with fewer negatives are left out."""
+    centred: bool = False
+    """Compare codes less their (running) mean at their position: contrastive and local."""
+    partner: Literal["previous", "past"] = "previous"
+    """Of t-sae: the token before ("p" there), or any earlier one of the segment ("r")."""
+    rank: int = 64
+    """Of direction's bilinear score."""
+    distance: int = 64
+    """Positions between the two tokens of a topic pair, at least."""
+    around: int = 4
+    """Tokens on either side of each of a topic pair's two, of which none may occur around both."""
+
+    def __post_init__(self) -> None:
+        _positive("temporal.contrast.temperature", self.temperature)
+        for name in ("gap", "min_negatives", "rank", "distance"):
+            _at_least(f"temporal.contrast.{name}", getattr(self, name), 1)
+        _at_least("temporal.contrast.around", self.around, 0)
+        if self.per_segment is not None:
+            _at_least("temporal.contrast.per_segment", self.per_segment, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TemporalConfig:
-    """The temporal consistency term over sliding windows, and the position penalty."""
+    """The temporal consistency term, and the position penalty."""
 
     weight: float = 0.0
     """lambda_2; 0 leaves the term out."""
     kind: str = "difference"
     """A name in `tcsae.train.losses.TEMPORAL`. difference: eq. 3. relative: the same over the pairs' squared norms, so
     that shrinking the code gains nothing. gated: eq. 3 with each pair weighted by relu(cos(x_t, x_t+1)). contrastive:
-    InfoNCE against other documents."""
+    InfoNCE of adjacent tokens against other documents' pairs. local: against far pairs of the same segment. direction:
+    the next token against the one before, by a learned bilinear score. topic: tokens of one document that share no
+    word. local-topic: the mean of the two. t-sae: as arXiv 2511.05541's code."""
     scope: Literal["all", "first"] = "all"
     """Latents it acts on: all, or the first group of sae.groups."""
     window: int = 3
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
     order: Literal["text", "segment", "batch"] = "text"
-    """Order of the positions that the term sees. As controls: shuffled within each segment (its pairs are of one
-    document, but not adjacent), or over the batch (of any documents)."""
+    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls:
+    shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
+    documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
     """If above 0, the weight follows: the term's gradient at the code gets this share of the reconstruction's norm."""
-    temperature: float = 0.1
-    """Of the contrastive kind."""
     position_penalty: float = 0.0
     """Weight of the code's variance between positions (running means), over the same scope."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    """Of the contrastive kinds."""
 
     def __post_init__(self) -> None:
         _at_least("temporal.window", self.window, 2)
-        _positive("temporal.temperature", self.temperature)
         for name in ("weight", "budget", "position_penalty"):
             _at_least(f"temporal.{name}", getattr(self, name), 0)
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"temporal.warmup={self.warmup}: must lie in 0..1, a share of the run.")
-        if self.kind == "contrastive" and self.pairs == "all":
-            raise ConfigError("temporal.pairs='all' with temporal.kind='contrastive': it takes adjacent pairs only.")
+        if self.kind in CONTRASTIVE and self.pairs == "all":
+            raise ConfigError(f"temporal.pairs='all' with temporal.kind={self.kind!r}: it takes adjacent pairs only.")
+        if self.contrast.negatives is not None and self.kind not in ("contrastive", "local"):
+            raise ConfigError(
+                f"temporal.contrast.negatives={self.contrast.negatives!r} is for temporal.kind=contrastive or local, "
+                f"and it is {self.kind!r}. Set temporal.contrast.negatives=none."
+            )
 
     @property
     def active(self) -> bool:
         return self.weight > 0 or self.budget > 0
+
+    @property
+    def negatives(self) -> str:
+        """What a contrastive kind's pairs are told from."""
+        return self.contrast.negatives or (
+            "sequence" if self.kind in ("local", "direction", "local-topic") else "documents"
+        )
+
+    @property
+    def contrasts_documents(self) -> bool:
+        """Whether all that its pairs are told from lies in other documents."""
+        return self.kind in ("contrastive", "local", "topic", "local-topic") and (
+            "topic" in self.kind or self.negatives in ("documents", "position")
+        )
+
+    @property
+    def n_positions(self) -> int:
+        """Consecutive positions that the term takes: it is 0 on segments that are all shorter."""
+        gap = self.contrast.gap
+        match self.kind:
+            case "contrastive" | "local" | "local-topic":
+                return gap + 2 if self.negatives == "sequence" else 2
+            case "direction":
+                return gap + 3
+            case "t-sae":
+                return 2
+            case "topic":
+                return 1
+        return self.window
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the term takes token ids."""
+        return self.active and self.kind in ("topic", "local-topic")
+
+
+CONTRASTIVE = ("contrastive", "local", "direction", "topic", "local-topic", "t-sae")
+"""Kinds that compare pairs with pairs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +252,9 @@ class SparsityConfig:
     """Weight of (L0 / sae.k - 1)^2 (jumprelu)."""
     bandwidth: float = 0.05
     """Width of the kernel through which a jumprelu's thresholds learn, in units of the pre-activations."""
+    threshold: Literal["sample", "average"] = "sample"
+    """A batchtopk's at the end of training. sample: that gives sae.k active latents on a sample. average: running mean
+    of the smallest activation kept in a batch (T-SAE)."""
 
     def __post_init__(self) -> None:
         _at_least("sparsity.l1", self.l1, 0)
@@ -157,17 +269,32 @@ class DeadConfig:
     aux_weight: float = 1 / 32
     """0 leaves AuxK out."""
     aux_k: int = 256
-    """Dead latents that answer for a token."""
+    """Dead latents that answer for a token; 0: half as many as sae.d_model."""
+    aux_relative: bool = False
+    """Divide the term by the residual's variance, so that its weight does not depend on the activations' scale."""
     after_tokens: int = 10_000_000
     """A latent is dead when it has not fired for so many tokens, or for `after_share` of the run's if that is less."""
     after_share: float = 0.1
 
     def __post_init__(self) -> None:
         _at_least("dead.aux_weight", self.aux_weight, 0)
-        _at_least("dead.aux_k", self.aux_k, 1)
+        _at_least("dead.aux_k", self.aux_k, 0)
         _at_least("dead.after_tokens", self.after_tokens, 1)
         if not 0 < self.after_share <= 1:
             raise ConfigError(f"dead.after_share={self.after_share}: must lie in 0..1, above 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearConfig:
+    """Directions that are taken as they are, beside the SAE of what they leave; a baseline for temporal terms."""
+
+    kind: Literal["none", "sfa", "pca"] = "none"
+    """sfa: the slowest ones (slow feature analysis). pca: the widest ones."""
+    n: int = 4
+    """How many. Each is two latents of the finished SAE, of which one is on: L0 is so much more than sae.k."""
+
+    def __post_init__(self) -> None:
+        _at_least("linear.n", self.n, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +346,7 @@ class TrainConfig:
     dead: DeadConfig = field(default_factory=DeadConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     init_seed: int = 0
     """Of the initial weights and of whatever a run draws for itself."""
     group_weights: tuple[float, ...] = (1.0,)
@@ -238,11 +366,13 @@ class TrainConfig:
             raise ConfigError(
                 f"group_weights={self.group_weights}: one weight, at least 0, for each of sae.groups={self.sae.groups}."
             )
-        if self.temporal.active and self.data.segment_length < self.temporal.window:
+        if self.data.segment_length < self.sae.window:
             raise ConfigError(
-                f"data.segment_length={self.data.segment_length} holds no window of temporal.window="
-                f"{self.temporal.window}. Raise the first or lower the second."
+                f"data.segment_length={self.data.segment_length} holds no window of sae.window={self.sae.window}. "
+                "Raise the first or lower the second."
             )
+        self._check_segments()
+        self._check_predictor()
         if self.sae.layer_norm != "none" and self.init.input_scale != "none":
             raise ConfigError(
                 f"sae.layer_norm={self.sae.layer_norm!r} undoes init.input_scale={self.init.input_scale!r}. "
@@ -250,11 +380,65 @@ class TrainConfig:
             )
         if self.init.weights == "zero" and self.steps and self.optimizer.unit_decoder:
             raise ConfigError("init.weights='zero' has no decoder row to norm. Set optimizer.unit_decoder=false.")
+        self._check_linear()
         if self.sparsity.l0 and KINDS[self.sae.activation].threshold != "learned":
             raise ConfigError(
                 f"sparsity.l0={self.sparsity.l0} acts through learned thresholds (jumprelu); sae.activation is "
                 f"{self.sae.activation!r}. Set sparsity.l0=0."
             )
+
+    def _check_linear(self) -> None:
+        if self.linear.kind == "none":
+            return
+        what = f"linear.kind={self.linear.kind!r}"
+        if self.sae.activation not in FOLDABLE:
+            raise ConfigError(
+                f"{what} folds into an SAE whose latents do not compete: sae.activation={self.sae.activation!r} has no "
+                f"such form. There is: {', '.join(FOLDABLE)}."
+            )
+        if self.sae.layer_norm != "none" or len(self.sae.groups) > 1 or self.sae.window > 1:
+            raise ConfigError(
+                f"{what} takes sae.layer_norm=none, one group and sae.window=1; they are {self.sae.layer_norm!r}, "
+                f"sae.groups={self.sae.groups} and {self.sae.window}. Set linear.kind=none."
+            )
+
+    def _check_segments(self) -> None:
+        temporal, length = self.temporal, self.data.segment_length
+        alone = temporal.active and temporal.kind in ("t-sae", "topic", "local-topic")
+        if alone and (self.sae.window > 1 or self.sae.predictor != "none" or self.linear.kind != "none"):
+            raise ConfigError(
+                f"temporal.kind={temporal.kind!r} picks single tokens: it takes sae.window=1, sae.predictor=none and "
+                f"linear.kind=none, and they are {self.sae.window}, {self.sae.predictor!r} and {self.linear.kind!r}."
+            )
+        if not temporal.active or length >= temporal.n_positions:
+            return
+        if temporal.kind not in CONTRASTIVE:
+            raise ConfigError(
+                f"data.segment_length={length} holds no window of temporal.window={temporal.window}. Raise the first "
+                "or lower the second."
+            )
+        what = f"temporal.kind={temporal.kind!r}"
+        what += f" at temporal.contrast.gap={temporal.contrast.gap}" if temporal.n_positions > 2 else ""
+        raise ConfigError(
+            f"data.segment_length={length}: {what} takes segments of {temporal.n_positions} positions, and finds no "
+            "pair to compare in shorter ones. Raise data.segment_length (whole sequences are best)."
+        )
+
+    def _check_predictor(self) -> None:
+        """Raises ConfigError for what a tied dictionary of free norms, whose rows are its encoder, cannot have."""
+        if self.sae.predictor == "none":
+            return
+        needed = {
+            "optimizer.unit_decoder": (self.optimizer.unit_decoder, False),
+            "dead.aux_weight": (self.dead.aux_weight, 0),
+            "init.weights": (self.init.weights, "transpose"),
+        }
+        for name, (value, allowed) in needed.items():
+            if value != allowed:
+                raise ConfigError(
+                    f"{name}={value} with sae.predictor={self.sae.predictor!r}: set {name}={str(allowed).lower()}, as "
+                    "the decoder's rows, of any norm, are the encoder as well."
+                )
 
 
 def _at_least(name: str, value: float, least: float) -> None:

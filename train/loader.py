@@ -20,14 +20,18 @@ from torch import Tensor
 from tcsae.shared.base.distributed import ALONE, Ranks
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.base.settings import from_dict
-from tcsae.shared.base.windows import positions, segments
-from tcsae.shared.store.format import NORM_EDGES
+from tcsae.shared.base.windows import kept_runs, masked_segments, positions, segments
+from tcsae.shared.store.counted import counted, left_out, norm_median
 from tcsae.shared.store.reader import Store
-from tcsae.train.batch import Batch, Whole
+from tcsae.train.batch import Batch, Text, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig, TemporalConfig
+from tcsae.train.config import DataConfig, TemporalConfig, TrainConfig
 
 FIRST_READS = 8
+SINGLE_VECTORS = (
+    "holds single vectors without the order of a text: no windows, no first positions. Train without a temporal term: "
+    "--preset topk --set data.skip_first=0."
+)
 
 
 class Block(NamedTuple):
@@ -37,6 +41,8 @@ class Block(NamedTuple):
     """[n_sequences * sequence_length, d_stored], as stored; a batch is decoded once, for all who use it."""
     segments: Int[ndarray, "n_segments 4"]
     """Each segment's first row in `values`, length, position in its sequence, and document."""
+    text: Text | None
+    """Of every row, where it was asked for."""
 
 
 class Reads:
@@ -67,6 +73,7 @@ class SegmentLoader:
         n_batches_done: int = 0,
         device: torch.device | str = "cpu",
         ranks: Ranks = ALONE,
+        text: bool = False,
     ) -> None:
         self.store = store
         self.config = config
@@ -74,6 +81,7 @@ class SegmentLoader:
         self.n_batches_done = n_batches_done
         """The loader's state."""
         n = config.n_segments
+        self._with_text = text
         self._group = Collectives(ranks)
         self._part = slice(ranks.rank * n // ranks.world, (ranks.rank + 1) * n // ranks.world)
         """Segments of a batch that are handed out here; the rest are those of other processes."""
@@ -84,15 +92,11 @@ class SegmentLoader:
         self.n_segments = int(self._segments_of_chunk.sum())
         """Segments in an epoch."""
         self.n_tokens = sum(int(length.sum()) for _, _, length in counts)
-        """Tokens in an epoch: every valid position from `skip_first` on, once."""
+        """Tokens in an epoch: every valid position that no rule but `max_norm` leaves out, once."""
         self.longest = max((int(length.max(initial=0)) for _, _, length in counts), default=0)
         """Tokens of the longest segment."""
         if not self.n_segments:
-            raise StoreError(
-                f"{store.location}: no train sequence has {config.min_sequence_length} tokens "
-                f"(data.min_sequence_length) and more than data.skip_first={config.skip_first}; the longest has "
-                f"{split.lengths.max(initial=0)}. Lower them."
-            )
+            raise self._nothing_left()
         self._n_chunks = len(starts)
         self._chunks_per_block = max(1, config.buffer_sequences // per_chunk)
         self._n_blocks = -(-self._n_chunks // self._chunks_per_block)
@@ -106,14 +110,37 @@ class SegmentLoader:
 
     def _segments(self, first: int, stop: int) -> tuple[ndarray, ndarray, ndarray]:
         """(sequence, start, length) of the segments of sequences first..stop-1; sequences count from `first`."""
-        lengths = self.store.train.lengths[first:stop]
-        usable = np.where(lengths >= self.config.min_sequence_length, lengths, 0)
-        return segments(usable, self.config.segment_length, self.config.skip_first)
+        lengths, config = self.store.train.lengths[first:stop], self.config
+        long_enough = lengths >= config.min_sequence_length
+        if not config.rules.has_holes:
+            return segments(np.where(long_enough, lengths, 0), config.segment_length, config.skip_first)
+        usable = counted(self.store.train, config.rules.without_norm(), first, stop)
+        return masked_segments(usable & long_enough[:, None], config.segment_length)
+
+    def _nothing_left(self) -> StoreError:
+        config, lengths = self.config, self.store.train.lengths
+        if self.store.sequence_length == 1:
+            return StoreError(f"{self.store.location} {SINGLE_VECTORS}")
+        if config.rules.has_holes:
+            return StoreError(
+                f"{self.store.location}: no train token counts, {config.rules.without_norm()}. Leave out fewer "
+                "(data.exclude_tokens, data.positions, data.skip_first, data.min_sequence_length)."
+            )
+        return StoreError(
+            f"{self.store.location}: no train sequence has {config.min_sequence_length} tokens "
+            f"(data.min_sequence_length) and more than data.skip_first={config.skip_first}; the longest has "
+            f"{lengths.max(initial=0)}. Lower them."
+        )
+
+    def left_out(self) -> dict[str, int]:
+        """Tokens that no epoch has, by the rule that leaves them out (`max_norm` is told batch by batch)."""
+        return left_out(self.store.train, self.config.rules.without_norm(), self.config.min_sequence_length)
 
     @property
     def n_skipped(self) -> int:
         """Valid tokens that no epoch has: the sequences' positions before `skip_first`."""
-        return int(self.store.train.lengths.sum()) - self.n_short - self.n_tokens
+        lengths = self.store.train.lengths
+        return int(np.minimum(lengths[lengths >= self.config.min_sequence_length], self.config.skip_first).sum())
 
     @property
     def n_short(self) -> int:
@@ -121,22 +148,58 @@ class SegmentLoader:
         lengths = self.store.train.lengths
         return int(lengths[lengths < self.config.min_sequence_length].sum())
 
-    def check_temporal(self, temporal: TemporalConfig) -> None:
-        """Raises ConfigError for a temporal term that would be 0 on every batch."""
+    def check_windows(self, config: TrainConfig) -> None:
+        """Raises ConfigError for windows that no segment holds: of a crosscoder, or of a temporal term, which would be
+        0 on every batch.
+        """
+        if self.longest < config.sae.window:
+            raise ConfigError(
+                f"sae.window={config.sae.window} positions a code; the longest segment of {self.store.location} has "
+                f"{self.longest} (data.segment_length={self.config.segment_length}, data.skip_first="
+                f"{self.config.skip_first}). Lower sae.window or raise data.segment_length."
+            )
+        temporal = config.temporal
         if not temporal.active:
             return
-        needed = 2 if temporal.kind == "contrastive" else temporal.window
-        if self.longest < needed:
+        if self.store.sequence_length == 1:
+            raise ConfigError(f"{self.store.location} {SINGLE_VECTORS}")
+        needed = temporal.n_positions
+        if self.longest // config.sae.window < needed:
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} takes {needed} consecutive positions; the longest segment of "
                 f"{self.store.location} has {self.longest} (data.skip_first={self.config.skip_first}). Lower "
-                "data.skip_first or temporal.window, or set temporal.weight=0."
+                "data.skip_first, temporal.window or temporal.contrast.gap, or set temporal.weight=0."
             )
         documents = self.store.train.documents
-        if temporal.kind == "contrastive" and (documents == documents[0]).all():
+        self._check_topic(temporal)
+        if temporal.contrasts_documents and (documents == documents[0]).all():
             raise ConfigError(
-                f"temporal.kind='contrastive' contrasts documents; {self.store.location} has one alone. Use another "
-                "kind, or set temporal.weight=0."
+                f"temporal.kind={temporal.kind!r} contrasts documents; {self.store.location} has one alone. Use "
+                "another kind, or set temporal.weight=0."
+            )
+
+    def _check_topic(self, temporal: TemporalConfig) -> None:
+        """Raises ConfigError where no batch has two tokens of a document that are far enough apart, but by chance."""
+        if not temporal.reads_text:
+            return
+        distance, split, where = temporal.contrast.distance, self.store.train, self.store.location
+        if (split.tokens[:1000] == split.tokens[0, 0]).all():
+            raise ConfigError(
+                f"temporal.kind={temporal.kind!r} tells tokens by their ids; {where} has the same everywhere. Use "
+                "another kind, or set temporal.weight=0."
+            )
+        if self.longest > distance:
+            return
+        what = f"temporal.kind={temporal.kind!r} pairs tokens of a document temporal.contrast.distance={distance} apart"
+        if self.config.document_segments == 1:
+            raise ConfigError(
+                f"{what}; the longest segment has {self.longest}, and few documents have two in a batch. Set "
+                f"data.document_segments=4, or data.segment_length above {distance}."
+            )
+        longest = int(np.bincount(np.unique(split.documents, return_inverse=True)[1], split.lengths).max())
+        if longest <= distance:
+            raise ConfigError(
+                f"{what}; the longest document of {where} has {longest} tokens. Lower temporal.contrast.distance."
             )
 
     def block_bytes(self) -> int:
@@ -148,29 +211,40 @@ class SegmentLoader:
         stream = self._blocks(self.n_batches_done * want)
         block, at = next(stream)
         while True:
-            taken = []
+            taken, texts = [], []
             n_rows = n_taken = 0
             while n_taken < want:
                 if at == len(block.segments):
                     block, at = next(stream)
                 taken.append(block.segments[at : at + want - n_taken])
+                if block.text is not None:
+                    index = _token_rows(taken[-1]).numpy()
+                    texts.append(Text(block.text.tokens[index], block.text.places[index]))
                 first, stop = (max(0, edge - n_taken) for edge in (self._part.start, self._part.stop))
                 n_rows += self._gather(block, taken[-1][first:stop], n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
-            yield self._batch(np.concatenate(taken), self._buffer[:n_rows])
+            text = Text(*(np.concatenate(parts) for parts in zip(*texts, strict=True))) if texts else None
+            yield self._batch(np.concatenate(taken), self._buffer[:n_rows], text)
 
-    def sample(self, n_tokens: int) -> Float[Tensor, "n d_model"]:
-        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is."""
+    def sample(self, n_tokens: int, window: int = 1) -> Float[Tensor, "n d_in"]:
+        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is.
+
+        With a window, their windows side by side, [n, window * d_model].
+        """
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
         x = self._decode(self._moved(block.values[_token_rows(keep)]))
-        calm = self._calm(x, keep[:, 1])
-        if not calm.any():
+        _, lengths, starts, documents = keep.T
+        if self._norm_limit is not None:
+            within = self._within_norm(x)
+            segment, offset, lengths = kept_runs(lengths, within.cpu().numpy())
+            x, starts, documents = x[within], starts[segment] + offset, documents[segment]
+        if not len(x):
             raise StoreError(
-                f"data.max_norm={self.config.max_norm} leaves none of the first {len(keep)} segments. Raise it."
+                f"data.max_norm={self.config.max_norm} leaves no token of the first {len(keep)} segments. Raise it."
             )
-        return x if calm.all() else x[torch.from_numpy(np.repeat(calm, keep[:, 1])).to(self._device)]
+        return x if window == 1 else Batch(x, lengths, starts, documents).windows(window, 0).x
 
     def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
         """Copy segments into the batch buffer from row `start` on; returns how many rows."""
@@ -185,31 +259,30 @@ class SegmentLoader:
             return rows.pin_memory().to(self._device, non_blocking=True)
         return rows.to(self._device)
 
-    def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"]) -> Batch:
-        """The batch of these segments, without those that hold a norm above the limit; `x` is of our part of them."""
-        part, keep = self._part, np.ones(len(table), bool)
+    def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"], text: Text | None) -> Batch:
+        """The batch of these segments, cut where a norm is above the limit; `x` is of our part of them."""
+        ours, n_left_out = self._part, 0
+        _, lengths, starts, documents = table.T
         if self._norm_limit is not None:
-            calm = self._calm(x, table[part, 1])
-            keep[:] = False
-            keep[part] = calm
+            keep = np.zeros(int(lengths.sum()), bool)
+            before = int(lengths[: ours.start].sum())
+            within = self._within_norm(x)
+            keep[before : before + len(x)] = within.cpu().numpy()
             keep = self._group.any(torch.from_numpy(keep)).numpy()  # each process has seen the norms of its own
-            x = x[torch.from_numpy(np.repeat(calm, table[part, 1])).to(self._device)]
-        _, lengths, starts, documents = table[keep].T
-        ours = slice(int(keep[: part.start].sum()), int(keep[: part.stop].sum()))
-        batch = Batch(x, lengths[ours], starts[ours], documents[ours], int(table[~keep, 1].sum()))
-        if part == slice(0, len(table)):
+            segment, offset, lengths = kept_runs(lengths, keep)
+            starts, documents = starts[segment] + offset, documents[segment]
+            ours, n_left_out = slice(*np.searchsorted(segment, [ours.start, ours.stop]).tolist()), int((~keep).sum())
+            x = x[within]
+            text = text and Text(*(part[keep] for part in text))
+        batch = Batch(x, lengths[ours], starts[ours], documents[ours], n_left_out, text=text)
+        if self._part == slice(0, len(table)):
             return batch
-        return batch._replace(whole=Whole(lengths, documents, int(lengths[: ours.start].sum())), group=self._group)
+        return batch._replace(
+            whole=Whole(lengths, documents, int(lengths[: ours.start].sum()), starts), group=self._group
+        )
 
-    def _calm(
-        self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_segments"]
-    ) -> Bool[ndarray, " n_segments"]:
-        """Which segments hold no norm above the limit."""
-        if self._norm_limit is None:
-            return np.ones(len(lengths), bool)
-        outliers = (x.norm(dim=1) > self._norm_limit).cpu().numpy()
-        segment = np.repeat(np.arange(len(lengths)), lengths)
-        return np.bincount(segment, outliers, len(lengths)) == 0
+    def _within_norm(self, x: Float[Tensor, "n d_model"]) -> Bool[Tensor, " n"]:
+        return ~(x.norm(dim=1) > self._norm_limit)
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""
@@ -256,8 +329,18 @@ class SegmentLoader:
             found.append(np.stack([rows, n_positions, start, self.store.train.documents[first + sequence]], axis=1))
             n += stop - first
         table = np.concatenate(found)
-        order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(table))
-        return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order])
+        rng = np.random.default_rng([self.config.seed, epoch, number])
+        order = document_order(table[:, 3], self.config.document_segments, rng)
+        return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order], self._text(ranges))
+
+    def _text(self, ranges: list[tuple[int, int]]) -> Text | None:
+        """Token ids and places of a block's rows."""
+        if not self._with_text:
+            return None
+        split = self.store.train
+        tokens, starts = (np.concatenate([one[a:b] for a, b in ranges]) for one in (split.tokens, split.starts))
+        places = starts[:, None] + np.arange(self.store.sequence_length)
+        return Text(tokens.ravel(), places.ravel())
 
     def _read_chunks(self, ranges: list[tuple[int, int]], memory: ndarray) -> ndarray:
         """Read chunks' rows into `memory`, one after the other; returns the memory, a wider one if they do not fit."""
@@ -276,10 +359,15 @@ class SegmentLoader:
         return memory
 
 
-def norm_median(store: Store, hook: str) -> float:
-    """Median norm of the train split's tokens, from its histogram: exact within the bin's 9%."""
-    histogram = np.asarray(store.array(f"statistics/{hook}/norm_histogram")[:])
-    return float(NORM_EDGES[np.searchsorted(np.cumsum(histogram), histogram.sum() / 2)])
+def document_order(documents: Int[ndarray, " n"], together: int, rng: np.random.Generator) -> Int[ndarray, " n"]:
+    """A random order of segments in which up to `together` of a document, from all over it, follow each other."""
+    if together == 1:
+        return rng.permutation(len(documents))
+    within = np.lexsort((rng.random(len(documents)), documents))
+    counts = np.unique(documents, return_counts=True)[1]
+    rank, document = positions(counts), np.repeat(np.arange(len(counts)), counts)
+    clusters = np.unique(np.stack([document, rank // together], 1), axis=0, return_inverse=True)[1].ravel()
+    return within[np.argsort(rng.permutation(clusters.max(initial=0) + 1)[clusters], kind="stable")]
 
 
 def _token_rows(chosen: Int[ndarray, "n_segments 4"]) -> Int[Tensor, " n"]:
@@ -293,9 +381,9 @@ def iterate_segments(
     """Endless shuffled batches for anybody's own trainer: (x, valid).
 
     x float32 [n, segment_length, d_model], consecutive positions of one sequence each, zero where not valid; valid bool
-    [n, segment_length], left-aligned. n is `n_segments`, less where `max_norm` leaves segments out. `options`: hook,
-    skip_first (1), min_sequence_length (1), max_norm (None), buffer_sequences (2048) and seed (0), as in
-    `tcsae.train.config.DataConfig`.
+    [n, segment_length], left-aligned. n is `n_segments`, another where `max_norm` cuts segments. `options`: hook,
+    skip_first (1), min_sequence_length (1), exclude_tokens, positions, max_norm (None), buffer_sequences (2048) and
+    seed (0), as in `tcsae.train.config.DataConfig`.
     """
     config = from_dict(DataConfig, {"n_segments": n_segments, "segment_length": segment_length, **options})
     for batch in SegmentLoader(store, config):

@@ -2,27 +2,25 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.base.trackers import Tracker
 from tcsae.shared.sae.ops import Code, group_sums, square_norms
 from tcsae.train.batch import Batch
 from tcsae.train.losses.difference import mean_difference, pairs_of
 from tcsae.train.trainer import StepResult, Trainer
 
-TRACKERS = ("tensorboard", "wandb")
 
-
-def metrics_line(trainer: Trainer, batch: Batch, result: StepResult) -> dict[str, Any]:
+def metrics_line(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """The figures of a step, over its whole batch: where several processes have a part each, all have to ask for them.
 
     Losses and norms are in the units of training. adjacent_correlation: pooled over latents,
     sum cov(f_t, f_t+1) / sum var(f). code_norm: root mean ||f||^2.
     """
+    batch = result.batch
     config, progress, group = trainer.config, trainer.progress, batch.group
     x, error = result.x, result.x_hat - result.x
     total = group.sum_((x - group.mean(x, batch.n_whole)).square().sum())
@@ -55,13 +53,6 @@ def _code_figures(code: Code, batch: Batch) -> tuple[float, float]:
     square, mean = group.sum_(square) / n, group.sum_(total.to(square)) / n
     variance = float(square - mean.square().sum())
     return float(square), 1 - float(difference) / (2 * variance) if variance > 0 else 0.0
-
-
-class Tracker(NamedTuple):
-    """Somebody else's record of a run."""
-
-    log: Callable[[dict[str, Any]], None]
-    close: Callable[[], None]
 
 
 class RunLog:
@@ -102,45 +93,3 @@ class NoLog:
 
     def close(self) -> None:
         pass
-
-
-def open_tracker(kind: str | None, folder: Path, config: dict[str, Any]) -> Tracker | None:
-    """What passes lines of metrics on to TensorBoard or Weights & Biases, or None without a tracker.
-
-    Raises ConfigError if the tracker is unknown or not installed.
-    """
-    if kind is None:
-        return None
-    if kind not in TRACKERS:
-        raise ConfigError(unknown("tracker", kind, TRACKERS))
-    try:
-        return _tensorboard(folder) if kind == "tensorboard" else _wandb(folder, config)
-    except ImportError as error:
-        raise ConfigError(
-            f"--tracker {kind} needs a package that is not there ({error}): pip install {kind}"
-        ) from error
-
-
-def _tensorboard(folder: Path) -> Tracker:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step":
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()
-
-    return Tracker(log, writer.close)
-
-
-def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
-    import wandb
-
-    run = wandb.init(project="tcsae", name=folder.name, dir=str(folder), config=config, reinit="create_new")
-
-    def log(line: dict[str, Any]) -> None:
-        run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
-
-    return Tracker(log, run.finish)

@@ -61,8 +61,8 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
         from_file = list(_flat_settings(values))
     runs = []
     for name, point in itertools.product(presets or (DEFAULT,), _grid(request.sweeps)):
-        own = [*request.settings, *options, *point]
-        settings = [*from_file, *own]
+        given = [*request.settings, *options, *point]
+        settings = [*from_file, *given]
         hook = next((one.partition("=")[2] for one in reversed(settings) if one.startswith("data.hook=")), "none")
         d_model = store.d_model(store.hook(None if hook == "none" else hook))
         config = with_settings(preset(name, d_model), settings)
@@ -72,7 +72,7 @@ def plan_runs(store: Store, request: Request) -> list[Run]:
                 f"sae.d_model={config.sae.d_model}: the store's activations are {d_model} wide. Leave it out."
             )
         first = ("none", store.hook(None))
-        named = [one for one in own if not (one.startswith("data.hook=") and one.partition("=")[2] in first)]
+        named = [one for one in given if not (one.startswith("data.hook=") and one.partition("=")[2] in first)]
         label = run_name(base or name, named) + (f"-from-{request.init_from}" if request.init_from else "")
         runs.append(Run(label, name, config, request.init_from))
     return runs

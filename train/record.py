@@ -13,24 +13,30 @@ from tcsae import __version__
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, from_dict, to_dict
+from tcsae.shared.base.trackers import TRACKED
+from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.folder import METRICS, RECORD, load_record, save_sae
 from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.reader import Store
 from tcsae.train.checkpoint import checkpoints, read_about
-from tcsae.train.config import TrainConfig
+from tcsae.train.config import MAX_STEPS, TrainConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.plan import Run
-from tcsae.train.trainer import Trainer
+from tcsae.train.trainer import Progress, Trainer
 
 RETIRED = {"optimizer.gradients": "written"}
 """Settings of older versions that are gone, and the value at which nothing changed."""
+MOVED = {"temporal.temperature": "temporal.contrast.temperature"}
+"""Settings of older versions by the names that they have now."""
 LOCK = "train.lock"
+MOST_COMPARED = 1_000_000
+"""First steps whose learning rates are compared one by one."""
 
 
 def is_trained(store: Store, path: Path, run: Run, world: int) -> bool:
-    """Whether the run is there already. Reads only.
+    """Whether the run is finished. Reads only. A finished run that goes on to more steps is not.
 
-    Raises RunError, naming the differences, if what is there, finished or not, is another run.
+    Raises RunError, naming the differences, if what is in the folder, finished or not, is another run.
     """
     finished, unfinished = (path / RECORD).exists(), checkpoints(path)
     if not finished and not unfinished:
@@ -47,11 +53,68 @@ def is_trained(store: Store, path: Path, run: Run, world: int) -> bool:
             f"{path} was begun by {before} process(es), this start has {world}, whose sums round otherwise. Go on with "
             f"{before}, or use --fresh to train it again."
         )
-    if differing := differences(recorded, asked):
-        raise RunError(
-            f"{path} was trained otherwise ({'; '.join(differing)}). Use --fresh to train it again, or another --runs."
+    differing = differences(recorded, asked)
+    if not differing:
+        return finished
+    reason = ""
+    if finished and [one.partition(":")[0] for one in differing] == ["train.steps"]:
+        reason = _why_not_longer(run, record, read_about(unfinished[-1]) if unfinished else None, world)
+        if not reason:
+            return False
+    raise RunError(
+        f"{path} was trained otherwise ({'; '.join(differing)}). Use --fresh to train it again, or another --runs."
+        + reason
+    )
+
+
+def _why_not_longer(run: Run, record: dict[str, Any], checkpoint: dict[str, Any] | None, world: int) -> str:
+    """Why a finished run cannot go on to the steps that are asked for; empty if it can."""
+    before, after = record["steps"], run.config.steps
+    if after <= before or record.get("ended"):
+        return f" It has {before:,} steps{' and ended early' if record.get('ended') else ''}: nothing can go on."
+    lost = steps_dependence(run.config, before, after, record["tokens"])
+    if lost:
+        return (
+            f" It cannot go on to {after:,} steps: its {before:,} are not the first of those, as {'; '.join(lost)}. "
+            f"Its weights alone: --init-from {run.name}."
         )
-    return finished
+    if checkpoint is None:
+        return f" It cannot go on: its last checkpoint is gone. Its weights alone: --init-from {run.name}."
+    if (n := checkpoint.get("ranks", 1)) != world:
+        return f" It cannot go on in {world} process(es): it was trained in {n}, whose sums round otherwise."
+    return ""
+
+
+def steps_dependence(config: TrainConfig, before: int, after: int, n_tokens: int) -> list[str]:
+    """What would have been otherwise in the first `before` steps (`n_tokens` tokens) of a run of `after` steps: empty
+    if both train alike, so that one is the beginning of the other, bit for bit.
+    """
+    lost = []
+    rate = config.optimizer.learning_rate
+    compared = (
+        *range(min(before, MOST_COMPARED)),
+        before - 1,
+    )  # a rate that begins to fall later still falls at the end
+    if (first := next((step for step in compared if rate(step, before) != rate(step, after)), None)) is not None:
+        lost.append(
+            f"the learning rate differs from step {first:,} on (optimizer.decay={config.optimizer.decay!r}, "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}; none and at most {max(1, before // 20)} do not)"
+        )
+    if config.temporal.active and config.temporal.warmup:
+        lost.append(f"temporal.warmup={config.temporal.warmup} is a share of the steps")
+    # A limit of a tenth of the run's tokens grows with the run; one of at most half of that share is never the share.
+    by_share = config.dead.after_share < 1 and config.dead.after_tokens > config.dead.after_share * n_tokens / 2
+    if by_share and config.dead.aux_weight and KINDS[config.sae.activation].mostly_zero:
+        lost.append(f"dead.after_share={config.dead.after_share} is a share of the tokens (1 is not)")
+    return lost
+
+
+def goes_on(run: Run, progress: Progress) -> bool:
+    """Whether more steps can follow the last one, so that its checkpoint stays."""
+    config = run.config
+    if not config.steps or not config.guard.checkpoint_steps or progress.ended:
+        return False
+    return not steps_dependence(config, config.steps, MAX_STEPS, progress.n_tokens)
 
 
 @contextmanager
@@ -78,18 +141,25 @@ def writable_folder(path: Path) -> Iterator[None]:
 def clear_run(path: Path) -> None:
     """Remove what an earlier training left, the record first: without it there is no finished SAE."""
     with disk_errors(path):
-        for file in (path / RECORD, *checkpoints(path), path / METRICS):
+        for file in (path / RECORD, *checkpoints(path), path / METRICS, path / TRACKED):
             file.unlink(missing_ok=True)
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, and a retired
-    setting at its only value that is left is as good as absent.
+    """Settings as recorded; what did not exist yet in the version that wrote them was as the default is, a retired
+    setting at its only value that is left is as good as absent, and one that was moved stands where it does now.
     """
     settings = {
         key: {k: v for k, v in value.items() if RETIRED.get(f"{key}.{k}") != v} if isinstance(value, dict) else value
         for key, value in settings.items()
     }
+    for old, new in MOVED.items():
+        (*_, parent, key), (*parents, name) = old.split("."), new.split(".")
+        if isinstance(settings.get(parent), dict) and key in settings[parent]:
+            inner = settings
+            for one in parents:
+                inner = inner.setdefault(one, {})
+            inner.setdefault(name, settings[parent].pop(key))
     try:
         return to_dict(from_dict(TrainConfig, settings))
     except ConfigError:  # a setting that is gone, or none at all: it differs
@@ -109,7 +179,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "steps": progress.n_steps,
         "tokens": progress.n_tokens,
         "left_out": {
-            "skip_first_per_epoch": loader.n_skipped,
+            **{f"{name}_per_epoch": n for name, n in loader.left_out().items()},
             "short_per_epoch": loader.n_short,
             "max_norm": progress.n_left_out,
         },

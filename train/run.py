@@ -15,6 +15,7 @@ from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
+from tcsae.shared.base.trackers import open_tracker
 from tcsae.shared.sae.folder import METRICS, load_record, load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
@@ -22,10 +23,12 @@ from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, s
 from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
+from tcsae.train.guard import UnstableError
+from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
-from tcsae.train.log import NoLog, RunLog, metrics_line, open_tracker
+from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
-from tcsae.train.record import clear_run, is_trained, save_run, writable_folder
+from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -124,7 +127,8 @@ class Member:
         self.log: RunLog | NoLog = NoLog()
         if writes:
             with disk_errors(path):
-                self.log = RunLog(path / METRICS, n_bytes, open_tracker(tracker, path, to_dict(config)))
+                passed_on = open_tracker(tracker, path, to_dict(config), trainer.progress.n_steps)
+                self.log = RunLog(path / METRICS, n_bytes, passed_on)
         self.bring_back = remember(trainer) if config.guard.action == "restore" else None
 
     @property
@@ -137,30 +141,46 @@ class Member:
         trainer, config = self.trainer, self.run.config
         if number < trainer.progress.n_steps or not self.live:
             return
-        if not batch.n_whole:
+        if batch.longest < config.sae.window:
             trainer.count(batch)
-            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no segment of it."
+            why = f"Batch {number}: data.max_norm={config.data.max_norm} leaves no token of it."
+            if batch.longest:
+                why = f"Batch {number}: no segment of it has sae.window={config.sae.window} positions."
             self.log.write({"event": "skipped", "step": trainer.progress.n_steps, "why": why})
             return
         try:
             result = trainer.step(batch)
-        except RunError as error:
-            self._unstable(str(error), batch, number)
+            n = trainer.progress.n_steps
+            logs = n % config.log_every == 0 or n == config.steps
+            saves = bool(config.guard.checkpoint_steps) and n % config.guard.checkpoint_steps == 0 and self.live
+            late = time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes
+            if logs or saves or late:
+                trainer.settle()
+        except UnstableError as error:
+            self._unstable(error)
+            if error.batch is not batch:  # this one has moved nothing yet
+                self.step(batch, number)
             return
-        n = trainer.progress.n_steps
-        if n % config.log_every == 0 or n == config.steps:
-            self.log.write({**metrics_line(trainer, batch, result), "seconds": round(self.elapsed(), 3)})
-        if config.guard.checkpoint_steps and n % config.guard.checkpoint_steps == 0 and self.live:
+        if logs:
+            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
+        if saves:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
-        elif time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes:
+        elif late:
             self.checkpoint_between()
 
-    def _unstable(self, why: str, batch: Batch, number: int) -> None:
-        """End the run, or bring back its last good state and leave this batch out."""
+    def settle(self) -> None:
+        """Wait for the verdict on the last step, and act on it."""
+        try:
+            self.trainer.settle()
+        except UnstableError as error:
+            self._unstable(error)
+
+    def _unstable(self, error: UnstableError) -> None:
+        """End the run, or bring back its last good state and leave the batch out."""
         progress = self.trainer.progress
-        why = f"Batch {number}, {why}"
+        why = f"Batch {progress.n_steps}, {error}"
         if self.bring_back is None or progress.n_restored >= RESTORES:
             progress.ended = why
             self.log.write({"event": "ended", "step": progress.n_steps, "why": why})
@@ -168,7 +188,7 @@ class Member:
             return
         self.bring_back()
         progress.n_restored += 1
-        self.trainer.count(batch)
+        self.trainer.count(error.batch)
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
@@ -209,11 +229,14 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks)
+        text = any(run.config.temporal.reads_text for run in runs)
+        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
         for run in runs:
-            self.loader.check_temporal(run.config.temporal)
-        sample = self.loader.sample(SAMPLE_TOKENS)
-        self.members = [self._member(run, sample) for run in runs]
+            self.loader.check_windows(run.config)
+        samples = {
+            window: self.loader.sample(SAMPLE_TOKENS, window) for window in {run.config.sae.window for run in runs}
+        }
+        self.members = [self._member(run, samples[run.config.sae.window]) for run in runs]
 
     def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None
@@ -221,7 +244,8 @@ class _Pass:
             initial = load_sae(self.runs_path / run.init_from)
             if differing := differences(initial.config, run.config.sae):
                 raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
-        trainer = Trainer(run.config, sample, self.store.sequence_length, initial)
+        linear = fit_linear(self.store, run.config)
+        trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
             "train": to_dict(run.config),
             "store": {"content": self.store.content},
@@ -250,9 +274,12 @@ class _Pass:
                     member.step(batch, number)
                 advance(batch.n_whole)
                 self._stop_here(stop, last)
+            for member in self.members:
+                if goes_on(member.run, member.trainer.progress):
+                    member.checkpoint()
         for member in self.members if self.ranks.rank == 0 else ():
             save_run(self.store, self.loader, member.path, member.run, member.trainer, member.elapsed())
-            for file in checkpoints(member.path):
+            for file in checkpoints(member.path)[: -1 if goes_on(member.run, member.trainer.progress) else None]:
                 file.unlink()
 
     def _stop_here(self, stop: StopRequest, last: int) -> None:
@@ -261,6 +288,7 @@ class _Pass:
         if not requested.item():
             return
         for member in self.members:
+            member.settle()
             member.checkpoint_between()
         kept = min(member.steps_on_disk for member in self.members)
         if stop.number is None:
@@ -278,8 +306,11 @@ class _Pass:
         """Memory, before it is used, and what an epoch leaves out."""
         on = f"{torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else f"on {self.device}"
         loader = self.loader
-        short = f", {loader.n_short:,} by data.min_sequence_length" if loader.n_short else ""
-        tokens = f"{loader.n_tokens:,} tokens an epoch ({loader.n_skipped:,} left out by data.skip_first{short})"
+        out = loader.left_out() | ({"min_sequence_length": loader.n_short} if loader.n_short else {})
+        reasons = ", ".join(f"{n:,} by data.{name}" for name, n in out.items())
+        tokens = f"{loader.n_tokens:,} tokens an epoch (left out: {reasons})"
+        if loader.config.max_norm is not None:
+            tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
 

@@ -11,6 +11,7 @@ from tcsae.evaluate.measures.core import Output
 from tcsae.evaluate.systems import SaeOutput, System
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules, as_rules, counted, norm_median
 from tcsae.shared.store.reader import Store
 
 DEFINITIONS = {
@@ -52,7 +53,7 @@ def constant_baselines(mean: Float[Tensor, " d_model"]) -> dict[str, System]:
     return {"zero_output": ConstantOutput(torch.zeros_like(mean)), "mean_output": ConstantOutput(mean)}
 
 
-def sized_baselines(store: Store, hook: str, skip_first: int, like: SaeConfig) -> dict[str, System]:
+def sized_baselines(store: Store, hook: str, skip_first: CountingRules | int, like: SaeConfig) -> dict[str, System]:
     """The three that have the size of an SAE, `like`; drawn with a fixed seed."""
     mean, covariance = sample_moments(store, hook, skip_first)
     k = min(like.k, like.d_model)
@@ -76,13 +77,14 @@ def sized_baselines(store: Store, hook: str, skip_first: int, like: SaeConfig) -
 
 
 def sample_moments(
-    store: Store, hook: str, skip_first: int
+    store: Store, hook: str, skip_first: CountingRules | int
 ) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, "d_model d_model"]]:
     """Mean and covariance of x over about PCA_TOKENS counted positions, from evenly spaced train chunks.
 
     Raises StoreError if the train split has none.
     """
-    split, step = store.train, store.sequences_per_chunk
+    split, step, rules = store.train, store.sequences_per_chunk, as_rules(skip_first)
+    limit = None if rules.max_norm is None else rules.max_norm * norm_median(store, hook)
     chunks = range(0, split.n_sequences, step)
     n_chunks = max(1, math.ceil(PCA_TOKENS / (step * store.sequence_length)))
     n, total = 0, torch.zeros(store.d_model(hook), dtype=torch.float64)
@@ -90,14 +92,13 @@ def sample_moments(
     for i in np.unique(np.linspace(0, len(chunks) - 1, min(n_chunks, len(chunks))).astype(int)):
         start = chunks[i]
         stop = min(start + step, split.n_sequences)
-        position = np.arange(store.sequence_length)
-        counted = (position < split.lengths[start:stop, None]) & (position >= skip_first)
-        x = torch.from_numpy(split.read(hook, start, stop)[counted]).double()
+        x = torch.from_numpy(split.read(hook, start, stop)[counted(split, rules.without_norm(), start, stop)]).double()
+        x = x if limit is None else x[~(x.norm(dim=1) > limit)]
         n, total = n + len(x), total + x.sum(0)
         second += x.T @ x
     if not n:
         raise StoreError(
-            f"{store.location}: its train split has no position from {skip_first} on, so there are no principal "
+            f"{store.location}: its train split has no position {rules}, so there are no principal "
             "components of it. Evaluate without --baselines."
         )
     mean = total / n

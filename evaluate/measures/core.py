@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tcsae.shared.sae import sparse as sparse_codes
 from tcsae.shared.sae.sparse import SparseCode
 
 Code = SparseCode | Float[Tensor, "_ d_sae"]
@@ -57,26 +58,16 @@ def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> 
 
 def join_codes(parts: list[Code]) -> Code:
     """The codes of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    sparse = [part for part in parts if isinstance(part, SparseCode)]
-    if not sparse:
-        return torch.cat([part for part in parts if torch.is_tensor(part)])
-    ends = torch.tensor([0, *(len(part.values) for part in sparse)]).cumsum(0)
-    offsets = [part.offsets[:-1] + end for part, end in zip(sparse, ends, strict=False)]
-    return SparseCode(
-        torch.cat([part.values for part in sparse]),
-        torch.cat([part.latents for part in sparse]),
-        torch.cat([*offsets, ends[-1:]]),
-        sparse[0].d_sae,
-    )
+    if sparse := [part for part in parts if isinstance(part, SparseCode)]:
+        return sparse_codes.join_codes(sparse)
+    return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if torch.is_tensor(part)])
 
 
 def n_latents(code: Code) -> int:
     return code.d_sae if isinstance(code, SparseCode) else code.shape[1]
 
 
-DEFINITION_VERSION = 4
+DEFINITION_VERSION = 5
 """Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {
@@ -101,6 +92,13 @@ DEFINITIONS = {
 }
 """What each figure is, for eval.json. Counted are the valid positions from `skip_first` on."""
 
+PREDICTED = {
+    "l0_predicted": "mean over tokens of the number of latents of the predicted code that are not 0; l0 is that of the "
+    "novel code",
+    "l0_total": "the same of both codes together",
+}
+"""Figures of temporal feature analysis alone."""
+
 COLUMNS = (
     "squared_input",
     "squared_output",
@@ -115,8 +113,10 @@ COLUMNS = (
     "nonzero",
     "magnitude",
     "signed",
+    "predicted",
+    "total",
 )
-"""What is summed for each token, besides x itself. The last four are `token_activity`."""
+"""What is summed for each token, besides x itself: the last six by `token_activity` and `token_predictions`."""
 
 SMALLEST_NORM = 1e-4
 CONSTANT = 1e-12
@@ -138,6 +138,8 @@ class Output(NamedTuple):
     x_hat: Float[Tensor, "n d_model"]
     code: Code | None
     """None: a baseline without latents."""
+    predicted: Float[Tensor, "n d_sae"] | None = None
+    """A second code that is decoded with `code`, which then is the novel one (TFA)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,18 @@ class Sums:
         return self.columns[:, COLUMNS.index(name)]
 
 
+def token_predictions(output: Output) -> Float64[Tensor, "2 n"]:
+    """Of each token: latents of the predicted code that are not 0, and of it and the novel code together."""
+    counts = torch.zeros(2, len(output.x_hat), dtype=torch.float64)
+    if output.predicted is not None:
+        assert isinstance(output.code, SparseCode)
+        on = output.predicted != 0
+        counts[0] = on.sum(1)
+        on[output.code.rows, output.code.latents] |= output.code.values != 0
+        counts[1] = on.sum(1)
+    return counts
+
+
 def widen(x: Float[Tensor, "n d_model"], mean: Float64[Tensor, " d_model"]) -> Inputs:
     """What every system's figures need of x; n may be 0."""
     wide = x.double()
@@ -178,7 +192,7 @@ def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns 
     ratio = norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in)
     legacy = 1 - squared_error / inputs.squared_deviation
     columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio, legacy)
-    return torch.cat((torch.stack(columns), token_activity(output.code, len(norm_in))))
+    return torch.cat((torch.stack(columns), token_activity(output.code, len(norm_in)), token_predictions(output)))
 
 
 def sum_rows(
@@ -189,7 +203,7 @@ def sum_rows(
 
 
 def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]:
-    """All figures of DEFINITIONS but `dead_fraction`, row by row.
+    """All figures of DEFINITIONS but `dead_fraction`, row by row; those of PREDICTED where there is such a code.
 
     NaN where a figure is not defined: inputs that do not vary, an output without a component along x, no token.
     """
@@ -198,6 +212,7 @@ def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]
     def mean(name: str) -> Float64[Tensor, " rows"]:
         return counted.column(name) / n
 
+    predicted = {"l0_predicted": mean("predicted"), "l0_total": mean("total")} if counted.column("total").any() else {}
     mse, second = mean("squared_error"), mean("squared_input")
     product = torch.where(counted.column("product") == 0, torch.nan, counted.column("product"))
     return {
@@ -216,6 +231,7 @@ def figures(counted: Sums, skipped: Sums) -> dict[str, Float64[Tensor, " rows"]]
         "l0_nonzero": mean("nonzero"),
         "l1": mean("magnitude"),
         "l1_signed": mean("signed"),
+        **predicted,
     }
 
 

@@ -192,7 +192,7 @@ def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:
         "content": store.content,
         "split": split,
         "hook": settings.hook,
-        "skip_first": str(settings.skip_first),
+        "skip_first": str(settings.skip_first) if isinstance(settings.skip_first, int) else settings.skip_first.key(),
         "splice_all": str(settings.splice_all),
     }
 

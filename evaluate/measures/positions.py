@@ -14,6 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch, document_numbers
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 N_GROUPS = 8
@@ -35,12 +36,13 @@ class View(NamedTuple):
 
     n: int
     sequence: Int[Tensor, " n"]
+    """Its run of counted positions: a sequence, or what lies between two positions that are left out."""
     piece: Int[Tensor, " n"]
     """Numbered from 0 within the batch."""
     n_pieces: int
     group: Int[Tensor, " n"]
     from_start: Int[Tensor, " n"]
-    """Counted positions before it in its sequence."""
+    """Counted positions before it in its run."""
     to_end: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
     """Bin of its absolute position."""
@@ -58,7 +60,7 @@ class View(NamedTuple):
 
     @property
     def adjacent(self) -> Bool[Tensor, " n_minus_1"]:
-        """Whether token i and i + 1 are of one sequence."""
+        """Whether token i and i + 1 are neighbours in one sequence."""
         return self.sequence[1:] == self.sequence[:-1]
 
 
@@ -74,12 +76,11 @@ class _Document(NamedTuple):
 class Layout:
     """Makes the views of one pass, batch after batch."""
 
-    def __init__(self, split: Split, skip_first: int) -> None:
+    def __init__(self, split: Split, skip_first: CountingRules | int) -> None:
         length = split.store.sequence_length
         self.n_positions = min(length, N_LABELS)
         self.bins = torch.arange(length) * self.n_positions // length
-        counted = (np.arange(length) < split.lengths[:, None]) & (np.arange(length) >= skip_first)
-        ids, counts = np.unique(split.tokens[counted], return_counts=True)
+        ids, counts = np.unique(split.tokens[counted(split, skip_first)], return_counts=True)
         frequent = ids[np.argsort(-counts, kind="stable")[:N_LABELS]]
         self.rank = torch.full((int(ids.max(initial=0)) + 1,), N_LABELS)
         self.rank[torch.from_numpy(frequent).long()] = torch.arange(len(frequent))
@@ -90,11 +91,12 @@ class Layout:
         """The view of the next batch."""
         sequence, position = batch.counted.nonzero().T
         document, piece = batch.document[sequence], batch.piece[sequence]
-        per_sequence = torch.bincount(sequence, minlength=len(batch.tokens))
-        starts = per_sequence.cumsum(0) - per_sequence
-        from_start = torch.arange(len(sequence)) - starts[sequence]
+        run = batch.runs
+        per_run = torch.bincount(run)
+        starts = per_run.cumsum(0) - per_run
+        from_start = torch.arange(len(run)) - starts[run]
         n_before = len(self.carried.first) + 1 if self.carried else 0
-        documents = self._documents(document.numpy(), sequence.numpy(), n_before)
+        documents = self._documents(document.numpy(), run.numpy(), n_before)
         partners, joins = _pairs(documents)
         local = piece - piece[0] if len(piece) else piece
         kept = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
@@ -103,12 +105,12 @@ class Layout:
             self.carried = _Document(documents[-1].number, range(n_first), n_first)
         return View(
             n=len(sequence),
-            sequence=sequence,
+            sequence=run,
             piece=local,
             n_pieces=int(local[-1]) + 1 if len(local) else 0,
             group=document % N_GROUPS,
             from_start=from_start,
-            to_end=per_sequence[sequence] - 1 - from_start,
+            to_end=per_run[run] - 1 - from_start,
             position=self.bins[position],
             token=self.rank[batch.tokens[sequence, position].long()],
             standing_in=torch.from_numpy(_permutation(piece.numpy())),
@@ -120,16 +122,16 @@ class Layout:
 
     def _documents(self, document: ndarray, sequence: ndarray, n_before: int) -> list[_Document]:
         """The carried document, then this batch's; one that goes on from the last batch keeps its first sequence."""
-        found = [self.carried] if self.carried else []
+        documents = [self.carried] if self.carried else []
         edges = np.flatnonzero(np.diff(document, prepend=-1, append=-1)) if len(document) else np.arange(0)
         for start, stop in itertools.pairwise(edges):
             number, last = int(document[start]), n_before + int(stop) - 1
-            if found and found[-1].number == number:
-                found[-1] = found[-1]._replace(last=last)
+            if documents and documents[-1].number == number:
+                documents[-1] = documents[-1]._replace(last=last)
                 continue
             n_first = int((sequence[start:stop] == sequence[start]).sum())
-            found.append(_Document(number, range(n_before + int(start), n_before + int(start) + n_first), last))
-        return found
+            documents.append(_Document(number, range(n_before + int(start), n_before + int(start) + n_first), last))
+        return documents
 
 
 def _pairs(documents: list[_Document]) -> tuple[TokenPairs, TokenPairs]:

@@ -24,6 +24,7 @@ from tcsae.evaluate.measures.code_ops import entry_values
 from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.smoothing import ema_kernel, filtered_rows, mean_kernel
 from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 MAX_DOCUMENTS, MAX_TOKENS = 128, 128
@@ -58,7 +59,6 @@ class Plan(NamedTuple):
     """Which sequences are read, and the classes of their tokens; one row a counted token."""
 
     sequences: Int[ndarray, " n_documents"]
-    skip_first: int
     document: Int[Tensor, " n"]
     """0 to the number of documents probed - 1."""
     within: Int[Tensor, " n"]
@@ -76,19 +76,20 @@ class Plan(NamedTuple):
         return (read & (within < MAX_TOKENS)).nonzero().squeeze(1)
 
 
-def plan_probes(split: Split, skip_first: int) -> Plan | None:
+def plan_probes(split: Split, skip_first: CountingRules | int) -> Plan | None:
     """Choose documents by their first sequences; None if fewer than four have MIN_TOKENS counted tokens."""
     document = document_numbers(split)[0]
     first = np.flatnonzero(np.diff(document, prepend=-1))
-    n_counted = np.minimum(split.lengths[first] - skip_first, MAX_TOKENS)
-    able = first[n_counted >= MIN_TOKENS]
+    mask = counted(split, skip_first)
+    able = first[mask[first].sum(1) >= MIN_TOKENS]
     if len(able) < 4:
         return None
     sequences = able[np.unique(np.linspace(0, len(able) - 1, min(MAX_DOCUMENTS, len(able))).astype(int))]
-    lengths = np.minimum(split.lengths[sequences] - skip_first, MAX_TOKENS)
+    chosen = mask[sequences] & (mask[sequences].cumsum(1) <= MAX_TOKENS)
+    lengths = chosen.sum(1)
     number = np.repeat(np.arange(len(sequences)), lengths)
     within = np.arange(len(number)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    ids = split.tokens[sequences[number], within + skip_first]
+    ids = split.tokens[sequences][chosen]
     frequent, counts = np.unique(ids, return_counts=True)
     frequent = np.sort(frequent[np.argsort(-counts, kind="stable")[:N_TOKEN_IDS]])
     at = np.searchsorted(frequent, ids).clip(max=len(frequent) - 1)
@@ -96,9 +97,7 @@ def plan_probes(split: Split, skip_first: int) -> Plan | None:
     edges = np.quantile(within, np.arange(1, N_POSITION_BINS) / N_POSITION_BINS)
     position = np.searchsorted(edges, within, side="right")
     targets = torch.from_numpy(np.stack([number, token, position]).astype(np.int64))
-    return Plan(
-        sequences, skip_first, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets
-    )
+    return Plan(sequences, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets)
 
 
 def probe(
@@ -115,12 +114,12 @@ def probe(
     half = ((plan.lengths - GAP) // 2)[plan.document]
     odd = plan.document % 2 == 1
     halves, documents = (plan.within < half, plan.within >= half + GAP), (~odd, odd)
-    found, draws = {}, {}
+    figures, draws = {}, {}
     for names, (train, test) in ((("document",), halves), (("token", "position"), documents)):
         targets = {name: plan.targets[TARGETS.index(name)] for name in names}
         for name, guesses in _ridge(code, train, test, plan, targets).items():
-            found[f"probe_{name}"], draws[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
-    return found, draws
+            figures[f"probe_{name}"], draws[f"probe_{name}"] = _scored(plan, targets[name], test, guesses)
+    return figures, draws
 
 
 def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
@@ -131,20 +130,20 @@ def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[
 
 def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
     """The latents `which` as a matrix; of more than MAX_LATENTS, those of largest variance."""
-    kept = which.nonzero().squeeze(1)
-    if len(kept) > MAX_LATENTS:
+    chosen = which.nonzero().squeeze(1)
+    if len(chosen) > MAX_LATENTS:
         n = code.n_tokens if isinstance(code, SparseCode) else len(code)
         values = entry_values(code)
         total, squares = (_latent_sums(code, one) for one in (values, values.square()))
         variance = torch.where(which, squares / n - (total / n).square(), -1.0)
-        kept = variance.topk(MAX_LATENTS).indices.sort().values
+        chosen = variance.topk(MAX_LATENTS).indices.sort().values
     if not isinstance(code, SparseCode):
-        return code[:, kept]
+        return code[:, chosen]
     place = torch.full((code.d_sae,), -1)
-    place[kept] = torch.arange(len(kept))
+    place[chosen] = torch.arange(len(chosen))
     at = (place[code.latents] >= 0).nonzero().squeeze(1)
-    made = torch.zeros(code.n_tokens, len(kept))
-    made.view(-1)[code.rows[at] * len(kept) + place[code.latents[at]]] = code.values[at]
+    made = torch.zeros(code.n_tokens, len(chosen))
+    made.view(-1)[code.rows[at] * len(chosen) + place[code.latents[at]]] = code.values[at]
     return made
 
 
@@ -230,10 +229,10 @@ def _scored(
     weights = _resamplings(int(tested.sum()))
     n = weights @ counts[tested]
     value, chance = (weights @ one[tested] / n for one in (hits, null))
-    found = {
+    figures = {
         "value": point(value),
         "null": point(chance),
         "difference": point(value - chance),
         "interval": interval(value - chance),
     }
-    return found, value
+    return figures, value

@@ -14,10 +14,11 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
+from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
-from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
 from tcsae.shared.base.console import say
-from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.reader import Split
 from tcsae.shared.store.truth import MODEL, load_truth, truth_path
 
@@ -39,9 +40,21 @@ class Measure(Protocol):
         """The figures, None where undefined."""
 
 
+@runtime_checkable
+class OfPairs(Measure, Protocol):
+    """A measure that also takes the activations, and where sequences begin."""
+
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        """The batch whose code comes next, and its activations at the counted positions."""
+
+
 MEASURES: dict[str, Callable[[int], Measure]] = {
     "concentration": Concentration,
 }
+OF_CONFIG: dict[str, Callable[[SaeConfig], Measure]] = {
+    "smoothness": Smoothness,
+}
+"""Measures that are made with the SAE's config, as they look at its groups of latents."""
 
 
 class MeasureObserver:
@@ -50,18 +63,26 @@ class MeasureObserver:
     looks_back = False
 
     def __init__(self, saes: Sequence[SparseAutoencoder], split: Split) -> None:
-        """`saes` are the systems that are measured, the first ones of the pass.
+        """`saes` are of the systems that are measured, the first ones of the pass.
 
         Raises StoreError if the store is planted and its truth is damaged.
         """
-        self._of = [{name: make(one.config.d_sae) for name, make in MEASURES.items()} for one in saes]
+        self._of: list[dict[str, Measure]] = [
+            {name: make(one.config.d_sae) for name, make in MEASURES.items()}
+            | {name: make(one.config) for name, make in OF_CONFIG.items()}
+            for one in saes
+        ]
         truth = load_truth(split.store) if split.name == "eval" else None
         if truth is None and split.store.manifest.recipe.model.name == MODEL:
             say(f"No truth of the planted features at {truth_path(split.store.location)}: nothing is said of them.")
-        self._tokens = PlantedTokens(truth, split.lengths) if truth else None
-        self._planted = [Planted(self._tokens, one.W_dec.detach().numpy()) for one in saes] if self._tokens else []
+        self._tokens = PlantedTokens(truth, split.store.eval.lengths) if truth else None
+        self._planted = [Planted(self._tokens, decoder_rows(one)) for one in saes] if self._tokens else []
 
-    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:  # noqa: ARG002
+    def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        for measures in self._of:
+            for measure in measures.values():
+                if isinstance(measure, OfPairs):
+                    measure.begin(batch, x)
         if self._tokens:
             self._tokens.begin(batch)
 

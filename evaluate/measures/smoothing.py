@@ -78,6 +78,12 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def check_smoothing(smoothing: Smoothing, config: SaeConfig) -> None:
     """Raises ConfigError for a smoothing that an SAE of this activation has no meaning for."""
+    if config.window > 1 or config.predictor != "none":
+        is_what = f"sae.window={config.window}" if config.window > 1 else f"sae.predictor={config.predictor!r}"
+        raise ConfigError(
+            f"{smoothing} smooths codes of single tokens, and with {is_what} a code is of several. Evaluate it without "
+            "--smooth."
+        )
     allowed = {
         EMA_TOPK: ("topk",),
         HYSTERESIS: ("topk", *(name for name, kind in KINDS.items() if kind.threshold != "none")),
@@ -182,8 +188,8 @@ def stay_topk(candidates: SparseCode, lengths: Sequence[int], k: int) -> SparseC
 
     _walk(lengths, candidates.d_sae, step)
     offsets = torch.arange(0, chosen.numel() + 1, max(1, chosen.shape[1]))[: len(chosen) + 1]
-    kept = values.gather(1, chosen).relu().flatten(), latents.gather(1, chosen).flatten()
-    return SparseCode(*kept, offsets, candidates.d_sae)
+    entries = values.gather(1, chosen).relu().flatten(), latents.gather(1, chosen).flatten()
+    return SparseCode(*entries, offsets, candidates.d_sae)
 
 
 def stay_above(candidates: SparseCode, lengths: Sequence[int], threshold: Float[Tensor, " d_sae"]) -> SparseCode:

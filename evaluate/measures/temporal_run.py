@@ -27,6 +27,7 @@ from tcsae.evaluate.measures.temporal_figures import (
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
@@ -72,7 +73,9 @@ class TemporalObserver:
 
     looks_back = True
 
-    def __init__(self, split: Split, skip_first: int, mean: Float64[Tensor, " d_model"], n_systems: int) -> None:
+    def __init__(
+        self, split: Split, skip_first: CountingRules | int, mean: Float64[Tensor, " d_model"], n_systems: int
+    ) -> None:
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
         self.layout = Layout(split, skip_first)
@@ -139,18 +142,18 @@ class TemporalObserver:
         whole = sums.without(None)
         groups = latent_groups(config, whole.active[0])
         code = join_codes(self.read[system]) if self.read.get(system) else None
-        found = self._rows(sums, groups, config.k)
+        measured = self._rows(sums, groups, config.k)
         if self.plan and code is not None:
             for name, which in groups.items():
                 rows, draws = probes.probe(self.plan, probes.widest(code, which))
-                found[name]["measures"] |= rows
+                measured[name]["measures"] |= rows
                 if name == "all":
                     self.probe_draws[system] = draws
         if self.plan and code is not None:
             for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
-                found[name] = {"measures": probes.probe(self.plan, smooth)[0]}
+                measured[name] = {"measures": probes.probe(self.plan, smooth)[0]}
         return {
-            "groups": found,
+            "groups": measured,
             "x": self.of_x,
             "scale": {
                 "mean_squared_norm": _ratio(whole.energy, whole.n),
@@ -185,13 +188,13 @@ class TemporalObserver:
             part = whole.less(sums, without, n_lags=FAR)
             for name, which in groups.items():
                 left[name].append(self._figures((part, whole), (name, which), k, without)[0])
-        found = {}
+        rows = {}
         for name, (pairs, curves) in full.items():
-            found[name] = {
+            rows[name] = {
                 "measures": {key: _row(pair, [one[key] for one in left[name]]) for key, pair in pairs.items()},
                 "curves": {key: [_json(value) for value in curve] for key, curve in curves.items()},
             }
-        return found
+        return rows
 
     def _figures(
         self,
@@ -264,16 +267,16 @@ def matched(firings: Float64[Tensor, " d_sae"], chosen: Bool[Tensor, " d_sae"]) 
     others = np.flatnonzero(~chosen.numpy())
     left = list(others[np.argsort(rates[others], kind="stable")])
     left_rates = [rates[one] for one in left]
-    found = torch.zeros_like(chosen)
+    matched = torch.zeros_like(chosen)
     for rate in np.sort(rates[chosen.numpy()])[::-1]:
         if not left:
             break
         at = int(np.searchsorted(left_rates, rate))
         if at == len(left) or (at > 0 and rate - left_rates[at - 1] <= left_rates[at] - rate):
             at -= 1
-        found[left.pop(at)] = True
+        matched[left.pop(at)] = True
         left_rates.pop(at)
-    return found
+    return matched
 
 
 def _json(value: float) -> float | None:

@@ -17,6 +17,7 @@ from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
 from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 from tcsae.shared.store.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
 
@@ -74,12 +75,13 @@ class PlantedTokens:
 
     def __init__(self, truth: Truth, lengths: Int[ndarray, " n_sequences"]) -> None:
         self.truth = truth
-        self._starts = np.append(0, lengths.cumsum())
+        self._lengths, self._starts = lengths, np.append(0, lengths.cumsum())
         self._slow = truth.durations > 1
 
     def begin(self, batch: EvalBatch) -> None:
         truth, n = self.truth, self.truth.n_features
-        valid = (batch.counted | batch.skipped).numpy()
+        lengths = self._lengths[batch.start : batch.start + len(batch.x), None]  # all, whichever documents are counted
+        valid = np.arange(batch.counted.shape[1]) < lengths
         counted = batch.counted.numpy()[valid]
         number = np.where(counted, counted.cumsum() - 1, -1)
         first, stop = self._starts[batch.start], self._starts[batch.start + len(valid)]
@@ -228,6 +230,12 @@ class Planted:
             definitions |= ABSORPTION
             figures["absorption"] = _ratio(sums["absorbed"], sums["pairs"])
         return figures, definitions
+
+
+def decoder_rows(sae: SparseAutoencoder) -> Float[ndarray, "d_sae d_model"]:
+    """Each latent's direction; of a code for several positions their mean."""
+    rows = sae.W_dec.detach().cpu().float()
+    return rows.view(len(rows), -1, sae.config.d_model).mean(1).numpy()
 
 
 def _found(keys: Int[ndarray, " a"], asked: Int[ndarray, " b"]) -> tuple[Int[ndarray, " b"], ndarray]:

@@ -66,7 +66,7 @@ def probe_runs(
         found[X + SMOOTHED] = probe.of_x(tokens.smooth(x))
         advance(1)
         for loaded in runs:
-            code = sparse_code(loaded.sae, x)
+            code = sparse_code(loaded.sae, x, tokens)
             for smooth in (False, True):
                 found[loaded.run.name + SMOOTHED * smooth] = probe.of_code(code, smooth)
                 advance(1)

@@ -28,7 +28,7 @@ from tcsae.evaluate.probing.given_labels import (
 )
 from tcsae.evaluate.probing.scores import auroc, discriminant, grouped_auroc, logistic
 from tcsae.evaluate.probing.text_labels import text_labels
-from tcsae.evaluate.systems import code_parts
+from tcsae.evaluate.systems import sae_code
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.sae.module import SparseAutoencoder
@@ -235,17 +235,13 @@ class Probe:
         return {"auroc": auroc(scores, truth), "within": None if np.isnan(within) else within}
 
 
-def sparse_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"]) -> csr_array:
-    """The whole code, [n, d_sae]."""
-    parts = []
+def sparse_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], tokens: Tokens) -> csr_array:
+    """The whole code, [n, d_sae], whatever the SAE reads of a token's sequence."""
+    sequence = torch.from_numpy(np.repeat(np.arange(tokens.n_sequences), tokens.lengths))
     with torch.inference_mode():
-        for _, code in code_parts(sae, x):
-            assert isinstance(code, SparseCode), "dense codes are refused before"
-            offsets, latents = code.offsets.numpy(), code.latents.numpy()
-            parts.append(csr_array((code.values.numpy(), latents, offsets), shape=(code.n_tokens, code.d_sae)))
-    from scipy.sparse import vstack
-
-    return csr_array(vstack(parts)) if len(parts) > 1 else parts[0]
+        code = sae_code(sae, x, sequence)
+    assert isinstance(code, SparseCode), "dense codes are refused before"
+    return csr_array((code.values.numpy(), code.latents.numpy(), code.offsets.numpy()), shape=(len(x), code.d_sae))
 
 
 def means(found: Figures, kinds: Mapping[str, str], k: str, key: str) -> dict[str, float | None]:

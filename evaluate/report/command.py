@@ -15,8 +15,9 @@ SPLIT = click.Choice(("train", "eval"))
 @click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where the features' text is from.")
 @click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
 @click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
+@click.option("--tracker", metavar="NAME", help="Log figures and report to each run's tensorboard or wandb.")
 @click.pass_obj
-def report(place: Place, out: str | None, **asked: Any) -> None:
+def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> None:
     """Write the report: one folder of pages that opens from disk, with a browser of every feature.
 
     Made from the store, the SAEs and their evaluations alone, without the language model, a server or a network: open
@@ -31,10 +32,13 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
     from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
     from tcsae.shared.base.console import legible, say, size
     from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.base.trackers import check_tracker, log_results
     from tcsae.shared.store.reader import open_store
 
     if ranks().rank:
         return  # of several processes the first writes it
+    if tracker:
+        check_tracker(tracker)
     runs_path = Path(place.runs)
     folder = Path(out) if out else runs_path.parent / "report"
     written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))
@@ -42,6 +46,9 @@ def report(place: Place, out: str | None, **asked: Any) -> None:
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
+    for one in written.included if tracker else ():
+        figures = {name: value for name, value in one.evaluation["metrics"].items() if value is not None}
+        log_results(str(tracker), runs_path / one.name, figures, folder)
     n = len(written.included)
     place_of_report = legible(str(folder / "index.html"))
     click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")

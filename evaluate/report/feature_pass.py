@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
-from tcsae.evaluate.measures.core import Code, join_codes
+from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.contexts import ContextCollector
-from tcsae.evaluate.systems import code_parts
-from tcsae.shared.base.errors import TcsaeError
-from tcsae.shared.lm.tail import Tail
+from tcsae.evaluate.systems import sae_code
+from tcsae.shared.base.errors import NoTailError
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, Store
 
 # What single latents do over time: the measures of `temporal_figures`, latent by latent instead of pooled.
@@ -239,8 +240,8 @@ class Excerpt(NamedTuple):
 
     split: Split
     hook: str
-    skip_first: int
-    """First positions of each sequence that are left out."""
+    skip_first: CountingRules | int
+    """Positions that count; a number: those from it on."""
     max_tokens: int | None = None
     """About how many tokens; None: all of the split."""
 
@@ -274,7 +275,7 @@ def collect_features(
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():
-            code = join_codes([code for _, code in code_parts(maker.sae, x)])
+            code = sae_code(maker.sae, x, batch.counted.nonzero()[:, 0])
             maker.sums.add(view, code)
             maker.contexts.add(batch.start, batch.counted, code)
             maker.firing.add(batch.start, batch.counted, code)
@@ -307,11 +308,11 @@ class Lenses:
         self._tails: dict[str, Tail | str] = {}
 
     def tail(self, hook: str) -> Tail | str:
-        """The tail, or why there is none."""
+        """The tail, or why there is none. Raises StoreError for one that is damaged."""
         if hook not in self._tails:
             try:
                 self._tails[hook] = Tail.load(self.store.tail_path(hook))
-            except TcsaeError as error:
+            except (NoTailError, TailError) as error:
                 self._tails[hook] = str(error)
         return self._tails[hook]
 

@@ -59,7 +59,7 @@ def find_feature(store: Store, runs_path: Path, request: FeatureRequest) -> Foun
     if request.latent >= sae.config.d_sae:
         raise RunError(f"Latent {request.latent}: {folders[0].name} has latents 0 to {sae.config.d_sae - 1}.")
     split = store.split(request.split)
-    part = Excerpt(split, run.options.hook, run.options.skip_first, request.max_tokens)
+    part = Excerpt(split, run.options.hook, run.options.rules, request.max_tokens)
     with stop_on_signals() as stop, progress(f"feature {request.latent}", total=part.n_tokens) as advance:
 
         def after_batch(n_tokens: int) -> None:

@@ -20,6 +20,7 @@ from tcsae.shared.sae.folder import (
     read_object,
     reason,
 )
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 
 # Which runs a report is about, which are left out and why.
@@ -44,6 +45,18 @@ class Included(NamedTuple):
     def skip_first(self) -> int:
         """First positions of each sequence that its evaluation did not count."""
         return self.evaluation["options"]["skip_first"]
+
+    @property
+    def rules(self) -> CountingRules:
+        """Positions that its evaluation counted."""
+        options = self.evaluation["options"]
+        return CountingRules(
+            skip_first=options["skip_first"],
+            exclude_tokens=tuple(options.get("exclude_tokens", ())),
+            positions=tuple(options.get("positions", ())),
+            max_norm=options.get("max_norm"),
+            hook=self.hook,
+        )
 
     @property
     def hook(self) -> str:

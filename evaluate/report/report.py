@@ -14,10 +14,11 @@ from tcsae.evaluate.report.overview import overview
 from tcsae.evaluate.report.page_files import Excluded, Included, choose_runs
 from tcsae.evaluate.report.sae_page import sae_page
 from tcsae.shared.base.console import progress
-from tcsae.shared.base.files import file_digest, write_folder
+from tcsae.shared.base.files import file_digest, remove_dead_partials, write_folder
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.sae.folder import EVALUATION, writing
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 
 UNWRITTEN = "the report that was there, if any, stays"
@@ -54,6 +55,7 @@ def write_report(store: Store, runs_path: Path, out: Path, request: ReportReques
     """
     request = request or ReportRequest()
     before = page_files.made_of(out)
+    remove_dead_partials(out)
     included, excluded = choose_runs(store, runs_path, request.names)
     identity = _identity(store, request, included, excluded)
     if before == identity and not request.force:
@@ -100,16 +102,14 @@ class _Report:
         """Every file of it."""
         pages = page_files.Pages(folder)
         passes = self._passes()
-        with progress(
-            "report", total=sum(self._part(one.hook, one.skip_first).n_tokens for one, *_ in passes)
-        ) as advance:
+        with progress("report", total=sum(self._part(one.hook, one.rules).n_tokens for one, *_ in passes)) as advance:
 
             def after_batch(n_tokens: int) -> None:
                 advance(n_tokens)
                 self.stop.check(UNWRITTEN)
 
             for runs in passes:
-                part = self._part(runs[0].hook, runs[0].skip_first)
+                part = self._part(runs[0].hook, runs[0].rules)
                 features = collect_features(part, [one.loaded.sae for one in runs], after_batch)
                 for one in runs:
                     self.stop.check(UNWRITTEN)
@@ -119,8 +119,8 @@ class _Report:
         pages.page("index.html", "overview.html", **values, generator=f"tcsae {__version__}")
         page_files.mark(folder, identity)
 
-    def _part(self, hook: str, skip_first: int) -> Excerpt:
-        return Excerpt(self.split, hook, skip_first, self.request.max_tokens)
+    def _part(self, hook: str, rules: CountingRules | int) -> Excerpt:
+        return Excerpt(self.split, hook, rules, self.request.max_tokens)
 
     def _passes(self) -> list[list[Included]]:
         """Runs that can share a pass: of one hook and one set of counted positions, and not too many latents."""
@@ -128,7 +128,7 @@ class _Report:
         for one in self.included:
             for runs in passes:
                 latents = sum(other.loaded.sae.config.d_sae for other in [*runs, one])
-                alike = (runs[0].hook, runs[0].skip_first) == (one.hook, one.skip_first)
+                alike = runs[0].rules == one.rules
                 if alike and latents <= PASS_LATENTS:
                     runs.append(one)
                     break

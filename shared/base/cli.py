@@ -1,4 +1,7 @@
-"""The `tcsae` program: one chained group. It knows the stages as strings and imports one when it is asked for."""
+"""Parts of the command line: the commands' common class, its help page, and types of values."""
+
+import inspect
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -6,19 +9,20 @@ from tcsae.shared.base.distributed import has_rendezvous, ranks
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import parse_count
 
-GROUP_OPTIONS = ("--store", "--runs")
-
+GROUP_OPTIONS = {"--store": " PATH", "--runs": " PATH", "--quiet": "", "--log-file": " FILE"}
+"""Options of `tcsae` itself, and what follows them."""
+OTHERS = "Other options"
 
 CHAIN = "tcsae.chain"
 """Where a context keeps the names of the commands that were given."""
 
 
 def check_alone(ctx: click.Context) -> None:
-    """Raises ConfigError for a chain of commands in several processes that cannot wait for each other."""
+    """Raises ConfigError for a chain of commands in parallel processes without a rendezvous."""
     if len(chain := ctx.meta.get(CHAIN, [])) > 1 and ranks().parallel and not has_rendezvous():
         raise ConfigError(
-            f"{' '.join(chain)}: in several processes (WORLD_SIZE) each of these takes a start of its own, as the last "
-            "process may still be at the first when another begins the second. Or start them with torchrun."
+            f"{' '.join(chain)}: processes that WORLD_SIZE counts cannot wait for each other between two commands. "
+            "Start each command on its own, or start them with torchrun."
         )
 
 
@@ -31,20 +35,58 @@ class Place:
 
 
 class StageCommand(click.Command):
-    """A command that says where --store and --runs belong when they are given to it, and what it cannot be part of."""
+    """A command that says where --store and its like belong when they are given to it, and what it cannot be part of.
+
+    Its help begins with the examples of its docstring (paragraphs after \\b whose first line calls a program), and
+    lists the options under the titles of `groups`; those that no title names come last.
+    """
+
+    groups: Mapping[str, Sequence[str]] = {}
+    """Title -> options, as in {"Store": ["--codec"]}."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if error.option_name in GROUP_OPTIONS:
-                where = f"tcsae {error.option_name} PATH {ctx.info_name} ..."
+                value = GROUP_OPTIONS[error.option_name]
+                where = f"tcsae {error.option_name}{value} {ctx.info_name} ..."
                 raise click.UsageError(f"{error.option_name} belongs before the command: {where}", ctx) from error
             raise
 
     def invoke(self, ctx: click.Context) -> object:
         check_alone(ctx)
         return super().invoke(ctx)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(examples_first(inspect.cleandoc(self.help or "")))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = {option.opts[0]: row for option in self.get_params(ctx) if (row := option.get_help_record(ctx))}
+        for title, names in self.groups.items():
+            if listed := [rows.pop(name) for name in names if name in rows]:
+                with formatter.section(title):
+                    formatter.write_dl(listed)
+        with formatter.section(OTHERS if self.groups else "Options"):
+            formatter.write_dl(list(rows.values()))
+
+
+PROGRAMS = ("tcsae", "torchrun", "eval ")
+
+
+def examples_first(text: str) -> str:
+    """A docstring with its examples right below the first paragraph. A paragraph after \\b is one if its first line
+    calls a program.
+    """
+    summary, *rest = text.split("\n\n")
+    return "\n\n".join([summary, *sorted(rest, key=lambda paragraph: not _is_example(paragraph))])
+
+
+def _is_example(paragraph: str) -> bool:
+    lines = [line.strip() for line in paragraph.splitlines()]
+    return len(lines) > 1 and lines[0] == "\b" and lines[1].startswith(PROGRAMS)
 
 
 class Count(click.ParamType):

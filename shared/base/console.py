@@ -3,6 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from typing import TextIO
+
+from tcsae.shared.base.meter import Meter, si
+from tcsae.shared.base.meter import duration as duration
 
 PLAIN_EVERY_S = 30.0
 LEGIBLE = {ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥", 0x2028: "⏎", 0x2029: "⏎"}
@@ -29,72 +34,99 @@ def echo(text: str) -> None:
     click.echo(legible_lines(text))
 
 
+class Output:
+    """Where messages go besides stderr. One for the process: the command line sets it before the first stage."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.log: TextIO | None = None
+
+    def record(self, text: str) -> None:
+        """Append lines to the log file, with the time of day, if there is one."""
+        if self.log is not None:
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            self.log.write("".join(f"{stamp} {line}\n" for line in legible_lines(text).splitlines()))
+            self.log.flush()
+
+
+OUTPUT = Output()
+
+
 def say(text: str) -> None:
-    """One line about what is going on, on stderr."""
+    """One line about what is going on, on stderr and in the log file. Nothing on stderr with --quiet."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(legible_lines(text), markup=False)
+    OUTPUT.record(text)
+    if not OUTPUT.quiet:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(legible_lines(text), markup=False)
+
+
+def complain(text: str) -> None:
+    """One line about an error that ends nothing yet, on stderr and in the log file, also with --quiet."""
+    import click
+
+    OUTPUT.record(f"Error: {text}")
+    click.echo(f"Error: {legible_lines(text)}", err=True)
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "tokens", done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar with rate and time left; on a stderr that is no terminal, a plain line every 30 s and one at the end.
 
+    Both say when the stage has become many times slower than at its best. With --quiet there is neither; a log file
+    gets the plain lines always.
     Yields advance(n, note=""): n more units are done. `done` units were done before (a resumed stage).
     """
     from rich.console import Console
 
-    console, title = Console(stderr=True), legible(title)
-    manager = _bar(console, title, total, unit, done) if console.is_terminal else _lines(title, total, unit, done)
-    with manager as advance:
-        yield advance
+    console, title, meter = Console(stderr=True), legible(title), Meter(total, unit, done)
+    if OUTPUT.quiet or not console.is_terminal:
+        with _lines(title, meter, say) as advance:
+            yield advance
+        return
+    with _lines(title, meter, OUTPUT.record) as log, _bar(console, title, meter) as draw:
+
+        def advance_both(n: int, note: str = "") -> None:
+            log(n, note)
+            draw(note)
+
+        yield advance_both
 
 
 @contextmanager
-def _bar(console: object, title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def _bar(console: object, title: str, meter: Meter) -> Iterator[Callable[[str], None]]:
+    """A bar; yields draw(note), which shows what the meter has counted."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    start = time.monotonic()
+    fields = [TextColumn("{task.fields[" + name + "]}", markup=False) for name in ("rate", "left", "note")]
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), *fields)
+    last_note = ""
     with Progress(*columns, console=console) as bar:  # type: ignore[arg-type]
-        task = bar.add_task(title, total=total, completed=done, rate="", note="")
+        task = bar.add_task(title, total=meter.total, completed=meter.done, rate="", left="", note="")
 
-        def advance(n: int, note: str = "") -> None:
-            new = bar.tasks[0].completed + n - done
-            rate = f"{_si(new / max(time.monotonic() - start, 1e-9))} {unit}/s"
-            bar.update(task, advance=n, rate=rate, note=legible(note))
+        def draw(note: str) -> None:
+            nonlocal last_note
+            last_note = note or last_note
+            shown = ", ".join(filter(None, (legible(last_note), meter.slow)))
+            bar.update(task, completed=meter.done, rate=meter.rate, left=meter.left, note=shown)
 
-        yield advance
+        yield draw
 
 
 @contextmanager
-def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
-    start = last = time.monotonic()
-    now_done, last_note = done, ""
-
-    def line() -> None:
-        seconds = max(time.monotonic() - start, 1e-9)
-        rate = (now_done - done) / seconds
-        left = f", {(total - now_done) / rate:.0f} s left" if rate and now_done < total else ""
-        note = f", {last_note}" if last_note else ""
-        say(f"{title}: {_si(now_done)} of {_si(total)} {unit}, {_si(rate)} {unit}/s, {seconds:.0f} s{left}{note}")
+def _lines(title: str, meter: Meter, write: Callable[[str], None]) -> Iterator[Callable[..., None]]:
+    last, last_note = time.monotonic(), ""
 
     def advance(n: int, note: str = "") -> None:
-        nonlocal now_done, last_note, last
-        now_done, last_note = now_done + n, note or last_note
+        nonlocal last_note, last
+        meter.add(n)
+        last_note = note or last_note
         if time.monotonic() - last >= PLAIN_EVERY_S:
             last = time.monotonic()
-            line()
+            write(f"{title}: {meter.line(last_note)}")
 
     yield advance
-    line()
+    write(f"{title}: {meter.line(last_note)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -137,20 +169,6 @@ def _cell(value: object) -> str:
     return legible_lines(str(value))
 
 
-def _si(value: float) -> str:
-    for scale, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if value >= scale:
-            return f"{value / scale:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
 def size(n_bytes: int) -> str:
     """Bytes for people: 3.4 MB (powers of 1000)."""
-    return f"{_si(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 12 s, 34 min, 5.6 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{si(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes} B"

@@ -1,4 +1,4 @@
-"""Which device a stage computes on."""
+"""Which device a stage computes on, and how numbers get there and back without either side waiting for the other."""
 
 from typing import TYPE_CHECKING
 
@@ -6,9 +6,18 @@ from tcsae.shared.base.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     import torch
+    from numpy import ndarray
 
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+READS = {
+    "guard": "a training step's loss and gradient norm, read while the next step runs",
+    "log": "figures of a step, at the log interval",
+    "max_norm": "which segments hold an outlier, with data.max_norm",
+    "capture": "activations of a batch, read while the next ones run",
+    "evaluation": "sums of an evaluation pass, at its end",
+}
+"""What a stage reads from a device, and so may wait for: nothing else does."""
 
 
 def available_devices() -> list[str]:
@@ -56,3 +65,45 @@ def sum_dtype(device: "torch.device") -> "torch.dtype":
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def static_shapes(tensor: "torch.Tensor") -> bool:
+    """Whether no shape may depend on values: a GPU would have to be waited for. A CPU is faster with fewer entries."""
+    return tensor.device.type != "cpu"
+
+
+def to_device(values: "ndarray | torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """Numbers of the host on a device. To a GPU from pinned memory, which torch keeps until the copy is done, so that
+    the host does not wait.
+    """
+    import torch
+
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    # On mps the source would have to outlive the copy.
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
+
+
+class Readout:
+    """A device's numbers on their way to the host: copied when they are done, waited for when `values` is asked for."""
+
+    def __init__(self, tensor: "torch.Tensor", what: str) -> None:
+        """`what` is a key of READS."""
+        import torch
+
+        assert what in READS, what
+        self.what = what
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def values(self) -> "torch.Tensor":
+        """The numbers on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.cpu()

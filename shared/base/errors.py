@@ -27,6 +27,10 @@ class StoreError(TcsaeError):
     """An activation store that is missing, unfinished, foreign, newer or damaged."""
 
 
+class NoTailError(StoreError):
+    """A store that was sealed without the tail that is asked for, and why it was."""
+
+
 class RemoteError(StoreError):
     """An object store that cannot be reached, or refuses."""
 
@@ -49,6 +53,25 @@ class DataError(TcsaeError):
 
 class ModelError(TcsaeError):
     """A language model or hook that cannot be had."""
+
+
+class InstallError(TcsaeError):
+    """A library that is installed and cannot be imported."""
+
+
+def broken_library(what: str, error: ImportError) -> InstallError:
+    """The error for `what` that a library could not load as an import of its failed.
+
+    transformers says "Could not import module X", and the reason in the exception before that one.
+    """
+    root: BaseException = error
+    while (before := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
+        root = before
+    reason = " ".join(str(root).split())[:300]
+    return InstallError(
+        f"{what} cannot be loaded, as an import fails ({type(root).__name__}: {reason}). Install or "
+        "repair that library, then start the same command again."
+    )
 
 
 def unknown(kind: str, asked: str, known: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """Files and folders that are whole or absent, and one line for whatever the disk refuses.
 
-A file is written under a temporary name, fsynced and renamed, and its folder fsynced; so a kill or a power loss leaves
-the old file, or the new one.
+A file or folder is written under a temporary name, fsynced and renamed, and its folder fsynced; so a kill or a power
+loss leaves the old one, or the new one. Its writer holds the system's lock on the temporary one, which ends with the
+process: what nobody holds was left by a killed writer, and the next writer of the same name deletes it.
 """
 
 import contextlib
@@ -25,8 +26,10 @@ import platformdirs
 from tcsae.shared.base.errors import DiskError, TcsaeError
 
 PARTIAL = ".partial"
+MAX_NAME = 180
+"""Characters of a name that its temporary name begins with."""
 STALE_S = 24 * 3600.0
-"""A temporary name this old is of a writer that was killed: no file takes a day to write."""
+"""Where locks cannot tell (Windows, some network file systems): a temporary name this old is a killed writer's."""
 
 CURES = {
     errno.ENOSPC: "The disk is full: make room, then start the same command again.",
@@ -48,10 +51,11 @@ CURES = {
 DISK_CURE = "Look at the disk and whether it is mounted, then start the same command again."
 
 
-def disk_line(error: BaseException, path: Path | str | None = None) -> str | None:
+def disk_line(error: BaseException, path: Path | str | None = None, cure: str | None = None) -> str | None:
     """One line (path, reason, cure) for an OSError, or for a library's error that quotes one; None for any other.
 
-    `path` is used where the error names no file, as that of a full disk does not.
+    `path` is used where the error names no file, as that of a full disk does not. With a `cure` of the caller's the
+    line says that `path` cannot be written, and that cure.
     """
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
     quoted = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # Rust's forms: safetensors, tokenizers
@@ -64,39 +68,46 @@ def disk_line(error: BaseException, path: Path | str | None = None) -> str | Non
     written = getattr(error, "filename2", None) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else None
     name = written or getattr(error, "filename", None) or path
     reason = os.strerror(number) if number is not None else " ".join(str(error).split()) or type(error).__name__
+    if cure is not None:
+        return f"{path} cannot be written ({reason}). {cure}"
     where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes | os.PathLike) else ""
-    cure = CURES.get(number, DISK_CURE) if number is not None else DISK_CURE
-    return f"{where}{reason}. {cure}"
+    usual = CURES.get(number, DISK_CURE) if number is not None else DISK_CURE
+    return f"{where}{reason}. {usual}"
 
 
 @contextmanager
-def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError) -> Iterator[None]:
-    """What the disk refuses within, raised as `kind` in one line that names the path and the cure."""
+def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError, cure: str | None = None) -> Iterator[None]:
+    """What the disk refuses within, raised as `kind` in one line that names the path and the cure (`disk_line`)."""
     try:
         yield
     except TcsaeError:
         raise
     except Exception as error:
-        line = disk_line(error, path)
+        line = disk_line(error, path, cure)
         if line is None:
             raise
         raise kind(line) from error
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, sweep: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when it is complete and on the disk; after an error nothing is left.
 
+    `sweep`: first delete what killed writers of `path` left, which takes a look at the whole folder.
     An OSError from within names `path` if it names no file.
     """
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        if sweep:
+            remove_dead_partials(path)
+        with _opened(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            if os.name == "nt":  # which renames no open file
+                file.close()
+            temporary.replace(path)
         _fsync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -106,9 +117,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` so that `path` never holds a part of it, not even after a crash."""
-    with whole_file(path) as file:
+def _opened(temporary: Path) -> BinaryIO:
+    """A new file that is locked as long as it is open."""
+    while True:
+        file = temporary.open("wb")
+        if _is_held(file.fileno(), temporary):
+            return file
+        file.close()  # another process took it for a dead one's before it was locked
+
+
+def write_atomic(path: Path, data: bytes | memoryview, *, sweep: bool = True) -> None:
+    """Write `data` so that `path` never holds a part of it, not even after a crash; `sweep` as in `whole_file`."""
+    with whole_file(path, sweep=sweep) as file:
         file.write(data)
 
 
@@ -125,10 +145,16 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     the old one is deleted afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(path)
+    remove_dead_partials(path)
     temporary = temporary_path(path)
+    with _locked_folder(temporary):
+        _fill_and_swap(path, temporary, fill)
+    _fsync_folder(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # what was there before
+
+
+def _fill_and_swap(path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
     try:
-        temporary.mkdir()
         fill(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -141,8 +167,26 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             name = str(error.filename).replace(str(temporary), str(path))
             raise OSError(error.errno, error.strerror, name) from error
         raise
-    _fsync_folder(path.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # what was there before
+
+
+@contextmanager
+def _locked_folder(temporary: Path) -> Iterator[None]:
+    """A new folder, locked where the system locks folders."""
+    descriptor = None
+    try:
+        while True:
+            temporary.mkdir(exist_ok=True)
+            if os.name == "nt":
+                break
+            descriptor = os.open(temporary, os.O_RDONLY)
+            if _is_held(descriptor, temporary):
+                break
+            os.close(descriptor)  # another process took it for a dead one's before it was locked
+            descriptor = None
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _put_in_place(new: Path, path: Path) -> None:
@@ -187,20 +231,77 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def temporary_path(path: Path) -> Path:
     """A new name beside `path` that says it is not finished, cut where it would be too long for a file system."""
-    return path.with_name(f"{path.name[:180]}.{uuid.uuid4().hex}{PARTIAL}")
+    return path.with_name(f"{path.name[:MAX_NAME]}.{uuid.uuid4().hex}{PARTIAL}")
 
 
-def remove_stale_partials(path: Path) -> None:
-    """Delete what writers of `path` left under temporary names a day ago or more. Any process may call it."""
-    for stale in path.parent.glob(f"{_escaped(path.name[:180])}.*{PARTIAL}"):
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > STALE_S:
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Take the system's lock on an open file or folder until it is closed; whether nobody else holds it.
+
+    None where it cannot be locked: by the system (Windows), or the file system (folders of NFS, say).
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
-def _escaped(name: str) -> str:
-    """`name` for glob, taken literally."""
-    return re.sub(r"([*?[])", r"[\1]", name)
+def _is_held(descriptor: int, temporary: Path) -> bool:
+    """Whether a new file or folder is locked and in its place, or can only be told by its age."""
+    locked = try_lock(descriptor)
+    return locked is None or (locked and is_at(descriptor, temporary))
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def remove_dead_partials(path: Path) -> None:
+    """Delete what killed writers of `path` left under temporary names, never a living one's. Any process may call it.
+
+    Its temporary names are `temporary_path`'s: 32 hexadecimal digits, so that no file of a user is taken for one.
+    """
+    name = path.name[:MAX_NAME]
+    _remove_dead(path.parent, lambda found: found.startswith(name) and bool(_TEMPORARY.fullmatch(found[len(name) :])))
+
+
+def remove_dead_partials_in(folder: Path) -> None:
+    """The same of every name right in a folder."""
+    _remove_dead(folder, lambda found: bool(_TEMPORARY.search(found)))
+
+
+def _remove_dead(folder: Path, is_temporary: Callable[[str], bool]) -> None:
+    with contextlib.suppress(OSError):  # what cannot be listed is left to the writer, who says so
+        for temporary in [path for path in folder.iterdir() if is_temporary(path.name)]:
+            _remove_if_dead(temporary)
+
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}" + re.escape(PARTIAL) + r"\Z")
+
+
+def _remove_if_dead(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        is_folder = temporary.is_dir()
+        descriptor = os.open(temporary, os.O_RDONLY if is_folder else os.O_RDWR) if os.name != "nt" else None
+        try:
+            is_dead = None if descriptor is None else try_lock(descriptor)
+            if is_dead is None:
+                is_dead = time.time() - temporary.stat().st_mtime > STALE_S
+            if is_dead:
+                shutil.rmtree(temporary) if is_folder else temporary.unlink()
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def sweep_partials(folder: Path) -> int:

@@ -71,13 +71,20 @@ def with_settings(config: C, settings: Iterable[str]) -> C:
         if not sign:
             raise ConfigError(f"{setting!r} has no value. Write key=value, for example sae.k=16.")
         if key not in known:
-            raise ConfigError(unknown("setting", key, known))
+            raise ConfigError(_unknown_setting(key, known))
         *parents, last = key.split(".")
         inner = values
         for parent in parents:
             inner = inner[parent]
         inner[last] = text
     return from_dict(type(config), values)
+
+
+def _unknown_setting(key: str, known: list[str]) -> str:
+    """As `unknown`; a name without its group, such as k or lr, is the setting of that name."""
+    if full := [name for name in known if name.rpartition(".")[2] == key]:
+        return f"Unknown setting {key!r}. Did you mean {' or '.join(map(repr, full))}?"
+    return unknown("setting", key, known)
 
 
 def to_settings(config: Any) -> list[str]:
@@ -139,6 +146,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
+        if arguments[0] is str and not value:  # as `to_settings` writes an empty one
+            items = ()
         return tuple(_convert(arguments[0], item, where) for item in items)
     if origin is dict:
         return dict(value)
@@ -159,8 +168,8 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from error
     except (KeyError, ValueError, TypeError, OverflowError):
         pass
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ConfigError(f"{where}={value!r} is not {wanted}.")
+    allowed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    raise ConfigError(f"{where}={value!r} is not {allowed}.")
 
 
 def _whole(value: Any) -> int:

@@ -52,6 +52,19 @@ def pair_weights_masked(
     return weights
 
 
+def tiles(
+    lengths: Int[ndarray, " n_segments"], window: int, stride: int = 1, offset: int = 0
+) -> tuple[Int[ndarray, " n_tiles"], Int[ndarray, " n_segments"]]:
+    """Windows of runs laid end to end, every `stride` positions from `offset` on, none across two runs.
+
+    Returns the first token of each window and the number of windows of each run.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    counts = np.maximum((lengths - offset - window) // stride + 1, 0)
+    first = np.repeat(np.cumsum(lengths) - lengths, counts)
+    return first + offset + stride * positions(counts), counts
+
+
 def positions(lengths: Int[ndarray, " n"]) -> Int[ndarray, " n_tokens"]:
     """0-based position of every token within its run, for runs of these lengths laid end to end."""
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -71,3 +84,30 @@ def segments(
     sequence = np.repeat(np.arange(len(usable)), per_sequence)
     offset = positions(per_sequence) * segment_length
     return sequence, offset + skip_first, np.minimum(usable[sequence] - offset, segment_length)
+
+
+def kept_runs(
+    lengths: Int[ndarray, " n"], keep: Bool[ndarray, " n_tokens"]
+) -> tuple[Int[ndarray, " n_runs"], Int[ndarray, " n_runs"], Int[ndarray, " n_runs"]]:
+    """Runs of kept tokens within runs of these lengths laid end to end: none spans a token that is not kept.
+
+    Returns, of each in order, the number of the run that it lies in, where in that it starts, and its length.
+    """
+    at = np.flatnonzero(keep)
+    run, position = np.repeat(np.arange(len(lengths)), lengths)[at], positions(lengths)[at]
+    begins = np.ones(len(at), bool)
+    begins[1:] = (np.diff(at) > 1) | (np.diff(run) > 0)
+    first = np.flatnonzero(begins)
+    return run[first], position[first], np.diff(first, append=len(at))
+
+
+def masked_segments(
+    usable: Bool[ndarray, "n_sequences sequence_length"], segment_length: int
+) -> tuple[Int[ndarray, " n_segments"], Int[ndarray, " n_segments"], Int[ndarray, " n_segments"]]:
+    """As `segments`, over any usable positions: each lies in exactly one segment, and no segment spans another one."""
+    n, width = usable.shape
+    sequence, start, run = kept_runs(np.full(n, width), usable.reshape(-1))
+    per_run = -(-run // segment_length)
+    which = np.repeat(np.arange(len(run)), per_run)
+    offset = positions(per_run) * segment_length
+    return sequence[which], start[which] + offset, np.minimum(run[which] - offset, segment_length)

@@ -1,5 +1,6 @@
-"""The commands that act on a store: verify, copy, inspect."""
+"""The commands that act on what is on disk: verify, copy and inspect a store, export a trained SAE."""
 
+import json
 from pathlib import Path
 
 import click
@@ -7,73 +8,44 @@ import click
 from tcsae.shared.base.cli import Place, StageCommand
 from tcsae.shared.base.errors import StoreError
 
-# The command that acts on a trained SAE: export.
-
 
 @click.command(cls=StageCommand)
-@click.option(
-    "--to",
-    "form",
-    type=click.Choice(["dictionary_learning", "saelens"]),
-    required=True,
-    help="The library whose format is written.",
-)
-@click.option("--run", "name", metavar="NAME", required=True, help="A run below --runs.")
-@click.option("--out", metavar="PATH", help="Folder to write. Default: export-LIBRARY in the run's folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of lines.")
 @click.pass_obj
-def export(place: Place, form: str, name: str, out: str | None) -> None:
-    """Write a trained SAE in another library's format, with the same codes and reconstructions there.
+def verify(place: Place, as_json: bool) -> None:
+    """Check every byte of a store against its digest, and what the bytes say.
 
     \b
-      tcsae export --to dictionary_learning --run topk
-      dictionary_learning.utils.load_dictionary("data/runs/topk/export-dictionary_learning", device="cpu")
+      tcsae verify
+      tcsae --store s3://bucket/activations.zarr verify --json
 
-    \b
-    dictionary_learning  ae.pt and config.json: relu, topk, batchtopk and jumprelu have a form there
-    saelens              cfg.json and sae_weights.safetensors alone (SAE.load_from_disk reads the run's folder as well)
-
-    gelu and layer-norm variants have no form in either. An earlier export in the folder is replaced.
-    """
-    from pathlib import Path
-    from typing import cast
-
-    from tcsae.shared.base.console import legible
-    from tcsae.shared.sae.export import Format, export_run
-    from tcsae.shared.sae.folder import find_runs
-
-    path = find_runs(Path(place.runs), [name])[0]
-    folder = export_run(path, cast(Format, form), None if out is None else Path(out))
-    click.echo(legible(f"{name} as {form}: {folder}"))
-
-
-@click.command(cls=StageCommand)
-@click.pass_obj
-def verify(place: Place) -> None:
-    """Check the store against what was written: every byte of it, and what the bytes say.
-
-    Each object's bytes against its digest, and that no object lacks or is too many; shapes, lengths, ids, finite
-    values, no document in both splits, the tails, the manifest. Every object at fault is named, and the
-    exit code is then 1. Nothing is changed.
+    Checked: the digest of each object, missing and surplus objects, shapes, lengths, ids, finite values, no document in
+    both splits, the tails, the manifest. Every object at fault is named, and the exit code is then 1. Nothing is
+    changed.
     """
     from tcsae.shared.base.console import progress, size
     from tcsae.shared.store.reader import open_store
     from tcsae.shared.store.verify import find_faults, stored_bytes
 
-    n_bytes = stored_bytes(place.store)
-    n_faults = 0
+    n_bytes, faults = stored_bytes(place.store), []
     with progress(f"verify {place.store}", n_bytes, unit="bytes") as advance:
         for fault in find_faults(place.store, advance):
-            click.echo(fault)
-            n_faults += 1
-    if n_faults:
-        raise StoreError(
-            f"{place.store} is damaged: {n_faults} fault{'s' * (n_faults > 1)}, named above. Harvest it again."
+            faults.append(fault)
+            if not as_json:
+                click.echo(fault)
+    if as_json:
+        click.echo(
+            json.dumps({"store": place.store, "whole": not faults, "bytes": n_bytes, "faults": faults}, indent=2)
         )
+    if faults:
+        n = len(faults)
+        raise StoreError(f"{place.store} is damaged: {n} fault{'s' * (n > 1)}, named above. Harvest it again.")
+    if as_json:
+        return
     store = open_store(place.store)
     n_tokens = store.train.n_tokens + store.eval.n_tokens
     click.echo(
-        f"{place.store} is whole: {len(store.manifest.objects()) + 3:,} objects, {size(n_bytes)}, {n_tokens:,} tokens, "
-        f"content {store.content[:12]}"
+        f"{place.store} is whole: {len(store.manifest.objects()) + 3:,} objects, {size(n_bytes)}, {n_tokens:,} tokens"
     )
 
 
@@ -87,7 +59,7 @@ def verify(place: Place) -> None:
 )
 @click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
 def copy(source: str, target: str, codec: str | None, codec_error: float | None) -> None:
-    """Copy a store to another place, or into another codec.
+    """Copy a store to another place or into another codec, checked and resumable.
 
     \b
       tcsae copy --from data/activations.zarr --to s3://bucket/activations.zarr
@@ -120,17 +92,33 @@ def copy(source: str, target: str, codec: str | None, codec_error: float | None)
     default=3,
     show_default=True,
     metavar="N",
-    help="Sequences shown as text.",
+    help="Number of sequences shown as text.",
 )
 @click.option(
-    "--split", type=click.Choice(("train", "eval")), default="eval", show_default=True, help="Where they are from."
+    "--split",
+    type=click.Choice(("train", "eval")),
+    default="eval",
+    show_default=True,
+    help="Split that the sequences are from.",
 )
+@click.option("--details", is_flag=True, help="Also print digests and revisions.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of text.")
 @click.pass_obj
-def inspect(place: Place, n_sequences: int, split: str) -> None:
-    """Show what the store and the runs hold: the manifest, sizes on disk, a few sequences as text, figures of the runs.
+def inspect(place: Place, n_sequences: int, split: str, details: bool, as_json: bool) -> None:
+    """Show what the store and the runs hold: recipe, sizes on disk, a few sequences as text, figures of the runs.
+
+    \b
+      tcsae inspect
+      tcsae inspect --split train --sequences 10
+      tcsae inspect --json
 
     An unfinished store says how far its harvest is. Nothing is changed, and no language model is loaded.
     """
+    if as_json:
+        from tcsae.shared.commands.store_json import summary
+
+        click.echo(json.dumps(summary(place.store, Path(place.runs)), indent=2))
+        return
     from tcsae.shared.store.inspect import show
 
-    show(place.store, Path(place.runs), n_sequences, split)
+    show(place.store, Path(place.runs), n_sequences, split, details)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tcsae.shared.base.errors import TcsaeError
+from tcsae.shared.base.errors import TcsaeError, broken_library
 from tcsae.shared.base.files import write_folder
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:
                 raise ValueError(f"{missing[0]} is not in it")
         else:
             tail.load_state_dict(state, strict=True)
+    except ImportError as error:
+        raise broken_library(f"The tail of {kind}", error) from error
     except Exception as error:  # an architecture nobody has tried can fail in any way; the harvest goes on without
         raise TailError(f"No tail: {kind} cannot be cut at layer {start_layer} ({_brief(error)}).") from error
     if type(tail) is not type(model) and not wraps:
@@ -174,7 +176,10 @@ class Tail:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "Tail":
-        """Reads a folder that `save_tail` wrote. Raises TailError if it is missing, incomplete or unreadable."""
+        """Reads a folder that `save_tail` wrote.
+
+        Raises TailError if it is missing, incomplete or unreadable; InstallError if transformers cannot be imported.
+        """
         if not (path / "config.json").is_file():
             raise TailError(f"No tail at {path}: there is no config.json; harvest the store again.")
         from safetensors import SafetensorError
@@ -190,6 +195,8 @@ class Tail:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
+        except ImportError as error:
+            raise broken_library(f"The tail at {path}", error) from error
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise TailError(f"The tail at {path} cannot be read ({_brief(error)}); harvest it again.") from error
         if wrong := sorted(str(key) for keys in report.values() for key in keys):

@@ -3,27 +3,23 @@
 import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tcsae.shared.base.console import legible
-from tcsae.shared.base.errors import StoreError
-
-if TYPE_CHECKING:
-    from tcsae.shared.store.reader import Store
-
+from tcsae.shared.base.errors import StoreError, broken_library
 
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes part of a character to."""
 
 
 class TokenTexts:
-    """The text of single tokens, by the tokenizer that the store keeps.
+    """The text of single tokens, by the tokenizer that a Store keeps (or what else has a `tokenizer_path`).
 
     A token that is only part of a character shows its bytes, as ⟨E2 80⟩; one that begins with a combining mark shows
     it on a dotted circle; without a tokenizer in the store a token is its number, as ⟨17⟩.
     """
 
-    def __init__(self, store: "Store") -> None:
+    def __init__(self, store: Any) -> None:
         self.path = store.tokenizer_path
         self._known: dict[int, str] = {}
 
@@ -42,6 +38,8 @@ class TokenTexts:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:
+            raise broken_library(f"The tokenizer at {self.path}", error) from error
         except Exception as error:  # damaged files fail in the tokenizer library's many ways
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise StoreError(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tcsae.shared.base.device import static_shapes
 from tcsae.shared.sae.ops import (
     Activity,
     Code,
@@ -45,7 +46,7 @@ class Encoder(NamedTuple):
     @torch.no_grad()
     def pre(self) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, without a gradient: `attach` gives one to the entries that are selected."""
-        return torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T)
+        return torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T).to(self.centred.dtype)
 
     def attach(self, code: SparseCode) -> SparseCode:
         """A selection of pre-activations with a gradient to the encoder and both biases."""
@@ -99,7 +100,9 @@ def _topk_train(encoder: Encoder) -> Encoded:
 
 
 def _batchtopk_train(encoder: Encoder) -> Encoded:
-    return encoded(encoder.attach(encoder.batchtopk(encoder.pre(), encoder.k)))
+    code = encoder.attach(encoder.batchtopk(encoder.pre(), encoder.k))
+    # Static shapes have entries that are not positive: they keep no gradient.
+    return encoded(code.with_values(code.values.relu()) if static_shapes(code.values) else code)
 
 
 def _above(pre: Tensor, _k: int, threshold: Tensor | None) -> Tensor:
@@ -114,10 +117,25 @@ def _above_sparse(pre: Tensor, _k: int, threshold: Tensor | None) -> SparseCode:
 
 def _jumprelu_train(encoder: Encoder) -> Encoded:
     assert encoder.threshold is not None
+    if static_shapes(encoder.centred):
+        return _jumprelu_matrix(encoder, encoder.threshold)
     near = encoder.attach(threshold_code(encoder.pre(), encoder.threshold.detach(), encoder.bandwidth / 2))
     threshold = encoder.threshold.index_select(0, near.latents)
     code = near.with_values(through_threshold(near.values, threshold, encoder.bandwidth))
     return encoded(code, above_threshold(near.values, threshold, encoder.bandwidth).sum())
+
+
+def _jumprelu_matrix(encoder: Encoder, threshold: Tensor) -> Encoded:
+    """As a dense code: entries above a threshold would have to be counted."""
+    W, b_enc, b_dec = encoder.weights
+    # Nothing but b_dec's gradient, a matrix product less than through the input.
+    shift = W @ (b_dec.detach() - b_dec)
+    pre = F.linear(encoder.centred, W, b_enc + shift).to(encoder.centred.dtype)
+    limit = threshold.expand_as(pre)
+    code = through_threshold(pre, limit, encoder.bandwidth)
+    active = code.detach() > 0
+    n_active = above_threshold(pre, limit, encoder.bandwidth).sum()
+    return Encoded(code, code, code.sum(), Activity(active.any(0), active.sum()), n_active)
 
 
 def _gelu_entries(pre: Tensor, _k: int, _threshold: Tensor | None) -> SparseCode:
@@ -130,7 +148,7 @@ def _gelu_entries(pre: Tensor, _k: int, _threshold: Tensor | None) -> SparseCode
 def _train_dense(kind: Dense) -> Callable[[Encoder], Encoded]:
     def train(encoder: Encoder) -> Encoded:
         with torch.no_grad():
-            pre = encoder.centred @ encoder.weights.W_enc_rows.T
+            pre = (encoder.centred @ encoder.weights.W_enc_rows.T).to(encoder.centred.dtype)
             dense = torch.empty_like(pre) if kind == "gelu" else pre
             active, total = activate(kind, pre, encoder.weights.b_enc, dense)
         # On a GPU the count would have to be waited for, and a matrix is fast.

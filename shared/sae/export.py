@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,9 +25,14 @@ from tcsae.shared.sae.folder import (
 )
 from tcsae.shared.sae.module import SparseAutoencoder
 
-Format = Literal["dictionary_learning", "saelens"]
+Format = Literal["dictionary_learning", "saelens", "sparsify"]
+SPARSIFY = "sae.safetensors"
 DICTIONARY, DICTIONARY_CONFIG = "ae.pt", "config.json"
-FILES = {"dictionary_learning": (DICTIONARY, DICTIONARY_CONFIG), "saelens": (CONFIG, WEIGHTS)}
+FILES = {
+    "dictionary_learning": (DICTIONARY, DICTIONARY_CONFIG),
+    "saelens": (CONFIG, WEIGHTS),
+    "sparsify": (CONFIG, SPARSIFY),
+}
 CLASSES = {
     "relu": ("AutoEncoder", "StandardTrainer"),
     "topk": ("AutoEncoderTopK", "TopKTrainer"),
@@ -34,20 +40,26 @@ CLASSES = {
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
 }
 """dictionary_learning's class and trainer of each activation; gelu has none."""
+SPARSIFIED = ("topk", "relu")
+"""Activations that have a form in sparsify: it has no thresholds."""
 
 
 def export_run(run_path: Path, form: Format, out: Path | None = None) -> Path:
     """Write a run's SAE as `form` into `out` (default: export-FORM in the run's folder); returns that folder.
 
     dictionary_learning: ae.pt and config.json, for its `utils.load_dictionary`. saelens: cfg.json and
-    sae_weights.safetensors, for its `SAE.load_from_disk`. An earlier export there is replaced.
+    sae_weights.safetensors, for its `SAE.load_from_disk`. sparsify: cfg.json and sae.safetensors, for its
+    `SparseCoder.load_from_disk`. An earlier export there is replaced.
     Raises RunError if the SAE is not finished or has no such form, if `out` holds anything else or cannot be written.
     """
     record = load_record(run_path)
     sae = load_sae(run_path)
     _check_form(run_path.name, sae, form)
     out = (out or run_path / f"export-{form}").resolve()
-    files = _saelens_files(run_path) if form == "saelens" else _dictionary_files(run_path, sae, record)
+    if form == "sparsify":
+        files = _sparsify_files(sae)
+    else:
+        files = _saelens_files(run_path) if form == "saelens" else _dictionary_files(run_path, sae, record)
 
     def fill(folder: Path) -> None:
         for name, data in files.items():
@@ -66,6 +78,26 @@ def _saelens_files(run_path: Path) -> dict[str, bytes]:
         return {name: (run_path / name).read_bytes() for name in FILES["saelens"]}
     except OSError as error:
         raise RunError(f"{error.filename} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
+
+
+def _sparsify_files(sae: SparseAutoencoder) -> dict[str, bytes]:
+    """A SparseCoder's: a relu is a topk of all latents there."""
+    config = sae.config
+    values = {
+        "activation": "topk",
+        "expansion_factor": max(1, config.d_sae // config.d_model),
+        "normalize_decoder": False,  # as the rows are, whatever their norm
+        "num_latents": config.d_sae,
+        "k": config.k if config.activation == "topk" else config.d_sae,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": config.d_model,
+    }
+    W_enc, b_enc, W_dec, b_dec = (tensor.detach() for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    named = {"encoder.weight": W_enc.T, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
+    return {CONFIG: (json.dumps(values, indent=2) + "\n").encode(), SPARSIFY: safetensors.torch.save(tensors)}
 
 
 def _dictionary_files(run_path: Path, sae: SparseAutoencoder, record: dict[str, Any]) -> dict[str, bytes]:
@@ -130,12 +162,13 @@ def dictionary_config(sae: SparseAutoencoder, record: dict[str, Any], metadata: 
 
 def _check_form(name: str, sae: SparseAutoencoder, form: Format) -> None:
     config, kind = sae.config, ""
-    if config.activation not in CLASSES:
+    known = SPARSIFIED if form == "sparsify" else tuple(CLASSES)
+    if config.activation not in known:
         kind = f"sae.activation={config.activation}"
     elif config.layer_norm != "none":
         kind = f"sae.layer_norm={config.layer_norm}"
     if kind:
-        there = f"There is: {', '.join(CLASSES)}, without a layer norm."
+        there = f"There is: {', '.join(known)}, without a layer norm."
         raise RunError(f"{name} has {kind}, which has no form in {form}. {there}")
     norms = sae.W_dec.detach().norm(dim=1)
     rescales = form == "dictionary_learning" and config.activation == "relu"

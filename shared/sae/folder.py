@@ -12,25 +12,35 @@ is damaged is named in one line, and no code of a folder is ever run.
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
-from tcsae.shared.base.files import PARTIAL, file_digest, json_digest, write_atomic, write_json
+from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
-from tcsae.shared.sae.activations import KINDS
-from tcsae.shared.sae.module import SAELENS_LAYOUT, SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.layout import (
+    CONFIG,
+    INPUT_SCALE,
+    RECORD,
+    WEIGHTS,
+    SaeConfig,
+    SaeMetadata,
+    saelens_config,
+    write_sae,
+)
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.temporal_features import new_sae
 
 EVALUATION = "eval.json"
 METRICS = "metrics.jsonl"
-WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
 TRAIN_AGAIN = "Train that run again."
 
 
@@ -73,33 +83,8 @@ def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadat
     tcsae.json comes last, with the digests of the others: a folder without it holds no finished SAE. `record` is ours
     (settings, store content, steps, tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
     """
-    (path / RECORD).unlink(missing_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in sae.tensors().items()}
-    write_atomic(path / WEIGHTS, safetensors.torch.save(tensors))
-    write_json(path / CONFIG, saelens_config(sae.config, metadata))
-    files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG)}
-    write_json(path / RECORD, {"sae": to_dict(sae.config), **record, "files": files})
-
-
-def saelens_config(config: SaeConfig, metadata: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
-
-    gelu and layer norms have no form there: the architecture says so, and SAELens refuses it by that name.
-    """
-    special = {"k": config.k, "rescale_acts_by_decoder_norm": False} if config.activation == "topk" else {}
-    suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
-    return {
-        "architecture": KINDS[config.activation].saelens + suffix,
-        "d_in": config.d_model,
-        "d_sae": config.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **special,
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, "training_architecture": config.activation, **metadata},
-    }
+    config = saelens_config(sae.config, metadata, sae.input_scale)
+    write_sae(path, sae.tensors(), config, {"sae": to_dict(sae.config), **record})
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
@@ -129,15 +114,47 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     config = _config(record, Path(path) / RECORD)
     file = Path(path) / WEIGHTS
     try:
-        tensors = load_tensors(file, {"W_enc": (config.d_model, config.d_sae)})
-        sae = SparseAutoencoder(config)
-        tensors["W_enc_rows"] = tensors.pop("W_enc").T.contiguous()
+        with torch.device("meta"):  # shapes alone: nothing is allocated before they are those of the file
+            shapes = {name: tuple(one.shape) for name, one in new_sae(config).tensors().items() if one.ndim == 2}
+        tensors = load_tensors(file, shapes)
+        sae = new_sae(config)
         sae.load_state_dict(tensors)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise RunError(f"{file} does not hold this SAE's weights ({reason(error)}). {TRAIN_AGAIN}") from error
     check_finite(sae.tensors(), WEIGHTS, TRAIN_AGAIN)
     check_files(Path(path), record)
+    sae.metadata = _metadata(Path(path), record)
+    if config.predictor != "none":
+        sae.input_scale = _input_scale(Path(path) / CONFIG)
     return sae.eval()
+
+
+def _input_scale(file: Path) -> float:
+    scale = read_object(file, TRAIN_AGAIN).get(INPUT_SCALE)
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise RunError(f"{file}: {INPUT_SCALE}={scale!r} is no number above 0. {TRAIN_AGAIN}")
+    return float(scale)
+
+
+def _metadata(path: Path, record: Mapping[str, Any]) -> SaeMetadata:
+    """As far as a record, which may be of an old version, and cfg.json say it."""
+    theirs = read_object(path / CONFIG, TRAIN_AGAIN).get("metadata") if (path / CONFIG).is_file() else None
+    theirs = theirs if isinstance(theirs, dict) else {}
+    try:
+        skip_first = int(record["train"]["data"]["skip_first"])
+        content = record["store"]["content"]
+    except (KeyError, TypeError, ValueError):
+        skip_first, content = 0, None
+    return SaeMetadata(
+        hook=record.get("hook"),
+        model=theirs.get("model_name"),
+        dataset=theirs.get("dataset_path"),
+        store=content,
+        context_size=theirs.get("context_size"),
+        prepend_bos=theirs.get("prepend_bos"),
+        skip_first=skip_first,
+        record=record,
+    )
 
 
 def check_files(path: Path, record: Mapping[str, Any]) -> None:
@@ -166,11 +183,11 @@ def _check_agreement(path: Path, record: Mapping[str, Any]) -> None:
     """Raises RunError if the record and cfg.json, whose digest it has, describe two SAEs."""
     theirs = read_object(path / CONFIG, TRAIN_AGAIN)
     for key, value in saelens_config(_config(record, path / RECORD), {}).items():
-        if key != "metadata" and theirs.get(key) != value:
+        if key not in ("metadata", INPUT_SCALE) and theirs.get(key) != value:
             raise RunError(f"{path / RECORD} says {key}={value!r}, {CONFIG} {theirs.get(key)!r}. {TRAIN_AGAIN}")
 
 
-def load_tensors(file: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Tensor]:
+def load_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises ValueError before anything is allocated if one of `shapes` differs; else what safetensors raises.
@@ -256,13 +273,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isinstance(float(value), float)
 
 
-@contextmanager
-def writing(path: Path, cure: str) -> Iterator[None]:
-    """Raises RunError, naming what cannot be written and the cure, for an OSError inside."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({reason(error)}). {cure}") from error
+def writing(path: Path, cure: str) -> AbstractContextManager[None]:
+    """What the disk refuses within, raised as RunError that names what cannot be written and the cure."""
+    return disk_errors(path, RunError, cure)
 
 
 def read_object(file: Path, cure: str) -> dict[str, Any]:

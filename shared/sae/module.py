@@ -1,74 +1,43 @@
 """The sparse autoencoder: one module, whatever the activation function. Training and evaluation live elsewhere."""
 
-import itertools
-import math
-from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tcsae.shared.base.errors import ConfigError, unknown
+from tcsae.shared.base.files import disk_errors
+from tcsae.shared.base.settings import to_dict
 from tcsae.shared.sae.activations import KINDS, Kind
+from tcsae.shared.sae.layout import SaeConfig, SaeMetadata, saelens_config, write_sae
 from tcsae.shared.sae.sparse import SparseCode, decode
 
-SAELENS_LAYOUT = "6.0.0"
-"""The SAELens version whose file layout is written; from 6 on, cfg.json has nested metadata."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SaeConfig:
-    """What one sparse autoencoder is: enough to rebuild it, nothing about how it was trained."""
-
-    d_model: int
-    """Width of the activations it reads."""
-    d_sae: int = 4096
-    """Number of latents."""
-    activation: str = "topk"
-    """A name in `tcsae.shared.sae.activations.KINDS`."""
-    k: int = 32
-    """Latents kept per token: exactly (topk), on average (batchtopk), or aimed at (jumprelu)."""
-    groups: tuple[float, ...] = (1.0,)
-    """Shares of the latents, first to last; with several, each prefix learns to reconstruct alone (matryoshka)."""
-    layer_norm: Literal["none", "in", "in_out"] = "none"
-    """in: the encoder reads layer-normed x (the paper's run 4); in_out: the decoder's output is also scaled back."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
-        if self.activation not in KINDS:
-            raise ConfigError(unknown("sae.activation", self.activation, KINDS))
-        if KINDS[self.activation].uses_k and not 1 <= self.k <= self.d_sae:
-            raise ConfigError(f"sae.k={self.k}: must lie in 1..sae.d_sae={self.d_sae}. Lower k or raise d_sae.")
-        whole = all(share > 0 for share in self.groups) and math.isclose(sum(self.groups), 1.0, abs_tol=1e-6)
-        if not whole or any(first == stop for first, stop in self.group_ranges()):
-            raise ConfigError(
-                f"sae.groups={self.groups}: shares of {self.d_sae} latents, each at least one latent, that sum to 1."
-            )
-
-    def group_ranges(self) -> list[tuple[int, int]]:
-        """(first, stop) of each group's latents."""
-        ends = [round(self.d_sae * share) for share in itertools.accumulate(self.groups)]
-        return list(itertools.pairwise([0, *ends]))
+__all__ = ["SaeConfig", "SparseAutoencoder", "layer_normed"]
 
 
 class SparseAutoencoder(nn.Module):
     """f = activation((x - b_dec) W_enc + b_enc); x_hat = f W_dec + b_dec.
 
     W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model] and, where the activation has one,
-    threshold [d_sae]; all float32. With a layer norm, x is normed before b_dec is taken away.
+    threshold [d_sae]; float32 unless moved. With a layer norm, x is normed before b_dec is taken away. Of a crosscoder,
+    d_model is `config.d_in`: `tcsae.shared.sae.crosscoder` takes sequences to windows and back.
     """
+
+    metadata: SaeMetadata
+    """Where the SAE comes from: hook, model, store content, position rules."""
+    input_scale: float = 1.0
+    """What x is multiplied by before it is read, where that cannot be folded into the weights (TFA)."""
 
     def __init__(self, config: SaeConfig) -> None:
         super().__init__()
         self.config = config
+        self.metadata = SaeMetadata()
         # Latent by latent in memory, as gradients of sparse codes arrive; `W_enc` shows it the field's way round.
-        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
+        self.W_enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_model))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.threshold: nn.Parameter | None = None
         if self.kind.threshold != "none":
             self.threshold = nn.Parameter(torch.zeros(config.d_sae))
@@ -92,14 +61,48 @@ class SparseAutoencoder(nn.Module):
         names = ["W_enc", "b_enc", "W_dec", "b_dec", *([] if self.threshold is None else ["threshold"])]
         return {name: getattr(self, name).detach() for name in names}
 
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    def saelens_config(self) -> dict[str, Any]:
+        """cfg.json of this SAE."""
+        return saelens_config(self.config, self.metadata.to_saelens(), self.input_scale)
+
+    def save(self, path: str | Path) -> None:
+        """Write the SAE into the folder `path`, float32: cfg.json and sae_weights.safetensors in SAELens' layout.
+
+        A run of ours also keeps its tcsae.json, brought up to date. Raises DiskError if the folder cannot be written.
+        """
+        record = self.metadata.record
+        with disk_errors(path):
+            Path(path).mkdir(parents=True, exist_ok=True)
+            updated = {**record, "sae": to_dict(self.config)} if record else None
+            write_sae(Path(path), self.tensors(), self.saelens_config(), updated)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The encoder as W_enc [d_model, d_sae], the name and orientation of every other library."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}W_enc"] = destination.pop(f"{prefix}W_enc_rows").T.contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (W_enc := state_dict.pop(f"{prefix}W_enc", None)) is not None:
+            state_dict[f"{prefix}W_enc_rows"] = W_enc.T.contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x - b_dec) W_enc + b_enc, after the layer norm if there is one."""
+        """(x - b_dec) W_enc + b_enc, after the layer norm if there is one; x of any float dtype."""
+        x = x.to(self.W_dec.dtype)
         if self.config.layer_norm != "none":
             x = layer_normed(x)[0]
         return nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """The code, as a dense tensor."""
+        """The code, as a dense tensor of the weights' dtype."""
         return self.kind.dense(self.pre_activations(x), self.config.k, self.threshold)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseCode:
@@ -107,7 +110,7 @@ class SparseAutoencoder(nn.Module):
 
         x may be of any float dtype and hold no token; the values are of the weights' dtype.
         """
-        x = x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)
+        x = x.reshape(-1, self.config.d_in)
         return self.kind.sparse(self.pre_activations(x), self.config.k, self.threshold)
 
     def decode(
@@ -130,7 +133,7 @@ class SparseAutoencoder(nn.Module):
         if self.config.layer_norm != "in_out":
             return x_hat
         assert x is not None, "layer_norm in_out decodes with the statistics of x"
-        _, mean, deviation = layer_normed(x)
+        _, mean, deviation = layer_normed(x.to(x_hat.dtype))
         return x_hat * deviation + mean
 
     @torch.no_grad()

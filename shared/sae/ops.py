@@ -7,8 +7,9 @@ sparse f, x_hat = f W_dec + b_dec and G = d loss / d x_hat:
     d loss / d f_ij    = G_i . W_dec_j          only at the code's entries
     d loss / d W_dec_j = sum_i f_ij G_i         and likewise d loss / d W_enc_j = sum_i (d loss / d f_ij) (x - b_dec)_i
 
-Kernels: on a CPU embedding_bag and sampled_addmm (chosen by tests/bench/step.py); elsewhere the same, but on MPS, which
-has no sparse matrices.
+Kernels: on a CPU embedding_bag and sampled_addmm (chosen by tests/bench/step.py). Elsewhere embedding_bag and gathered
+rows with a batched product: cuSPARSE takes sorted rows alone, MPS has no sparse matrices. Nothing there has a shape
+that depends on values (`static_shapes`), so a GPU's host never waits for one.
 """
 
 import warnings
@@ -20,13 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tcsae.shared.base.device import sum_dtype
+from tcsae.shared.base.device import static_shapes, sum_dtype
 from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
 
 Code = SparseCode | Float[Tensor, "_n _d_sae"]
 Dense = Literal["relu", "gelu"]
-ENTRIES = 16_384
-"""Of a code, at a time, where rows have to be gathered for each."""
+GATHERED = 1 << 25
+"""Numbers of rows gathered at a time: 128 MB."""
 # Said once a process by torch, to people who never asked for a sparse tensor.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -68,7 +69,7 @@ class _AttachEntries(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (W, centred), code = grads, ctx.saved_tensors, ctx.code
-        b_enc = torch.zeros_like(W[:, 0]).index_add_(0, code.latents, grad)
+        b_enc = torch.zeros_like(W[:, 0]).index_add_(0, code.columns, grad)
         return code.by_latent.weighted_rows(grad, centred), b_enc, -(b_enc @ W), None, None
 
 
@@ -105,9 +106,8 @@ def entry_gradients(
     code: SparseCode, grad_x_hat: Float[Tensor, "n d_model"], W_dec: Float[Tensor, "d_sae d_model"]
 ) -> Float[Tensor, " n_entries"]:
     """G_i . W_dec_j for every entry (i, j) of the code, zeros included."""
-    if grad_x_hat.device.type == "mps":
-        pairs = zip(code.rows.split(ENTRIES), code.latents.split(ENTRIES), strict=True)
-        return torch.cat([(grad_x_hat[rows] * W_dec[latents]).sum(1) for rows, latents in pairs])
+    if static_shapes(grad_x_hat):
+        return _gathered_dots(code, grad_x_hat, W_dec)
     pattern = torch.sparse_csr_tensor(
         code.offsets,
         code.latents,
@@ -118,10 +118,21 @@ def entry_gradients(
     return torch.sparse.sampled_addmm(pattern, grad_x_hat, W_dec.T, beta=0.0).values()
 
 
+def _gathered_dots(code: SparseCode, grad_x_hat: Tensor, W_dec: Tensor) -> Tensor:
+    """`entry_gradients` by rows of W_dec gathered for every entry, some tokens at a time."""
+    size = max(1, GATHERED // W_dec.shape[1])
+    if k := code.per_token:
+        tokens = max(1, size // k)
+        parts = zip(code.columns.view(-1, k).split(tokens), grad_x_hat.split(tokens), strict=True)
+        return torch.cat([torch.bmm(W_dec[latents], grad[:, :, None]).flatten() for latents, grad in parts])
+    pairs = zip(code.rows.split(size), code.columns.split(size), strict=True)
+    return torch.cat([(grad_x_hat[rows] * W_dec[latents]).sum(1) for rows, latents in pairs])
+
+
 def through_threshold(
-    pre: Float[Tensor, " n_entries"], threshold: Float[Tensor, " n_entries"], width: float
-) -> Float[Tensor, " n_entries"]:
-    """JumpReLU of single entries: pre above its threshold, else 0 (Rajamanoharan et al. 2024, arXiv:2407.14435).
+    pre: Float[Tensor, "*shape"], threshold: Float[Tensor, "*shape"], width: float
+) -> Float[Tensor, "*shape"]:
+    """JumpReLU entry by entry: pre above its threshold, else 0 (Rajamanoharan et al. 2024, arXiv:2407.14435).
 
     The threshold learns through a rectangle of this width around it (eq. 11): d f / d threshold = -threshold / width.
     """
@@ -144,8 +155,8 @@ class _JumpRelu(torch.autograd.Function):
 
 
 def above_threshold(
-    pre: Float[Tensor, " n_entries"], threshold: Float[Tensor, " n_entries"], width: float
-) -> Float[Tensor, " n_entries"]:
+    pre: Float[Tensor, "*shape"], threshold: Float[Tensor, "*shape"], width: float
+) -> Float[Tensor, "*shape"]:
     """1 where pre exceeds its threshold, else 0; d / d threshold = -1 / width within the rectangle (eq. 12)."""
     return _Step.apply(pre, threshold, width)
 
@@ -260,21 +271,23 @@ def part(code: Code, first: int, stop: int) -> Code:
     return code.part(first, stop) if isinstance(code, SparseCode) else code[:, first:stop]
 
 
-def take(code: Code, tokens: Int[Tensor, " m"]) -> Code:
-    """The code of the given tokens, in that order."""
-    return code.take(tokens)[0] if isinstance(code, SparseCode) else code[tokens]
+def permuted(code: Code, tokens: Int[Tensor, " n"]) -> Code:
+    """The code of all its tokens in another order."""
+    return code.permuted(tokens) if isinstance(code, SparseCode) else code[tokens]
 
 
 def dense_rows(code: Code, tokens: Int[Tensor, " m"]) -> Float[Tensor, "m d_sae"]:
     """The code of a few distinct tokens as a matrix."""
     if isinstance(code, Tensor):
         return code[tokens]
-    row_of = torch.full_like(code.offsets[1:], -1)
-    row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
-    row = row_of[code.rows]
-    at = (row >= 0).nonzero().squeeze(1)
-    dense = code.values.new_zeros(len(tokens), code.d_sae)
-    return dense.index_put((row[at], code.latents[at]), code.values.index_select(0, at))
+    if static_shapes(code.values) and code.per_token is None:
+        row_of = torch.full_like(code.offsets[1:], len(tokens))
+        row_of[tokens] = torch.arange(len(tokens), device=tokens.device)
+        dense = code.values.new_zeros(len(tokens) + 1, code.d_sae)  # the last takes what is of other tokens
+        return dense.index_put((row_of[code.rows], code.columns), code.values, accumulate=True)[:-1]
+    few = code.take(tokens)[0]
+    dense = few.values.new_zeros(len(tokens), few.d_sae)
+    return dense.index_put((few.rows, few.columns), few.values, accumulate=few.parked)
 
 
 def square_norms(code: Code) -> Float[Tensor, " n"]:
@@ -290,22 +303,29 @@ def pair_differences(code: Code, lag: int) -> Float[Tensor, " m"]:
     if isinstance(code, Tensor):
         return _PairDifferences.apply(code, lag)
     n = max(0, code.n_tokens - lag)
-    first, second = _matches(code, lag)
+    first, second, met = _matches(code, lag)
     values = code.values.to(sum_dtype(code.values.device))
     products = values.index_select(0, first) * values.index_select(0, second)
+    if met is not None:
+        products = torch.where(met, products, 0.0)
     squares = values.new_zeros(code.n_tokens).index_add(0, code.rows, values.square())
     dots = values.new_zeros(code.n_tokens).index_add(0, code.rows.index_select(0, first), products)
     return squares[:n] + squares[code.n_tokens - n :] - 2 * dots[:n]
 
 
-def _matches(code: SparseCode, lag: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
-    """Entries (first, second) of one latent at tokens i and i + lag: neighbours in the order by latent, at lag 1."""
+def _matches(code: SparseCode, lag: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Bool[Tensor, " m"] | None]:
+    """Entries (first, second) of one latent at tokens i and i + lag: neighbours in the order by latent, at lag 1; with
+    static shapes all entries, and which of them have a second.
+    """
     order, tokens = code.by_latent.order, code.by_latent.tokens
     key = code.latents[order] * (code.n_tokens + lag) + tokens
     behind = torch.searchsorted(key, key + lag) if lag > 1 else torch.arange(1, len(key) + 1, device=key.device)
     behind = behind.clamp_(max=max(0, len(key) - 1))
-    at = (key[behind] == key + lag).nonzero().squeeze(1)
-    return order[at], order[behind[at]]
+    met = key[behind] == key + lag
+    if static_shapes(key):
+        return order, order[behind], met
+    at = met.nonzero().squeeze(1)
+    return order[at], order[behind[at]], None
 
 
 class _PairDifferences(torch.autograd.Function):
@@ -314,13 +334,13 @@ class _PairDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: Tensor, lag: int) -> Tensor:
         n = max(0, len(code) - lag)
-        found = code.new_zeros(n, dtype=sum_dtype(code.device))
+        norms = code.new_zeros(n, dtype=sum_dtype(code.device))
         for start in range(0, n, row_block(code)):
             stop = min(start + row_block(code), n)
-            found[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
+            norms[start:stop] = torch.linalg.vector_norm(code[start + lag : stop + lag] - code[start:stop], dim=1)
         ctx.save_for_backward(code)
         ctx.lag = lag
-        return found.square_()
+        return norms.square_()
 
     @staticmethod
     @once_differentiable
@@ -347,7 +367,7 @@ def group_sums(code: Code, group: Int[Tensor, " n"], n_groups: int) -> Float[Ten
     """Sum of the code over the tokens of each group; no gradient."""
     if isinstance(code, Tensor):
         return code.new_zeros(n_groups, code.shape[1]).index_add_(0, group, code.detach())
-    flat = group[code.rows] * code.d_sae + code.latents
+    flat = group[code.rows] * code.d_sae + code.columns
     values = code.values.detach()
     return values.new_zeros(n_groups * code.d_sae).index_add_(0, flat, values).view(n_groups, code.d_sae)
 
@@ -356,11 +376,11 @@ def group_dot(code: Code, table: Float[Tensor, "n_groups d_sae"], group: Int[Ten
     """sum_i f_i . table[group_i], with a gradient to the code."""
     if isinstance(code, Tensor):
         return (code * table[group]).sum()
-    return (code.values * table.view(-1)[group[code.rows] * code.d_sae + code.latents]).sum()
+    return (code.values * table.view(-1)[group[code.rows] * code.d_sae + code.columns]).sum()
 
 
 def activity(code: SparseCode) -> Activity:
     """Of a sparse code's entries."""
     active = code.values.detach() > 0
-    counts = code.values.new_zeros(code.d_sae).index_add_(0, code.latents, active.to(code.values.dtype))
+    counts = code.values.new_zeros(code.d_sae).index_add_(0, code.columns, active.to(code.values.dtype))
     return Activity(counts > 0, active.sum())

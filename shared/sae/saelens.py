@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.sae.folder import CONFIG, METRICS, RECORD, WEIGHTS, check_finite, load_tensors, read_object, reason
-from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu", "gated": "relu"}
@@ -50,14 +51,24 @@ class GatedAutoencoder(SparseAutoencoder):
         self.b_gate = torch.nn.Parameter(torch.zeros(config.d_sae))
         self.r_mag = torch.nn.Parameter(torch.zeros(config.d_sae))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by SAELens' names."""
+        names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+        names |= {"b_gate": "b_gate", "b_mag": "b_enc", "r_mag": "r_mag"}
+        return {name: getattr(self, ours).detach() for name, ours in names.items()}
+
+    def saelens_config(self) -> dict[str, Any]:
+        """cfg.json of this SAE."""
+        return super().saelens_config() | {"architecture": "gated"}
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """The code, as a dense tensor."""
-        z = torch.nn.functional.linear(x - self.b_dec, self.W_enc_rows)
+        """The code, as a dense tensor of the weights' dtype."""
+        z = torch.nn.functional.linear(x.to(self.W_dec.dtype) - self.b_dec, self.W_enc_rows)
         return (z * self.r_mag.exp() + self.b_enc).relu() * (z + self.b_gate > 0)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseCode:
         """The code's non-zero entries; see SparseAutoencoder."""
-        return positive_code(self.encode(x.reshape(-1, self.config.d_model).to(self.W_dec.dtype)))
+        return positive_code(self.encode(x.reshape(-1, self.config.d_model)))
 
 
 def is_foreign(path: Path) -> bool:
@@ -165,7 +176,25 @@ def load_foreign(path: Path) -> SparseAutoencoder:
     if isinstance(sae, GatedAutoencoder):
         folded["exp(r_mag)"] = sae.r_mag.exp()
     check_finite(folded, file, "Its weights leave float32's range as they are folded.")
+    sae.metadata = _metadata(config)
     return sae.eval()
+
+
+def _metadata(config: Mapping[str, Any]) -> SaeMetadata:
+    first = trained_positions(config).start or 0
+    text = {
+        name: config.get(name) if isinstance(config.get(name), str) else None for name in ("model_name", "dataset_path")
+    }
+    length = config.get("context_size")
+    return SaeMetadata(
+        form="saelens",
+        hook=config["hook_name"],
+        model=text["model_name"],
+        dataset=text["dataset_path"],
+        context_size=length if _is_count(length) else None,
+        prepend_bos=config.get("prepend_bos"),
+        skip_first=max(0, first),
+    )
 
 
 def _check_shape(config: dict[str, Any], d_model: int, d_sae: int) -> None:

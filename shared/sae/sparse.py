@@ -1,8 +1,10 @@
 """Sparse codes: which latents are active at each token, selected exactly and decoded without a dense matrix.
 
-All on float32 tensors of one device. The fast paths were chosen by measurement on a CPU; see tests/bench/.
+All on float32 tensors of one device. The fast paths were chosen by measurement on a CPU; see tests/bench/. Elsewhere
+training keeps to static shapes: as many entries whatever their values, those without a meaning being zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from tcsae.shared.base.device import static_shapes
 
 SELECT_GROUPS = 16
 ROWS = 128
@@ -33,10 +37,19 @@ class SparseCode:
     d_sae: int
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was computed from the pattern, shared by all codes on it."""
+    per_token: int | None = None
+    """Entries of every token, where all have as many."""
+    parked: bool = False
+    """Whether entries of latent number d_sae stand for nothing; their values are 0."""
 
     @property
     def n_tokens(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def columns(self) -> Int[Tensor, " n_entries"]:
+        """Latent of each entry, a parked one's being the last: there it adds nothing."""
+        return self.latents.clamp(max=self.d_sae - 1) if self.parked else self.latents
 
     @property
     def rows(self) -> Int[Tensor, " n_entries"]:
@@ -60,27 +73,53 @@ class SparseCode:
 
     def with_values(self, values: Float[Tensor, " n_entries"]) -> "SparseCode":
         """Other values on the same pattern."""
-        return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived)
+        return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived, self.per_token, self.parked)
+
+    def to(self, device: torch.device | str) -> "SparseCode":
+        """The same code on another device."""
+        return SparseCode(self.values.to(device), self.latents.to(device), self.offsets.to(device), self.d_sae)
+
+    def to_torch_sparse(self) -> Tensor:
+        """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
+        places = torch.stack((self.rows, self.latents))
+        return torch.sparse_coo_tensor(
+            places, self.values, (self.n_tokens, self.d_sae), check_invariants=False
+        ).coalesce()
 
     def dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The same code as a matrix."""
-        return self.values.new_zeros(self.n_tokens, self.d_sae).index_put_((self.rows, self.latents), self.values)
+        empty = self.values.new_zeros(self.n_tokens, self.d_sae)
+        return empty.index_put_((self.rows, self.columns), self.values, accumulate=self.parked)
 
     def take(self, tokens: Int[Tensor, " m"]) -> tuple["SparseCode", Int[Tensor, " n_taken"]]:
         """The code of the given tokens, in that order (one may come twice), and where its entries stand in this one."""
+        n = None if self.per_token is None else self.per_token * len(tokens)
+        return self._taken(tokens, n)
+
+    def permuted(self, tokens: Int[Tensor, " n_tokens"]) -> "SparseCode":
+        """The code of all tokens in another order."""
+        return self._taken(tokens, len(self.latents))[0]
+
+    def _taken(self, tokens: Int[Tensor, " m"], n: int | None) -> tuple["SparseCode", Int[Tensor, " n_taken"]]:
+        """`take`, of `n` entries (None: counted)."""
         counts = self.offsets.diff()[tokens]
         offsets = self.offsets.new_zeros(len(tokens) + 1)
         torch.cumsum(counts, 0, out=offsets[1:])
-        n = int(offsets[-1])
+        n = int(offsets[-1]) if n is None else n
         shift = torch.repeat_interleave(self.offsets[tokens] - offsets[:-1], counts, output_size=n)
         at = torch.arange(n, device=shift.device) + shift
         values, latents = self.values.index_select(0, at), self.latents.index_select(0, at)
-        return SparseCode(values, latents, offsets, self.d_sae), at
+        return SparseCode(values, latents, offsets, self.d_sae, {}, self.per_token, self.parked), at
 
     def part(self, first: int, stop: int) -> "SparseCode":
         """The code of latents first..stop-1 alone, numbered from 0."""
         if (first, stop) == (0, self.d_sae):
             return self
+        if static_shapes(self.values):
+            inside = (self.latents >= first) & (self.latents < stop)
+            latents = torch.where(inside, self.latents - first, stop - first)
+            values = torch.where(inside, self.values, 0.0)
+            return SparseCode(values, latents, self.offsets, stop - first, {}, self.per_token, parked=True)
         at = ((self.latents >= first) & (self.latents < stop)).nonzero().squeeze(1)
         counts = torch.bincount(self.rows[at], minlength=self.n_tokens)
         offsets = torch.zeros_like(self.offsets)
@@ -93,15 +132,37 @@ class LatentOrder:
 
     def __init__(self, code: SparseCode) -> None:
         self.order = torch.argsort(code.latents, stable=True)
-        self.counts: Int[Tensor, " d_sae"] = torch.bincount(code.latents, minlength=code.d_sae)
-        self._starts = self.counts.cumsum(0) - self.counts
+        if static_shapes(code.latents):  # a bincount would read the largest latent
+            edges = torch.arange(code.d_sae + 1, device=code.latents.device)
+            self._edges = torch.searchsorted(code.latents[self.order], edges)
+        else:
+            counts = torch.bincount(code.latents, minlength=code.d_sae)
+            self._edges = F.pad(counts.cumsum(0), (1, 0))
         self.tokens = code.rows[self.order]
 
     def weighted_rows(
         self, values: Float[Tensor, " n_entries"], rows: Float[Tensor, "n d_model"]
     ) -> Float[Tensor, "d_sae d_model"]:
         """For each latent, the sum over its entries of value times the token's row."""
-        return F.embedding_bag(self.tokens, rows, self._starts, per_sample_weights=values[self.order], mode="sum")
+        return F.embedding_bag(
+            self.tokens,
+            rows,
+            self._edges,
+            per_sample_weights=values[self.order],
+            mode="sum",
+            include_last_offset=True,
+        )
+
+
+def join_codes(parts: Sequence[SparseCode]) -> SparseCode:
+    """The codes of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.tensor([0, *(len(part.values) for part in parts)]).cumsum(0)
+    offsets = [part.offsets[:-1] + end for part, end in zip(parts, ends.tolist(), strict=False)]
+    last = parts[0].offsets.new_tensor([int(ends[-1])])
+    values, latents = torch.cat([part.values for part in parts]), torch.cat([part.latents for part in parts])
+    return SparseCode(values, latents, torch.cat([*offsets, last]), parts[0].d_sae)
 
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -126,16 +187,20 @@ def topk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
     """TopK (Gao et al. 2024, arXiv:2406.04093): relu of the k largest pre-activations of each token."""
     values, latents = select_topk(pre, k)
     offsets = torch.arange(0, values.numel() + 1, k, device=pre.device)
-    return SparseCode(values.relu().flatten(), latents.flatten(), offsets, pre.shape[1])
+    return SparseCode(values.relu().flatten(), latents.flatten(), offsets, pre.shape[1], per_token=k)
 
 
 def batchtopk_code(pre: Float[Tensor, "n d_sae"], k: int) -> SparseCode:
     """BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the n * k largest positive entries of the whole batch.
 
     Exactly n * k entries, fewer only where fewer are positive. In two stages: a bound estimated from a strided sample
-    leaves some 1.3 n k candidates, among which the last one kept is found exactly.
+    leaves some 1.3 n k candidates, among which the last one kept is found exactly. With static shapes in one, and what
+    is not positive is an explicit zero.
     """
     want, flat = len(pre) * k, pre.view(-1)
+    if static_shapes(pre):
+        at = flat.topk(want, sorted=False).indices.sort().values
+        return from_flat(at, flat[at].relu(), pre.shape)
     candidates = _places(pre, _sampled_bound(flat, want) if want else 0.0)
     if len(candidates) < want:
         candidates = _places(pre, 0.0)
@@ -173,7 +238,7 @@ def decode(
 ) -> Float[Tensor, "n_tokens d_model"]:
     """The reconstruction sum_j f_j W_dec[j] + b_dec (if any), reading only the rows of active latents."""
     out = F.embedding_bag(
-        code.latents, W_dec, code.offsets, per_sample_weights=code.values, mode="sum", include_last_offset=True
+        code.columns, W_dec, code.offsets, per_sample_weights=code.values, mode="sum", include_last_offset=True
     )
     return out if b_dec is None else out.add_(b_dec)
 
@@ -202,6 +267,9 @@ def from_flat(at: Int[Tensor, " n_entries"], values: Float[Tensor, " n_entries"]
     """A code from ascending positions in its flattened dense form."""
     n, d_sae = shape
     rows = torch.div(at, d_sae, rounding_mode="floor")
-    offsets = torch.zeros(n + 1, dtype=torch.int64, device=at.device)
-    offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
+    if static_shapes(at):
+        offsets = torch.searchsorted(rows, torch.arange(n + 1, device=at.device))
+    else:
+        offsets = torch.zeros(n + 1, dtype=torch.int64)
+        offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
     return SparseCode(values, at - rows * d_sae, offsets, d_sae)

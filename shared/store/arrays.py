@@ -12,7 +12,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from tcsae.shared.store.codecs import EXACT, encode, eval_codec, fit, representation, stored_width
-from tcsae.shared.store.format import HookRecipe, Layout, Recipe
+from tcsae.shared.store.format import PER_TOKEN, TOKEN_DTYPES, HookRecipe, Layout, Recipe
 from tcsae.shared.store.journal import CODEC, Journal
 from tcsae.shared.store.places.base import Objects
 
@@ -32,9 +32,9 @@ class StoreArrays:
         self._arrays: dict[str, zarr.Array] = {}
 
     def tokens(self, split: str, name: str) -> zarr.Array:
-        """`tokens`, `lengths`, `documents` or `starts` of a split; new with no rows."""
-        dtype = np.dtype("int64" if name == "documents" else "int32")
-        rows, rest = self._layout.sequences_per_token_chunk, (self._length,) if name == "tokens" else ()
+        """`tokens`, `lengths`, `documents`, `starts` or `roles` of a split; new with no rows."""
+        dtype = np.dtype(TOKEN_DTYPES.get(name, "int32"))
+        rows, rest = self._layout.sequences_per_token_chunk, (self._length,) if name in PER_TOKEN else ()
         fill = np.iinfo(dtype).max
         return self._array(f"{split}/{name}", (0, *rest), (rows, *rest), dtype, fill, ZstdCodec(level=1))
 
@@ -147,7 +147,8 @@ def open_or_create(
     if parent := path.rpartition("/")[0]:
         group.require_group(parent)
     if path in group:
-        array = group[path]
+        with zarr.config.set({"array.write_empty_chunks": True}):  # no array remembers that it was created so
+            array = group[path]
         assert isinstance(array, zarr.Array)
         return array
     return group.create_array(

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.base.files import PARTIAL
 from tcsae.shared.store.codecs import check_codec
 from tcsae.shared.store.format import SPLITS, Shard
 from tcsae.shared.store.integrity import CHECKSUMS, CHECKSUMS_METADATA, ROOT
@@ -107,9 +106,6 @@ def _copy_into_zip(store: Store, path: Path, advance: Advance) -> None:
     if lock is None:
         raise StoreError(f"Another process writes {path}{beside.holder(name)}. Wait for it.")
     try:
-        for leftover in path.parent.iterdir():
-            if leftover.name.startswith(f"{path.name}.") and leftover.name.endswith(PARTIAL):
-                leftover.unlink(missing_ok=True)
         write_zip(path, _verified(store, _digests(store), advance))
         beside.delete([name])
     finally:
@@ -218,7 +214,7 @@ def _copy_sequences(store: Store, writer: StoreWriter) -> None:
         for split in SPLITS:
             part = slice(at[split], min(at[split] + ROWS, n[split]))
             one = store.split(split)
-            rows[split] = Rows(*(values[part] for values in (one.tokens, one.lengths, one.documents, one.starts)))
+            rows[split] = Rows(**{name: getattr(one, name)[part] for name in store.manifest.recipe.token_arrays})
         writer.commit(rows, {})
         at = writer.progress["n_sequences"]
     writer.finish_sequences(store.manifest.counts)

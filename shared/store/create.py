@@ -1,6 +1,8 @@
 """Creation of a store from given activations: of other models, of images or sound, from any hook."""
 
-from collections.abc import Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
+from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, DataError, StoreError, unknown
 from tcsae.shared.store.codecs import FIT_TOKENS, check_codec
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, ModelRecipe, Recipe, SequenceRecipe, Shard
@@ -25,9 +28,11 @@ class StoreCreation:
     In a `with` statement it seals at the end; after an error, it deletes what it wrote.
     """
 
-    def __init__(self, location: str, writer: StoreWriter) -> None:
+    def __init__(self, location: str, writer: StoreWriter, tokenizer: Any = None, labels: Sequence[str] = ()) -> None:
         self.location = location
         self._writer = writer
+        self._labels = tuple(labels)
+        self._tokenizer = label_tokenizer(self._labels) if labels else tokenizer
         recipe = writer.manifest.recipe
         self._length = recipe.sequences.length
         self._widths = {hook.requested: hook.d_model for hook in recipe.hooks}
@@ -38,6 +43,7 @@ class StoreCreation:
         self._seen: dict[str, list[ndarray]] = {split: [] for split in SPLITS}
         self._last: dict[str, tuple[int, int]] = {}
         """Per split: the last sequence's document, and where the document goes on."""
+        self._sealed = False
 
     def __enter__(self) -> "StoreCreation":
         return self
@@ -45,6 +51,8 @@ class StoreCreation:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self.discard()
+            return
+        if self._sealed:
             return
         try:
             self.seal()
@@ -66,7 +74,7 @@ class StoreCreation:
         All that is given is copied, so a buffer can be used again.
 
         lengths [n]: valid positions of each sequence, left-aligned; default: all. What lies beyond is not looked at.
-        tokens [n, sequence_length]: ids, for people who look; default 0.
+        tokens [n, sequence_length]: ids of the tokenizer, or numbers of the labels, shown as text; default 0.
         documents [n]: a number for each sequence, never falling within a split. Consecutive sequences of one number are
         pieces of one document (a video, a recording), which lies in one split only. Default: one document each.
         Raises DataError for shapes and numbers that do not fit, NaN, infinity, or a value that the codec cannot hold.
@@ -90,7 +98,10 @@ class StoreCreation:
             self._flush(one, whole_chunks=True)
 
     def seal(self) -> Store:
-        """Finish the store, and open it. Raises DataError if the train split is empty or a document is in both."""
+        """Finish the store, and open it; say so if it has no eval split.
+
+        Raises DataError if the train split is empty or a document is in both.
+        """
         if not self._seen["train"]:
             raise DataError(f"{self.location} has no train sequence. Append some before the seal.")
         train, evaluation = (np.concatenate([[], *self._seen[split]]) for split in SPLITS)
@@ -101,8 +112,26 @@ class StoreCreation:
         for split in SPLITS:
             self._flush(split, whole_chunks=False)
         self._writer.finish_sequences(self._counts)
-        self._writer.seal({hook: {"none": NO_TAIL} for hook in self._widths}, [], {})
+        self._writer.seal({hook: {"none": NO_TAIL} for hook in self._widths}, self._add_tokenizer(), {})
+        self._sealed = True
+        if not self._seen["eval"]:
+            say(
+                f"{self.location} has no eval split, so tcsae train can use it and tcsae eval cannot. Append sequences "
+                'of other documents to "eval" before the seal.'
+            )
         return open_store(self.location)
+
+    def _add_tokenizer(self) -> list[str]:
+        """Keys of the tokenizer's files, which are written here."""
+        if self._tokenizer is None:
+            return []
+        if isinstance(self._tokenizer, str | Path):
+            return self._writer.add_folder("tokenizer", Path(self._tokenizer))
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            for code in Path(folder).rglob("*.py"):  # no store holds code that a reader might run
+                code.unlink()
+            return self._writer.add_folder("tokenizer", Path(folder))
 
     def discard(self) -> None:
         """Delete what was written: an unfinished creation cannot be gone on with."""
@@ -125,6 +154,8 @@ class StoreCreation:
             raise DataError(f"A length of {lengths.min()} or {lengths.max()}: give 1 to {self._length}.")
         if tokens.min() < 0 or documents.min() < 0:
             raise DataError("A token or a document has a negative number. Give numbers from 0 on.")
+        if self._labels and tokens.max() >= len(self._labels):
+            raise DataError(f"A token of {tokens.max()}: the store has {len(self._labels)} labels. Give 0 to one less.")
         last, after = self._last.get(split, (-1, 0))
         if (np.diff(documents, prepend=last) < 0).any():
             raise DataError(f"Documents of {split} fall after {last}. Append the pieces of each one after the other.")
@@ -159,14 +190,14 @@ class StoreCreation:
         if not n:
             return
         parts = self._pending[split]
-        rows = Rows(*(np.concatenate(one) for one in zip(*(vars(rows).values() for rows, _ in parts), strict=True)))
+        rows = Rows.joined([rows for rows, _ in parts])
         values = {hook: np.concatenate([one[hook] for _, one in parts]) for hook in self._widths}
-        now, rest = (Rows(*(one[part] for one in vars(rows).values())) for part in (slice(n), slice(n, None)))
+        now, rest = rows.part(slice(n)), rows.part(slice(n, None))
         self._pending[split] = (
             [(rest, {hook: one[n:].copy() for hook, one in values.items()})] if len(rest.lengths) else []
         )
         self._n_pending[split] -= n
-        nothing = Rows(*(one[:0] for one in vars(rows).values()))
+        nothing = rows.part(slice(0))
         self._writer.commit({one: now if one == split else nothing for one in SPLITS}, {})
         counts = self._counts[split]
         start = counts["sequences"]
@@ -179,7 +210,7 @@ class StoreCreation:
             self._writer.write_shard(shard, {hook: one[first:stop] for hook, one in values.items()})
 
 
-def create_store(
+def create_store(  # noqa: PLR0913 (keyword arguments of a public function)
     location: str | Path,
     *,
     hooks: Mapping[str, int],
@@ -187,11 +218,17 @@ def create_store(
     codec: str = "float16",
     codec_error: float | None = None,
     source: str = "own activations",
+    model: str | None = None,
+    tokenizer: Any = None,
+    labels: Sequence[str] = (),
 ) -> StoreCreation:
     """Begin a store of your own activations, for `tcsae train` and `tcsae eval` (without cross-entropies).
 
     hooks: name -> d_model of what is stored side by side, e.g. {"layer4": 768}. sequence_length: positions of a
-    sequence, at most (1 for single vectors). codec, codec_error: as in `tcsae harvest --help`. source: said of it.
+    sequence, at most (1 for single vectors). codec, codec_error: as in `tcsae harvest --help`. source: its name where a
+    model's would stand. tokenizer: a Hugging Face tokenizer or its folder, to show tokens as text; or labels: what
+    token 0, 1, ... is called, where there is no text (classes of patches, phonemes). model: the language model's name
+    (default: the source's).
 
         with tcsae.create_store("a.zarr", hooks={"layer4": 768}, sequence_length=64) as store:
             store.append("train", {"layer4": x})  # [n, 64, 768]
@@ -199,6 +236,7 @@ def create_store(
 
     Raises StoreError if something is at `location`; ConfigError for settings that do not fit.
     """
+    check_text(tokenizer, labels)
     location = str(location)
     objects = objects_at(location)
     if objects.writable and not objects.is_new():
@@ -206,7 +244,9 @@ def create_store(
     if not hooks or min(hooks.values()) < 1 or sequence_length < 1 or any(not name or "/" in name for name in hooks):
         raise ConfigError("create_store: give at least one hook (a name without /), widths and lengths from 1 on.")
     recipe = Recipe(
-        model=ModelRecipe(name=source, revision="as given", device="unknown", attention="unknown", batch_size=0),
+        model=ModelRecipe(
+            name=model or source, revision="as given", device="unknown", attention="unknown", batch_size=0
+        ),
         corpus=CorpusRecipe(name=source, revision="as given"),
         sequences=SequenceRecipe(length=sequence_length, min_length=1, eval_every=0),
         hooks=tuple(HookRecipe(requested=name, canonical=name, d_model=width) for name, width in hooks.items()),
@@ -216,7 +256,31 @@ def create_store(
     )
     writer = open_writer(location, recipe)
     assert writer is not None
-    return StoreCreation(location, writer)
+    return StoreCreation(location, writer, tokenizer, labels)
+
+
+def check_text(tokenizer: Any, labels: Sequence[str]) -> None:
+    """Raises ConfigError for what cannot name tokens."""
+    if tokenizer is not None and labels:
+        raise ConfigError("create_store: a tokenizer and labels are given. Give one of them.")
+    if isinstance(tokenizer, str | Path):
+        if not (Path(tokenizer) / "tokenizer.json").is_file():
+            raise ConfigError(f"create_store: tokenizer {str(tokenizer)!r} is no folder with a tokenizer.json.")
+    elif tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ConfigError(
+            f"create_store: tokenizer is a {type(tokenizer).__name__}. Give a Hugging Face tokenizer or its folder."
+        )
+    if twice := sorted(label for label, n in Counter(labels).items() if n > 1):
+        raise ConfigError(f"create_store: the label {twice[0]!r} is given twice. Give each token one of its own.")
+
+
+def label_tokenizer(labels: Sequence[str]) -> Any:
+    """A Hugging Face tokenizer whose token i is labels[i], so that readers show labels as they show text."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({label: i for i, label in enumerate(labels)}, unk_token=labels[0])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
 
 
 def _floats(values: Any) -> ndarray:

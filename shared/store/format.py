@@ -19,9 +19,15 @@ from tcsae.shared.base.settings import from_dict, to_dict
 from tcsae.shared.store.codecs import CODECS, parameter_shapes, representation, stored_width
 
 FORMAT = "tcsae-activations"
-VERSION = 2
-"""1: float16 and float32 only, no statistics/<hook>/sums, no checksums_metadata."""
+VERSION, PLAIN_VERSION = 3, 2
+"""1: float16 and float32 only, no statistics/<hook>/sums, no checksums_metadata. 2: no recipe.chat, no roles. A store
+without these is still written as version 2, byte for byte."""
 SPLITS = ("train", "eval")
+PER_TOKEN = ("tokens", "roles")
+"""Arrays of a split with a number for each position; the others have one for each sequence."""
+TOKEN_DTYPES = {"documents": "int64", "roles": "uint8"}
+"""Of the arrays that hold a row a sequence, where it is not int32."""
+MAX_ROLES = 254
 MAX_LENGTH, MAX_TOKENS, MAX_CHUNK_NUMBERS = 1 << 31, 1 << 50, 1 << 33
 """Bounds that no store reaches: of a width, length or number of rows, of a split's tokens, and of a chunk's numbers."""
 HARVESTING, SEALED = "harvesting", "sealed"
@@ -78,6 +84,18 @@ class SequenceRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChatRecipe:
+    """How conversations became text, and whose tokens are marked."""
+
+    template: str
+    """sha256 of the chat template."""
+    roles: tuple[str, ...] = ()
+    """Roles whose tokens the array `roles` marks: 1 for the first of these, 2 for the second, ...; 0 for all others."""
+    spans: tuple[str, ...] = ()
+    """Of each role: "generation" (what the template says the model writes) or "content" (a message's own text)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HookRecipe:
     """One place in the model whose output is stored."""
 
@@ -118,6 +136,18 @@ class Recipe:
     libraries: dict[str, str] = field(default_factory=dict)
     control: ControlRecipe | None = None
     """None: the model as it was trained, over the text as it was written. Then the manifest has no such key."""
+    chat: ChatRecipe | None = None
+    """None: documents are text or token ids, not conversations. Then the manifest has no such key."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that the array `roles` marks; without any there is no such array."""
+        return self.chat.roles if self.chat else ()
+
+    @property
+    def token_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays of a split that hold a row a sequence, but for activations, in their order."""
+        return ("tokens", "lengths", "documents", "starts", *(("roles",) if self.roles else ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +159,7 @@ class Layout:
     chunks_per_shard: int = 1
     """Consecutive chunks of every hook's array that are made together: the unit of the harvest."""
     sequences_per_token_chunk: int = 4096
-    """Of tokens, lengths, documents and starts."""
+    """Of tokens, lengths, documents, starts and roles."""
 
     @property
     def sequences_per_shard(self) -> int:
@@ -141,7 +171,7 @@ class Manifest:
     """Everything needed to trust a store and to make it again."""
 
     format: str = FORMAT
-    version: int = VERSION
+    version: int = PLAIN_VERSION
     state: str
     """"harvesting" until all is written, then "sealed"."""
     recipe: Recipe
@@ -163,11 +193,16 @@ class Manifest:
     digest: str = ""
     """sha256 of this manifest as canonical JSON, with this field blank."""
 
+    def __post_init__(self) -> None:
+        if self.recipe.chat is not None:
+            object.__setattr__(self, "version", max(self.version, VERSION))
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as dictionaries, with its digest filled in."""
         blank = to_dict(dataclasses.replace(self, digest=""))
-        if blank["recipe"]["control"] is None:
-            del blank["recipe"]["control"]  # so that a store without one has the bytes it had before there were any
+        for name in ("control", "chat"):
+            if blank["recipe"][name] is None:
+                del blank["recipe"][name]  # so that a store without one has the bytes it had before there were any
         return blank | {"digest": json_digest(blank)}
 
     def root_metadata(self) -> bytes:
@@ -182,9 +217,8 @@ class Manifest:
         for split in SPLITS:
             n = self.counts[split]["sequences"]
             rows = layout.sequences_per_token_chunk
-            arrays[f"{split}/tokens"] = ((n, length), rows)
-            for name in ("lengths", "documents", "starts"):
-                arrays[f"{split}/{name}"] = ((n,), rows)
+            for name in self.recipe.token_arrays:
+                arrays[f"{split}/{name}"] = ((n, length) if name in PER_TOKEN else (n,), rows)
             codec = self.recipe.codec if split == "train" else "float32"  # or float16: an exact one
             for hook in self.recipe.hooks:
                 shape = (n, length, stored_width(codec, hook.d_model))
@@ -228,7 +262,7 @@ def allowed_dtypes(path: str, codec: str) -> tuple[str, ...]:
     """The dtypes that an array of a store can have, by its path."""
     parts = path.split("/")
     if len(parts) == 2:
-        return ("int64",) if parts[1] == "documents" else ("int32",)
+        return (TOKEN_DTYPES.get(parts[1], "int32"),)
     if parts[0] in SPLITS:
         exact = ("float16", "float32")
         return exact if parts[0] == "eval" and codec not in exact else (representation(codec).dtype.name,)
@@ -245,6 +279,8 @@ def impossible(manifest: Manifest) -> str:
         return f"{len(names)} hooks, {len(set(names))} of them different"
     if recipe.codec not in CODECS:
         return f"recipe.codec {recipe.codec[:40]!r}"
+    if len(set(recipe.roles)) < len(recipe.roles) or len(recipe.roles) > MAX_ROLES:
+        return f"{len(recipe.roles)} roles, {len(set(recipe.roles))} of them different"
     numbers = {
         "layout.sequences_per_chunk": layout.sequences_per_chunk,
         "layout.chunks_per_shard": layout.chunks_per_shard,
@@ -288,7 +324,7 @@ def content_digest(checksums: bytes) -> str:
     return hashlib.sha256(checksums).hexdigest()
 
 
-def statistics_sizes(d_model: int, version: int = VERSION) -> dict[str, int]:
+def statistics_sizes(d_model: int, version: int = PLAIN_VERSION) -> dict[str, int]:
     """The arrays of statistics/<hook>/ and their lengths."""
     sizes = {"mean": d_model, "variance": d_model, "norm_histogram": N_NORM_BINS}
     return sizes | {"sums": n_sums(d_model)} if version > 1 else sizes

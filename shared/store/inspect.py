@@ -20,18 +20,22 @@ from tcsae.shared.store.reader import Store, check_manifest, open_store, read_at
 SHOWN_CHARACTERS = 240
 
 
-def show(location: str, runs_path: Path, n_sequences: int, split: str) -> None:
-    """Print the store at `location`, sealed or unfinished, some of its sequences as text, and the runs."""
+def show(location: str, runs_path: Path, n_sequences: int, split: str, details: bool = False) -> None:
+    """Print the store at `location`, sealed or unfinished, some of its sequences as text, and the runs; with `details`
+    also digests and revisions.
+    """
     objects = objects_at(location)
     values = read_attributes(objects)
     if values is not None and (manifest := check_manifest(location, values)).state != SEALED:
-        _echo([f"Store {location}: unfinished. The same harvest goes on where it stopped.", *_recipe(manifest)])
+        _echo([f"Store {location}: unfinished. The same harvest goes on where it stopped."])
+        _echo(_recipe(manifest, details))
         _echo(_harvested(objects, manifest))
         show_runs(runs_path, "")
         return
     store = open_store(location)
-    _echo([f"Store {location}: sealed, format {store.manifest.version}, content {store.content[:12]}"])
-    _echo(_recipe(store.manifest))
+    content = f", content {store.content[:12]}" if details else ""
+    _echo([f"Store {location}: sealed, format {store.manifest.version}{content}"])
+    _echo(_recipe(store.manifest, details))
     _echo(_contents(store))
     for hook in store.hooks:
         _echo(_hook(store, hook))
@@ -64,13 +68,17 @@ def _run_row(path: Path, content: str) -> list[object]:
     return [path.name, *shape, *(figures.get(key) for key in ("l0", "explained_variance", "ce_loss_score"))]
 
 
-def _recipe(manifest: Manifest) -> Iterator[str]:
+def _recipe(manifest: Manifest, details: bool) -> Iterator[str]:
     """The lines about what was harvested, and how."""
+
+    def revision(text: str) -> str:
+        return f", revision {_short(text)}" if details else ""
+
     model, corpus, sequences = manifest.recipe.model, manifest.recipe.corpus, manifest.recipe.sequences
     hooks = ", ".join(f"{hook.requested} (d_model {hook.d_model})" for hook in manifest.recipe.hooks)
     order = f", shuffled with seed {corpus.seed}" if corpus.seed else ""
-    yield f"  model      {model.name}, revision {_short(model.revision)}, {model.dtype} on {model.device}"
-    yield f"  corpus     {corpus.name}, revision {_short(corpus.revision)}, split {corpus.split}{order}"
+    yield f"  model      {model.name}{revision(model.revision)}, {model.dtype} on {model.device}"
+    yield f"  corpus     {corpus.name}{revision(corpus.revision)}, split {corpus.split}{order}"
     yield (
         f"  sequences  up to {sequences.length} tokens of one document, {'a' if sequences.prepend_bos else 'no'} BOS; "
         + (f"one document in {sequences.eval_every} is eval" if sequences.eval_every else "both splits were given")

@@ -305,3 +305,26 @@ def _fetch(objects: Objects, key: str, file: Path, digests: Digests) -> None:
             raise digests.damaged(key, "is missing: the store is damaged", missing=True) from error
         if digest.hexdigest() != digests.digest(key):
             raise digests.damaged(key, "is damaged: it is not what was written under this name")
+
+
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Names that a model's config has for how many layers there are."""
+
+
+def check_layers(tail: Path) -> None:
+    """Raises StoreError if a tail's config claims more layers than there are tensors: they would all be allocated."""
+    from safetensors import SafetensorError, safe_open
+
+    config, weights = tail / "config.json", tail / "model.safetensors"
+    if not config.is_file() or not weights.is_file():
+        return  # which is what loading it says
+    try:
+        values = json.loads(config.read_bytes())
+        with safe_open(weights, "np") as tensors:
+            n_tensors = len(tensors.keys())
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise StoreError(f"{tail} cannot be loaded as a tail ({error}). Harvest the store again.") from error
+    parts = [values, *values.values()] if isinstance(values, dict) else []
+    claims = [part.get(name) for part in parts if isinstance(part, dict) for name in LAYER_COUNTS]
+    if most := max((n for n in claims if isinstance(n, int) and n > n_tensors), default=0):
+        raise StoreError(f"{config} claims {most:,} layers; its weights are {n_tensors:,} tensors. Harvest again.")

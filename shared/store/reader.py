@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 import zarr
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from numpy import ndarray
 
-from tcsae.shared.base.errors import ConfigError, DeniedError, StoreError, unknown
+from tcsae.shared.base.errors import ConfigError, DeniedError, NoTailError, StoreError, unknown
 from tcsae.shared.store.codecs import representation
+from tcsae.shared.store.dataset import SplitItems, StoreData
 from tcsae.shared.store.format import (
     FORMAT,
     SEALED,
@@ -40,6 +41,7 @@ from tcsae.shared.store.integrity import (
     DamagedError,
     Digests,
     check_count,
+    check_layers,
     checked_folder,
     checksum_rows,
 )
@@ -52,20 +54,18 @@ if TYPE_CHECKING:
 
     from tcsae.shared.store.codecs import Decoder
 
-
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-"""Names that a model's config has for how many layers there are."""
 LARGE_BYTES = 256 << 20
 """A chunk that claims more is held to its file's size before memory is taken for it."""
 
 
-class Split:
+class Split(SplitItems):
     """The sequences of one split, in corpus order.
 
     tokens     int32 [n_sequences, sequence_length]; beyond a sequence's length: the pad id
     lengths    int32 [n_sequences]; valid tokens, left-aligned
     documents  int64 [n_sequences]; number of the document in the corpus
     starts     int32 [n_sequences]; first token of the sequence within its document
+    roles      uint8 [n_sequences, sequence_length]; whose token it is, by number in the recipe's roles, 0: nobody's
     """
 
     def __init__(self, store: "Store", name: str) -> None:
@@ -90,6 +90,16 @@ class Split:
     @cached_property
     def starts(self) -> Int[ndarray, " n_sequences"]:
         return self.store.values(f"{self.name}/starts")
+
+    @cached_property
+    def roles(self) -> UInt8[ndarray, "n_sequences sequence_length"]:
+        """Raises StoreError for a store that has none."""
+        if not self.store.manifest.recipe.roles:
+            raise StoreError(
+                f"{self.store.location} does not say whose tokens are whose. Harvest conversations with "
+                "--chat-template and --roles."
+            )
+        return self.store.values(f"{self.name}/roles")
 
     def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
         """Activations of sequences start..stop-1, float32 whatever they are stored as; zero beyond a length.
@@ -160,7 +170,7 @@ class Split:
             raise StoreError(f"{where}: damaged ({error}). Harvest the store again.") from error
 
 
-class Store:
+class Store(StoreData):
     """A sealed activation store, read-only."""
 
     def __init__(self, objects: Objects, manifest: Manifest) -> None:
@@ -278,13 +288,13 @@ class Store:
     def tail_path(self, hook: str) -> Path:
         """Folder of the tail after `hook`, its files checked; fetched if the store is no local one.
 
-        Raises StoreError, saying why, if the store has none, or if it is damaged.
+        Raises NoTailError, saying why, if the store was sealed without; StoreError if it is damaged.
         """
         tail = self.manifest.tails.get(hook, {"none": "none was saved"})
         if "none" in tail:
-            raise StoreError(f"{self.location} has no tail for {hook}: {tail['none']}")
+            raise NoTailError(f"{self.location} has no tail for {hook}: {tail['none']}")
         folder = self._folder(f"tail/{self.hook(hook)}")
-        _check_layers(folder)
+        check_layers(folder)
         return folder
 
     @property
@@ -300,33 +310,32 @@ class Store:
         return self._folders[prefix]
 
     def n_bytes(self) -> dict[str, int]:
-        """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest."""
+        """Bytes on disk by part: each hook's activations, the tokens, the tails, the rest.
+
+        Raises StoreError, naming it, if an object is missing, or a chunk of a codec without a compressor is not as
+        long as its array says.
+        """
         parts: dict[str, int] = {}
-        for key, n_bytes in object_sizes(self.objects, self.manifest).items():
+        sizes = object_sizes(self.objects, self.manifest)
+        self._check_sizes(sizes)
+        for key, n_bytes in sizes.items():
             pieces = key.split("/")
             hook = len(pieces) > 3 and pieces[1] == "activations"
             part = f"activations {pieces[2]}" if hook else pieces[0] if len(pieces) > 1 else "metadata"
             parts[part] = parts.get(part, 0) + n_bytes
         return parts
 
-
-def _check_layers(tail: Path) -> None:
-    """Raises StoreError if a tail's config claims more layers than there are tensors: they would all be allocated."""
-    from safetensors import SafetensorError, safe_open
-
-    config, weights = tail / "config.json", tail / "model.safetensors"
-    if not config.is_file() or not weights.is_file():
-        return  # which is what loading it says
-    try:
-        values = json.loads(config.read_bytes())
-        with safe_open(weights, "np") as tensors:
-            n_tensors = len(tensors.keys())
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise StoreError(f"{tail} cannot be loaded as a tail ({error}). Harvest the store again.") from error
-    parts = [values, *values.values()] if isinstance(values, dict) else []
-    claims = [part.get(name) for part in parts if isinstance(part, dict) for name in LAYER_COUNTS]
-    if most := max((n for n in claims if isinstance(n, int) and n > n_tensors), default=0):
-        raise StoreError(f"{config} claims {most:,} layers; its weights are {n_tensors:,} tensors. Harvest again.")
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        expected: dict[str, int] = {}
+        for path in self.manifest.arrays():
+            if is_plain(array := self.array(path)):
+                expected[path] = int(np.prod(array.chunks, dtype=object)) * array.dtype.itemsize + CRC_BYTES
+        for key in self.manifest.objects():
+            if key not in sizes:
+                raise self.digests.damaged(key, "is missing: the store is damaged", missing=True)
+            path, is_chunk, _ = key.partition("/c/")
+            if is_chunk and sizes[key] != expected.get(path, sizes[key]):
+                raise self.digests.damaged(key, f"is damaged: it is not {expected[path]} bytes long")
 
 
 def open_store(location: str | Path) -> Store:
@@ -345,6 +354,9 @@ def open_store(location: str | Path) -> Store:
         raise StoreError(unfinished(location, manifest))
     check_count(objects, manifest)
     return Store(objects, manifest)
+
+
+Store.reopen = staticmethod(open_store)
 
 
 def unfinished(location: str, manifest: Manifest) -> str:

@@ -137,6 +137,9 @@ def _split(split: Split) -> Iterator[str]:
         yield f"{where}/documents: {len(np.unique(documents)):,}, the manifest says {split.n_documents:,}"
     if (split.starts < 0).any() or (np.diff(split.starts)[same] <= 0).any():
         yield f"{where}/starts: a start is negative, or not after the one before it in its document"
+    names = split.store.manifest.recipe.roles
+    if names and ((split.roles > len(names)).any() or split.roles[~valid].any()):
+        yield f"{where}/roles: a number is above {len(names)}, or not 0 beyond a length"
     for hook in split.store.hooks:
         yield from _activations(split, hook, valid)
 

@@ -7,7 +7,7 @@ written only after the bytes that it speaks of are on disk.
 """
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 
 from tcsae.shared.base.errors import DataError, StoreError
@@ -24,8 +24,10 @@ from tcsae.shared.store.arrays import CodecRecord, StoreArrays
 from tcsae.shared.store.codecs import FIT_TOKENS
 from tcsae.shared.store.format import (
     HARVESTING,
+    PER_TOKEN,
     SEALED,
     SPLITS,
+    TOKEN_DTYPES,
     Chunk,
     HookRecipe,
     Layout,
@@ -82,6 +84,28 @@ class Rows:
     lengths: Int[ndarray, " n"]
     documents: Int[ndarray, " n"]
     starts: Int[ndarray, " n"]
+    roles: UInt8[ndarray, "n sequence_length"] | None = None
+    """Of a store whose recipe names roles."""
+
+    def arrays(self) -> dict[str, ndarray]:
+        """Name -> rows of every array that is given."""
+        return {name: values for name, values in vars(self).items() if values is not None}
+
+    def part(self, which: slice) -> "Rows":
+        """Some of the sequences."""
+        return Rows(**{name: values[which] for name, values in self.arrays().items()})
+
+    @staticmethod
+    def joined(parts: "Sequence[Rows]") -> "Rows":
+        """The sequences of all parts, which give the same arrays."""
+        return Rows(**{name: np.concatenate([one.arrays()[name] for one in parts]) for name in parts[0].arrays()})
+
+    @staticmethod
+    def none(recipe: Recipe) -> "Rows":
+        """No sequence at all."""
+        length = recipe.sequences.length
+        shapes = {name: (0, length) if name in PER_TOKEN else (0,) for name in recipe.token_arrays}
+        return Rows(**{name: np.zeros(shape, TOKEN_DTYPES.get(name, "int32")) for name, shape in shapes.items()})
 
 
 class StoreWriter:
@@ -101,13 +125,20 @@ class StoreWriter:
         self._lengths: dict[tuple[str, int], ndarray] = {}
         """By split and number of the chunk: a shard reads what it needs, not the whole split's."""
         self.codec = CodecRecord(manifest.recipe, objects, self._arrays, self._journal)
-        if not shared:
-            objects.sweep()
-            if not objects.has(ROOT):
-                objects.put(ROOT, manifest.root_metadata())
-            clear_for_extension(self._journal, objects)
-        self._retained = Retained(self._journal)
-        self._load_plan()
+        try:
+            if not shared:
+                self._begin()
+            self._retained = Retained(self._journal)
+            self._load_plan()
+        except BaseException:
+            self._journal.release()
+            raise
+
+    def _begin(self) -> None:
+        self.objects.sweep()
+        if not self.objects.has(ROOT):
+            self.objects.put(ROOT, self.manifest.root_metadata())
+        clear_for_extension(self._journal, self.objects)
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -134,7 +165,8 @@ class StoreWriter:
         for split in SPLITS:
             start = before[split]
             after[split] = stop = start + len(rows[split].lengths)
-            for name, values in vars(rows[split]).items():
+            assert tuple(rows[split].arrays()) == self.manifest.recipe.token_arrays, "roles as the recipe says"
+            for name, values in rows[split].arrays().items():
                 array = self._arrays.tokens(split, name)
                 array.resize((stop, *array.shape[1:]))
                 if stop > start:
@@ -147,9 +179,7 @@ class StoreWriter:
     def finish_sequences(self, counts: dict[str, Any]) -> None:
         """End phase 1: `counts` has, per split, n sequences, tokens and documents, and whatever was left out."""
         if self.progress.get("n_sequences") is None:
-            empty = np.zeros((0, self.manifest.recipe.sequences.length), np.int32)
-            rows = Rows(empty, np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
-            self.commit(dict.fromkeys(SPLITS, rows), {})
+            self.commit(dict.fromkeys(SPLITS, Rows.none(self.manifest.recipe)), {})
         for split in SPLITS:
             assert self.progress["n_sequences"][split] == counts[split]["sequences"], "counts in = counts out"
         self._journal.write(PLAN, {"counts": counts})
@@ -281,9 +311,11 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock; after the seal, also remove journal and lock file."""
-        if self.manifest.state == SEALED:
-            remove_traces(self.objects)
-        self._journal.release()
+        try:
+            if self.manifest.state == SEALED:
+                remove_traces(self.objects)
+        finally:
+            self._journal.release()
 
     # Within
 
@@ -408,11 +440,23 @@ def _begun(objects: Objects, recipe: Recipe, layout: Layout | None) -> Manifest 
     differing = differences(manifest.recipe, recipe)
     usable = manifest.state == SEALED and all(one.startswith("libraries.") for one in differing)
     if differing and not usable:  # other versions than it was written with can read it
-        raise StoreError(
-            f"{location} was harvested otherwise ({'; '.join(differing)}). Use --fresh to start anew, or another "
-            "--store."
-        )
+        raise StoreError(_otherwise(location, manifest.recipe, recipe, differing))
     return None if manifest.state == SEALED else manifest
+
+
+def _otherwise(location: str, stored: Recipe, asked: Recipe, differing: list[str]) -> str:
+    """Why a store cannot become that of another recipe, and the cures, the one that deletes nothing first."""
+    theirs, ours = ([hook.requested for hook in recipe.hooks] for recipe in (stored, asked))
+    if all(one.startswith(("hooks.", "libraries.")) for one in differing):
+        both = " ".join(f"--hook {name}" for name in dict.fromkeys(theirs + ours))
+        return (
+            f"{location} holds {', '.join(theirs)}, not {', '.join(ours)}. A store is extended by --tokens, not by "
+            f"hooks. Give another --store for these, or harvest all in one pass with --fresh {both}."
+        )
+    return (
+        f"{location} was harvested otherwise ({'; '.join(differing)}). Give another --store, or delete this one with "
+        "--fresh."
+    )
 
 
 def _has_traces(objects: Objects) -> bool:

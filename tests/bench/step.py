@@ -23,7 +23,7 @@ from tcsae.train.trainer import Trainer
 N, D_MODEL, K, LENGTH = 4096, 512, 32, 16
 
 
-def batches(n_batches: int = 4) -> list[Batch]:
+def batches(n_batches: int = 4, length: int = LENGTH) -> list[Batch]:
     """Sparse mixtures with slow factors, as a language model's activations have structure."""
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(2048, D_MODEL, generator=generator), dim=1)
@@ -34,9 +34,9 @@ def batches(n_batches: int = 4) -> list[Batch]:
             1, torch.randint(0, 2048, (N, 24), generator=generator), torch.rand(N, 24, generator=generator) * 2
         )
         x = code @ directions + 0.02 * torch.randn(N, D_MODEL, generator=generator)
-        n_segments = N // LENGTH
+        n_segments = N // length
         found.append(
-            Batch(x, np.full(n_segments, LENGTH), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
+            Batch(x, np.full(n_segments, length), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
         )
     return found
 
@@ -44,7 +44,7 @@ def batches(n_batches: int = 4) -> list[Batch]:
 def ours(name: str, data: list[Batch], *settings: str) -> tuple[Callable[[], int], Trainer]:
     """A step of a preset's trainer, in the middle of a long run."""
     config = with_settings(
-        preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={LENGTH}", *settings]
+        preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={data[0].lengths[0]}", *settings]
     )
     trainer = Trainer(config, data[0].x)
     state = {"i": 0}
@@ -97,6 +97,12 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     }
     for name, (chosen, settings) in plain.items():
         found[name], _ = ours(chosen, data, width, *settings)
+    whole = batches(length=128)
+    for kind in ("local", "direction"):
+        settings = ("temporal.weight=1", f"temporal.kind={kind}")
+        found[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
+    pairs = batches(length=2)
+    found["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
     found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
     with torch.no_grad():
         dead = torch.arange(d_sae) % 10 == 0
@@ -143,6 +149,9 @@ def main() -> None:
     for name in ("topk", "relu-l1, dense code"):
         if name in chosen and f"{name} + eq. 3" in chosen:
             print(f"eq. 3 on {name}: {times.ratio(f'{name} + eq. 3', name)}")
+    for name in found:
+        if name.startswith("topk + ") and name in chosen and "topk" in chosen:
+            print(f"{name}, to topk: {times.ratio(name, 'topk')}")
     report("step", times, base=bases[0], d_sae=arguments.d_sae, malloc=arguments.malloc)
 
 

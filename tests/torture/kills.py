@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stages import CRASHED, HUNG, Child, Ended, Stage, Workshop, run
 
-LEFT_OVER = (".partial", ".lock", "lock", "journal")
+LEFT_OVER = (".partial", ".lock", "journal", "copy.json")
 
 
 def trials(workshop: Workshop, rng: random.Random, n: int) -> Iterator[tuple[str, str, str]]:
@@ -60,4 +60,4 @@ def finish(workshop: Workshop, stage: Stage, told: str) -> tuple[str, str]:
 
 def left_over(place: Path) -> list[str]:
     """What only an unfinished stage has."""
-    return [path.name for path in place.rglob("*") if path.name.endswith(".partial")]
+    return [path.name for path in place.rglob("*") if path.name.endswith(LEFT_OVER)]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tcsae.shared.base.device import sum_dtype, to_device
 from tcsae.shared.base.windows import n_windows, pair_weights
 from tcsae.shared.sae.ops import Code, pair_differences, square_norms
 from tcsae.train.batch import Batch
@@ -29,8 +30,11 @@ def pairs_of(batch: Batch, window: int, lags: range = range(1, 2)) -> list[Pairs
     """The batch's pairs at these lags, weighted for a mean over the whole batch's windows and the pairs within one."""
     per_window = sum(window - lag for lag in lags)
     total = max(1, int(n_windows(batch.all.lengths, window).sum()) * per_window)
-    # float64, as the differences are summed in it.
-    return [Pairs(lag, torch.from_numpy(pair_weights(batch.lengths, window, lag) / total)) for lag in lags]
+    device, pairs = batch.x.device, []
+    for lag in lags:
+        weights = torch.from_numpy(pair_weights(batch.lengths, window, lag) / total)
+        pairs.append(Pairs(lag, to_device(weights.to(sum_dtype(device)), device)))
+    return pairs
 
 
 def mean_difference(code: Code, pairs: list[Pairs]) -> Float[Tensor, ""]:

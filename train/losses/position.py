@@ -21,6 +21,10 @@ class PositionPenalty:
         self.sums = torch.zeros(n_positions, d, device=device)
         self.counts = torch.zeros(n_positions, device=device)
 
+    def means(self) -> Float[Tensor, "n_positions d"]:
+        """The mean code at each position; 0 where none has been seen."""
+        return self.sums / self.counts.clamp(min=1)[:, None]
+
     def __call__(self, code: Code, batch: Batch) -> Float[Tensor, ""]:
         """The penalty at weight 1, this process's share; takes the batch into the means."""
         position = batch.positions()
@@ -28,11 +32,13 @@ class PositionPenalty:
         decay = MEANS_DECAY if batch.group.is_first else 0.0
         new = group_sums(code, position, len(self.counts)).to(self.sums.dtype)
         self.sums.copy_(batch.group.sum_(self.sums * decay + new))
-        n_new = torch.bincount(position, minlength=len(self.counts))
+        # A bincount would wait for a GPU.
+        n_new = torch.zeros_like(self.counts).index_add_(
+            0, position, torch.ones_like(position, dtype=self.counts.dtype)
+        )
         self.counts.copy_(batch.group.sum_(self.counts * decay + n_new))
         total = self.counts.sum().clamp(min=1)
-        means = self.sums / self.counts.clamp(min=1)[:, None]
-        off = torch.where(self.counts[:, None] > 0, means - self.sums.sum(0) / total, 0.0)
+        off = torch.where(self.counts[:, None] > 0, self.means() - self.sums.sum(0) / total, 0.0)
         value = (self.counts / total) @ off.square().sum(1)
         slope = group_dot(code, (2 / batch.n_whole) * off, position)
         return batch.group.share(value) + slope - slope.detach()

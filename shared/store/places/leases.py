@@ -6,6 +6,7 @@ renewing, and after LEASE_S anybody may take its place. That is judged by the ob
 should agree within some seconds.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -86,15 +87,20 @@ class Lease(Lock):
         lease = cls(objects, name, shared)
         if not lease._create(force):
             return None
-        others = [one for one in alive(objects, name) if one.token != lease._token]
-        against = [one for one in others if not shared or one.key == name]
-        if against and not force:
-            objects.delete([lease._key])
-            return None
-        if not shared:  # of the dead, and of those that --force declares dead
-            objects.delete(list(objects.listed(f"{name}s")))
-        elif against:
-            objects.delete([name])
+        try:
+            others = [one for one in alive(objects, name) if one.token != lease._token]
+            against = [one for one in others if not shared or one.key == name]
+            if against and not force:
+                objects.delete([lease._key])
+                return None
+            if not shared:  # of the dead, and of those that --force declares dead
+                objects.delete(list(objects.listed(f"{name}s")))
+            elif against:
+                objects.delete([name])
+        except BaseException:
+            with contextlib.suppress(StoreError):  # else it runs out
+                objects.delete([lease._key])
+            raise
         lease._thread.start()
         return lease
 

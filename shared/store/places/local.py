@@ -14,7 +14,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.base.files import disk_errors, files_below, remove_folder, sweep_partials, write_atomic
+from tcsae.shared.base.files import disk_errors, files_below, is_at, remove_folder, sweep_partials, write_atomic
 from tcsae.shared.store.places.base import BLOCK_BYTES, Lock, Objects
 
 NOT_AN_OBJECT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -109,7 +109,7 @@ class LocalObjects(Objects):
 
     def _put(self, key: str, data: bytes) -> None:
         with disk_errors(self._root / key, StoreError):
-            write_atomic(self._root / key, data)
+            write_atomic(self._root / key, data, sweep=False)  # `sweep` goes over all, once
 
     def _delete(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -171,7 +171,7 @@ class FileLock(Lock):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
             try:
                 fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                if not _is_at(descriptor, path):
+                if not is_at(descriptor, path):
                     os.close(descriptor)  # its holder has deleted it in between: the lock is another file by now
                     continue
             except BlockingIOError:
@@ -217,14 +217,6 @@ class FileLock(Lock):
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             raise StoreError("Another process took the store's lock just now. Start again when it is done.") from error
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _write_holder(descriptor: int) -> None:

@@ -1,0 +1,1 @@
+"""Trained SAEs and their features in the forms of other tools."""

@@ -1,0 +1,203 @@
+"""docs/results/methods.md: the rates tried, the table, the frontier, a paragraph a method."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tcsae.paper.arms import Arm
+from tcsae.paper.methods import METHODS, N_TOKENS, RATES, Method, table_arm
+from tcsae.paper.page import STYLE, PageContext, rendered
+from tcsae.paper.results import Results, value_of
+from tcsae.paper.sections import difference, markdown, number
+from tcsae.shared.base.files import whole_file, write_atomic, write_json
+from tcsae.shared.sae.folder import writing
+
+PAGE, DATA, PICTURE = "methods.md", "methods.json", "methods.svg"
+CURE = "Free some space, or give another --out."
+
+
+class Column(NamedTuple):
+    heading: str
+    digits: int
+
+
+COLUMNS = {
+    "explained_variance": Column("EV", 4),
+    "delta_ce": Column("delta CE, nats", 4),
+    "l0": Column("L0", 1),
+    "l0_total": Column("L0 with predicted", 0),
+    "alive": Column("alive", 0),
+    "slowness_to_x": Column("relative change", 3),
+    "rho_1_within": Column("rho(1)", 3),
+    "rho_1_within_median": Column("rho(1), median latent", 4),
+    "rho_8_within": Column("rho(8)", 4),
+    "jaccard_corrected": Column("Jaccard", 3),
+    "boundary_auc": Column("join AUC", 3),
+    "position_share": Column("position share", 4),
+    "probe_document": Column("probe: document", 3),
+    "probe_token": Column("probe: token", 3),
+    "probe_position": Column("probe: position", 3),
+}
+PAIRED = ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected", "position_share")
+"""Figures whose difference to the twin is shown."""
+BOUGHT = ("rho_1_within", "rho_8_within", "jaccard_corrected")
+"""What a temporal method is for."""
+
+
+class Chosen(NamedTuple):
+    """A method's learning rate, and the explained variance that each rate tried has on the *choose* half."""
+
+    rate: float
+    tried: dict[float, float]
+
+
+def figure(evaluation: Mapping[str, Any], name: str) -> float:
+    """A column's figure of one evaluation; NaN where it was not measured."""
+    metrics = evaluation["metrics"]
+    if name == "delta_ce":
+        pair = [metrics.get(f"ce_loss_{one}_sae") for one in ("with", "without")]
+        return math.nan if None in pair else pair[0] - pair[1]
+    if name == "alive":
+        return evaluation["sae"]["d_sae"] * (1 - metrics["dead_fraction"])
+    if name == "l0_total":
+        return metrics.get("l0_total", math.nan)
+    return value_of(dict(evaluation), name)
+
+
+def mean(results: Results, arm: Arm, name: str) -> float:
+    return float(np.mean([figure(one, name) for one in results.evaluations[arm]]))
+
+
+def write_methods(
+    out: Path, results: Results, chosen: Mapping[str, Chosen], made: PageContext, methods: Sequence[Method] = METHODS
+) -> Path:
+    """The page, its figure and its numbers as JSON, in the folder `out`; returns the page."""
+    arms = {method.name: table_arm(method, chosen[method.name].rate) for method in methods}
+    twins = {method.name: method.twin for method in methods}
+    text = rendered(
+        "methods.md.j2",
+        command=made.command,
+        quick=made.quick,
+        about=_about(made),
+        rates=_rates(chosen, methods),
+        table=_table(results, arms, twins),
+        shuffled=_shuffled(results, arms, chosen, methods),
+        paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
+        columns=[f"{column.heading}: `{name}`" for name, column in COLUMNS.items()],
+        picture=PICTURE,
+        n_tokens=f"{N_TOKENS:,}",
+        multiples=", ".join(f"{one:g}" for one in RATES),
+    )
+    with writing(out, CURE):
+        out.mkdir(parents=True, exist_ok=True)
+        _draw(results, arms, out / PICTURE)
+        write_json(out / DATA, _data(results, arms, chosen, twins))
+        write_atomic(out / PAGE, text.encode())
+    return out / PAGE
+
+
+def _about(made: PageContext) -> str:
+    store = next(iter(made.stores.values()))
+    recipe, counts = store.manifest.recipe, store.manifest.counts
+    return (
+        f"{recipe.model.name}, {store.hook()}, width {store.d_model(store.hook())}; {recipe.corpus.name}, "
+        f"{counts['train']['tokens']:,} train tokens; figures of half of {counts['eval']['tokens']:,} eval tokens."
+    )
+
+
+def _rates(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
+    rows = []
+    for method in methods:
+        if not method.smooth:
+            rate, tried = chosen[method.name]
+            cells = [f"{one:g}: {number(value, 4)}" for one, value in tried.items()]
+            rows.append([method.name, f"{rate:g}", "; ".join(cells)])
+    return markdown(["method", "chosen", "rate: explained variance on the choose half"], rows)
+
+
+def _table(results: Results, arms: Mapping[str, Arm], twins: Mapping[str, str]) -> str:
+    rows = [[name, *(_cell(results, arms[name], arms[twins[name]], column) for column in COLUMNS)] for name in arms]
+    return markdown(["", *(column.heading for column in COLUMNS.values())], rows)
+
+
+def _cell(results: Results, arm: Arm, twin: Arm, column: str) -> str:
+    text = number(mean(results, arm, column), COLUMNS[column].digits)
+    if column not in PAIRED or twin == arm:
+        return text
+    return f"{text} ({difference(results.gain(arm, twin, column), COLUMNS[column].digits)})"
+
+
+def _shuffled(
+    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], methods: Sequence[Method]
+) -> str:
+    """What of each gain the shuffled twin has as well."""
+    rows = []
+    for method in methods:
+        if method.shuffled is not None:
+            control = table_arm(method, chosen[method.name].rate, shuffled=True)
+            cells = [
+                f"{number(_gain(results, arms[method.name], arms[method.twin], name), 4)} / "
+                f"{number(_gain(results, control, arms[method.twin], name), 4)}"
+                for name in ("explained_variance", *BOUGHT)
+            ]
+            rows.append([method.name, *cells])
+    headings = [COLUMNS[name].heading for name in ("explained_variance", *BOUGHT)]
+    return markdown(["gain over its twin: in order / shuffled", *headings], rows)
+
+
+def _gain(results: Results, arm: Arm, twin: Arm, name: str) -> float:
+    return mean(results, arm, name) - mean(results, twin, name)
+
+
+def _paragraph(results: Results, method: Method, arms: Mapping[str, Arm]) -> str:
+    arm, twin = arms[method.name], arms[method.twin]
+    ev, ce = (_gain(results, arm, twin, name) for name in ("explained_variance", "delta_ce"))
+    bought = ", ".join(f"{COLUMNS[name].heading} {_gain(results, arm, twin, name):+.3f}" for name in BOUGHT)
+    cost = f"Against {method.twin}: EV {ev:+.4f}, delta CE {ce:+.4f} nats; {bought}."
+    return f"**{method.name}**. {method.about} {cost}"
+
+
+def _draw(results: Results, arms: Mapping[str, Arm], path: Path) -> None:
+    """Explained variance against what it buys, a point a method."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(11, 5), layout="constrained")
+        for axes, name in zip(drawing.subplots(1, 2), ("rho_1_within", "boundary_auc"), strict=True):
+            for position, label in enumerate(arms, start=1):
+                x, y = mean(results, arms[label], "explained_variance"), mean(results, arms[label], name)
+                axes.scatter(x, y, s=18, label=f"{position} {label}")
+                axes.annotate(str(position), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)
+        handles, labels = drawing.axes[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
+        with whole_file(path) as partial:
+            drawing.savefig(partial, format="svg", metadata={"Date": None})
+
+
+def _data(
+    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], twins: Mapping[str, str]
+) -> dict[str, Any]:
+    rows = []
+    for name, arm in arms.items():
+        evaluations, twin = results.evaluations[arm], arms[twins[name]]
+        row: dict[str, Any] = {
+            "method": name,
+            "preset": arm.preset,
+            "rate": chosen[name].rate,
+            "runs": [one["name"] for one in evaluations],
+            "values": {column: [_finite(figure(one, column)) for one in evaluations] for column in COLUMNS},
+        }
+        if twin != arm:
+            row["minus"] = twins[name]
+            row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
+        rows.append(row)
+    return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,80 @@
+"""The commands' lines in `tcsae --help`, and the titles of their options. Options that no title names come last."""
+
+from collections.abc import Mapping, Sequence
+
+GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "harvest": {
+        "Model": ["--model", "--revision", "--trust-remote-code", "--hook", "--prepend-bos", "--control"],
+        "Text": [
+            "--dataset",
+            "--dataset-revision",
+            "--dataset-config",
+            "--split",
+            "--text-field",
+            "--tokens-field",
+            "--tokens",
+            "--sequences",
+            "--sequence-length",
+            "--min-length",
+            "--eval-every",
+            "--seed",
+            "--exact",
+        ],
+        "Storage": ["--codec", "--codec-error", "--fresh", "--force", "--dry-run"],
+        "Machine": ["--device", "--lm-dtype", "--batch-size"],
+    },
+    "train": {
+        "What to train": ["--preset", "--set", "--sweep", "--config", "--steps", "--seed", "--init-from"],
+        "How": ["--device", "--tracker", "--dry-run", "--fresh"],
+    },
+    "eval": {
+        "What to score": ["--run", "--documents", "--smooth", "--baselines", "--temporal", "--skip-first", "--splice"],
+        "What to print": ["--details", "--compare", "--with", "--json"],
+        "How": ["--force"],
+    },
+    "compare": {
+        "What to compare": ["--run", "--with"],
+        "What to print": ["--details", "--json"],
+    },
+    "paper": {
+        "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
+    "probe": {
+        "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
+        "What to print": ["--details", "--json"],
+    },
+    "synthetic": {
+        "What to plant": ["--size", "--tokens", "--seed", "--still", "--set", "--list"],
+        "How": ["--fresh"],
+    },
+    "planted": {
+        "What to run": ["--quick"],
+        "Folders": ["--work", "--out"],
+    },
+    "methods": {
+        "What to run": ["--quick", "--model", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
+}
+
+LINES = {
+    "harvest": "Run a language model over text, store its activations",
+    "synthetic": "Plant known features in a store, to see what is found",
+    "train": "Train sparse autoencoders from the store",
+    "eval": "Score them on the eval split, without the language model",
+    "probe": "Probe latents with labels that text and corpus give",
+    "compare": "Compare a run with others on the same documents",
+    "report": "Write pages with results and every feature",
+    "feature": "Show one feature in the terminal",
+    "presets": "List the presets of train",
+    "inspect": "Show what the store and the runs hold",
+    "verify": "Check every byte of the store",
+    "copy": "Copy the store to another place or codec",
+    "export": "Write an SAE in another library's format",
+    "paper": "Reproduce the paper and test its claim",
+    "methods": "Train every temporal method, print one table",
+    "planted": "See which planted features are recovered, by whom",
+    "completion": "Print the completion script of a shell",
+}
+"""At most 57 characters: a line of 80 columns holds them whole."""

@@ -1,0 +1,1 @@
+"""Trained SAEs and stores on the Hugging Face Hub."""

@@ -1,0 +1,165 @@
+"""Promise: a temporal crosscoder is an SAE of windows: trained on windows that cross no sequence, read out on all."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import textbook
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tcsae
+from tcsae.evaluate.measures.smoothing import check_smoothing, parse_smoothing
+from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.base.windows import tiles
+from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.crosscoder import read_out
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.train.batch import Batch
+from tcsae.train.presets import preset
+from tcsae.train.trainer import Trainer
+
+D, LENGTH = 6, 10
+lengths_lists = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def make_sae(window: int, activation: str = "topk", seed: int = 0) -> SparseAutoencoder:
+    sae = SparseAutoencoder(SaeConfig(d_model=D, d_sae=20, k=3, activation=activation, window=window))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        parameter.data.normal_(generator=generator)
+    if sae.threshold is not None:
+        sae.threshold.data.fill_(0.5)
+    return sae.eval()
+
+
+@given(lengths_lists, st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_tiles_are_the_windows_of_each_run(lengths, window, stride, offset):
+    first, counts = tiles(np.array(lengths), window, stride, offset)
+    expected, start = [], 0
+    for length in lengths:
+        expected.append([start + at for at in range(offset, length - window + 1, stride)])
+        start += length
+    assert first.tolist() == list(itertools.chain(*expected))
+    assert counts.tolist() == [len(one) for one in expected]
+
+
+@given(lengths_lists, st.integers(1, 4), st.sampled_from(["topk", "relu", "jumprelu", "gelu"]))
+def test_read_out_is_the_mean_over_the_windows_of_a_token(lengths, window, activation):
+    sae = make_sae(window, activation)
+    x = torch.randn(sum(lengths), D, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x_hat, code = read_out(sae, x, np.array(lengths))
+        start = 0
+        for length in lengths:
+            sums, n = torch.zeros(length, D), torch.zeros(length, 1)
+            codes = torch.zeros(length, 20)
+            for at in range(length - window + 1):
+                window_code = sae.encode(x[start + at : start + at + window].flatten())
+                sums[at : at + window] += sae.decode(window_code).view(window, D)
+                n[at : at + window] += 1
+                codes[at + window - 1] = window_code
+                if at == 0:
+                    codes[:window] = window_code
+            expected = sums / n if length >= window else sae.b_dec.view(window, D).mean(0).expand(length, D)
+            torch.testing.assert_close(x_hat[start : start + length], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(code.dense()[start : start + length], codes, atol=1e-5, rtol=1e-5)
+            start += length
+
+
+def batch_of(lengths: list[int], x: torch.Tensor) -> Batch:
+    n = len(lengths)
+    return Batch(x, np.array(lengths), np.arange(n), np.arange(n))
+
+
+def trainer_of(window: int, x: torch.Tensor, *more: str) -> Trainer:
+    settings = ["sae.d_sae=20", "sae.k=3", f"sae.window={window}", "data.segment_length=8", *more]
+    config = with_settings(preset("topk", D), settings)
+    return Trainer(config, x[: len(x) // window * window].view(-1, window * D))
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+@pytest.mark.parametrize("temporal", [(), ("temporal.weight=0.5", "temporal.window=2")])
+def test_a_step_is_that_of_an_sae_on_the_windows(window, temporal):
+    lengths = [8, 3, 7, 8]
+    x = torch.randn(sum(lengths), D, generator=torch.Generator().manual_seed(0))
+    trainer = trainer_of(window, x, *temporal)
+    offset = trainer.step_seed() % window
+    rows = [x[at : at + window].flatten() for at in tiles(np.array(lengths), window, window, offset)[0]]
+    counts = tiles(np.array(lengths), window, window, offset)[1]
+    by_hand = Batch(torch.stack(rows), counts, np.zeros(4, np.int64), np.arange(4))
+    expected = textbook.step(trainer_of(window, x, *temporal), by_hand)
+    result = trainer.gradients(batch_of(lengths, x))
+    for name, value in expected.losses.items():
+        assert float(result.losses[name]) == pytest.approx(value, rel=1e-5)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(dict(trainer.sae.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_are_those_of_the_windows_first_tokens():
+    batch = Batch(torch.arange(15.0)[:, None], np.array([7, 8]), np.array([1, 9]), np.array([0, 1])).windows(3, 1)
+    assert batch.x.tolist() == [[1, 2, 3], [4, 5, 6], [8, 9, 10], [11, 12, 13]]
+    assert batch.positions().tolist() == [2, 5, 10, 13]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("crosscoder") / "a.zarr"
+    rng = np.random.default_rng(0)
+    with tcsae.create_store(path, hooks={"h": D}, sequence_length=LENGTH, codec="float32") as new:
+        for split, n in (("train", 120), ("eval", 20)):
+            x, lengths = rng.normal(size=(n, LENGTH, D)).astype("f4"), rng.integers(2, LENGTH + 1, n)
+            new.append(split, {"h": x}, lengths=lengths)
+    return str(path)
+
+
+SMALL = ["sae.d_sae=24", "sae.k=6", "steps=6", "data.n_segments=16", "data.segment_length=8", "log_every=2"]
+
+
+def tcsae_command(store: str, runs, *arguments: str):
+    return CliRunner().invoke(cli, ["--store", store, "--runs", str(runs), *arguments])
+
+
+def test_it_is_trained_beside_others_resumed_and_evaluated(store, tmp_path):
+    settings = [f"--set={one}" for one in SMALL]
+    both = ["--preset=topk", "--preset=crosscoder-3"]
+    done = tcsae_command(store, tmp_path / "a", "train", *both, *settings, "eval")
+    assert done.exit_code == 0, done.output
+    sae = tcsae.load_sae(next((tmp_path / "a").glob("crosscoder-3*")))
+    assert sae.config.window == 3
+    assert sae.W_dec.shape == (24, 3 * D)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    evaluation = json.loads(next((tmp_path / "a").glob("crosscoder-3*/eval.json")).read_text())
+    assert 0 < evaluation["metrics"]["l0"] <= 6
+    config = json.loads(next((tmp_path / "a").glob("crosscoder-3*/cfg.json")).read_text())
+    assert (config["architecture"], config["d_in"]) == ("topk-crosscoder-3", 3 * D)
+    alone = tcsae_command(store, tmp_path / "b", "train", "--preset=crosscoder-3", *settings)
+    assert alone.exit_code == 0, alone.output
+    weights = [next((tmp_path / name).glob("crosscoder-3*/*.safetensors")).read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--set=sae.window=9"], "data.segment_length=8 holds no window of sae.window=9"),
+        (["train", "--set=sae.window=0"], "sae.window=0: must be at least 1"),
+        (["train", "--set=sae.window=8", "--set=data.skip_first=3"], "sae.window=8 positions a code; the longest"),
+        (["train", "--set=sae.window=2", "--set=sae.layer_norm=in", "--set=init.input_scale=none"], "no layer norm"),
+        (["train", "--preset=temporal-topk", "--set=sae.window=6"], "takes 2 consecutive positions"),
+    ],
+)
+def test_what_holds_no_window_is_refused(store, tmp_path, arguments, words):
+    done = tcsae_command(store, tmp_path, arguments[0], *[f"--set={one}" for one in SMALL], *arguments[1:])
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_its_codes_are_not_smoothed():
+    with pytest.raises(ConfigError, match="with sae.window=2 a code is of several"):
+        check_smoothing(parse_smoothing("ema=0.3"), make_sae(2).config)

@@ -1,0 +1,65 @@
+"""Promise: `eval --documents choose` and `report` count two halves of the documents, which share none and miss none."""
+
+import json
+
+import numpy as np
+import pytest
+import toy_eval as toy
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcsae.evaluate.halves import half, in_choose
+from tcsae.shared.commands.group import cli
+from tcsae.shared.store.reader import open_store
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40))
+def test_a_document_is_of_one_half_wherever_it_stands(documents):
+    alone = [bool(in_choose(np.array([one]))[0]) for one in documents]
+    assert in_choose(np.array(documents)).tolist() == alone
+
+
+def test_about_half_are_of_each():
+    assert 450 < in_choose(np.arange(1000)).sum() < 550
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("halves")
+    store = toy.write_store(path / "a.zarr", toy.make_model(), {"train": 30, "eval": 40})
+    toy.make_run(path / "runs", "run", toy.make_sae(), store)
+    return path
+
+
+def evaluation(place, *arguments: str) -> dict:
+    arguments = ("--store", str(place / "a.zarr"), "--runs", str(place / "runs"), "eval", *arguments)
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    return json.loads((place / "runs" / "run" / "eval.json").read_text())
+
+
+def test_the_halves_add_up_to_the_whole(place):
+    whole = evaluation(place)
+    halves = [evaluation(place, "--documents", one) for one in ("choose", "report")]
+    assert "documents" not in whole["options"]
+    assert [one["options"]["documents"] for one in halves] == ["choose", "report"]
+    for name in ("n_tokens", "n_tokens_skipped", "n_documents", "n_predictions"):
+        assert sum(one[name] for one in halves) == whole[name]
+        assert min(one[name] for one in halves) > 0
+    for name, weight in (("mse", "n_tokens"), ("l0", "n_tokens"), ("ce_loss_without_sae", "n_predictions")):
+        total = sum(one["metrics"][name] * one[weight] for one in halves)
+        assert total == pytest.approx(whole["metrics"][name] * whole[weight], rel=1e-6)
+
+
+def test_a_half_without_a_document_is_refused(tmp_path):
+    store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), {"train": 6, "eval": 2})
+    split = open_store(store.location).eval
+    empty = "report" if in_choose(split.documents).all() else "choose"
+    assert split.n_documents == 1
+    toy.make_run(tmp_path / "runs", "run", toy.make_sae(), store)
+    arguments = ["--store", store.location, "--runs", str(tmp_path / "runs"), "eval", "--documents", empty]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 1
+    assert f"none of its 1 eval documents is of the half --documents {empty}" in done.stderr
+    assert half(split, "all") is split

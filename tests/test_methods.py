@@ -1,0 +1,76 @@
+"""Promise: `tcsae methods` tunes on one half of the documents, reports on the other, and shows what came out."""
+
+import json
+
+import pytest
+
+from tcsae.paper.methods import METHODS, RATES, SHUFFLED, Method, table_arm, tuning_arm
+from tcsae.paper.methods_run import compare_methods
+from tcsae.paper.results import Place, Source
+from tcsae.paper.run import Size
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.sae.folder import load_record
+from tcsae.train.presets import PRESETS, preset
+
+TINY = ("sae.d_sae=48", "sae.k=4", "data.n_segments=16")
+FEW = (
+    Method("TopK", "topk", TINY),
+    Method("TopK", "topk", TINY, smooth="ema=0.3", about="Averaged."),
+    Method("contrastive", "temporal-topk", TINY, shuffled=SHUFFLED, about="Contrasted."),
+    Method("crosscoder, 3 positions", "crosscoder-3", TINY, shuffled=SHUFFLED, about="Windows."),
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_settings_of_every_row_are_settings(method):
+    for arm in (tuning_arm(method, 1e-3), table_arm(method, 1e-3), table_arm(method, 1e-3, shuffled=True)):
+        assert arm.preset in PRESETS
+        config = with_settings(preset(arm.preset, 128), list(arm.settings))
+        assert config.data.n_segments * config.data.segment_length == method.batch
+        assert config.optimizer.lr == 1e-3
+        assert config.sae.d_sae == 1024
+    assert method.twin in {one.name for one in METHODS}
+
+
+def test_tuning_and_table_share_no_seed_and_no_document():
+    for method in METHODS:
+        tuned, shown = tuning_arm(method, 1e-3), table_arm(method, 1e-3)
+        assert (tuned.documents, shown.documents) == ("choose", "report")
+        assert tuned.first_seed >= shown.first_seed + shown.n_seeds
+        assert set(shown.vary) == {"init_seed", "data.seed"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place, out = Place(tmp_path_factory.mktemp("methods")), tmp_path_factory.mktemp("out")
+    asked, size = Source("embedded", "pydocs", 30_000), Size(30_000, most_seeds=2, shorter=60, name=" --quick")
+    compare_methods(place, out, asked, size, FEW)
+    return place, out, asked, size
+
+
+@pytest.mark.slow
+def test_the_page_has_every_row_and_the_rate_that_did_best(made):
+    place, out, _, _ = made
+    page, data = (out / "methods.md").read_text(), json.loads((out / "methods.json").read_text())
+    assert [row["method"] for row in data["methods"]] == [method.name for method in FEW]
+    for row in data["methods"]:
+        tried = {float(rate): value for rate, value in data["tried"][row["method"]].items()}
+        assert len(tried) == len(RATES)
+        assert row["rate"] == max(tried, key=tried.get)
+        assert len(row["values"]["explained_variance"]) == 2
+        assert f"\n| {row['method']} | {sum(row['values']['explained_variance']) / 2:.4f}" in page
+        assert row["method"] == "TopK" or row["minus"] == "TopK"
+    assert page.count("crosscoder, 3 positions") >= 4
+    assert (out / "methods.svg").read_bytes().startswith(b"<?xml")
+    records = [load_record(path.parent) for path in place.runs("text").glob("*/tcsae.json")]
+    assert {record["train"]["data"]["seed"] for record in records} == {0, 1, 100}
+
+
+@pytest.mark.slow
+def test_started_again_it_trains_nothing_and_writes_the_same_page(made, tmp_path):
+    place, out, asked, size = made
+    before = {path: path.stat().st_mtime_ns for path in place.work.rglob("sae_weights.safetensors")}
+    compare_methods(place, tmp_path, asked, size, FEW)
+    assert {path: path.stat().st_mtime_ns for path in place.work.rglob("sae_weights.safetensors")} == before
+    for name in ("methods.md", "methods.json", "methods.svg"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()

@@ -1,0 +1,159 @@
+"""Promise: no stage waits for a GPU but where READS says so, and none mixes a GPU's tensors with the host's.
+
+Shown without one: under FakeTensorMode on the meta device no number exists, so whatever needs one on the host, or a
+shape that follows from values, fails at once, as does an operation on tensors of two devices.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tcsae.shared.base.device import READS, Readout
+from tcsae.shared.base.settings import with_settings
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.train.batch import Batch, Text
+from tcsae.train.presets import PRESETS, preset
+from tcsae.train.trainer import Trainer
+
+META = torch.device("meta")
+WIDTH, LENGTH, SEGMENTS = 8, 6, 8
+SMALL = (
+    "sae.d_sae=512", "sae.k=3", "data.segment_length=6", "steps=100", "dead.aux_k=8", "init.input_scale=none",
+    "temporal.contrast.gap=2", "temporal.contrast.distance=3",
+)  # fmt: skip
+"""init.input_scale=unit reads one number before the first step."""
+VARIANTS = {
+    "topk": ("sae.groups=0.25,0.75", "group_weights=1,1", "temporal.weight=0.1", "temporal.position_penalty=1"),
+    "batchtopk": ("temporal.kind=gated", "temporal.weight=0.1", "temporal.pairs=all"),
+    "relu-l1": ("sae.layer_norm=in_out", "temporal.kind=relative", "temporal.budget=0.1"),
+    "temporal-topk": ("temporal.order=segment",),
+    "jumprelu": ("temporal.kind=contrastive", "temporal.weight=0.1", "temporal.position_penalty=0.1"),
+    "written-run4": ("temporal.budget=0.1", "sae.groups=0.5,0.5", "group_weights=1,1"),
+    "temporal-matryoshka": ("temporal.budget=0.1", "temporal.kind=difference", "temporal.order=batch"),
+}
+CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [*VARIANTS.items()]
+
+
+class WaitError(AssertionError):
+    """A copy between host and device that one of them waits for, or an operation on tensors of both."""
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses what fake tensors let pass: copies to the device but through `to_device`, any to the host but through a
+    Readout, and an index of the host's, which is such a copy.
+    """
+
+    def __torch_dispatch__(self, op, _types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        copies = op._schema.name in ("aten::_to_copy", "aten::copy_")
+        tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device.type for tensor in tensors if copies or tensor.dim()}
+        if len(places) > 1 and not (copies and (kwargs or {}).get("non_blocking")):
+            raise WaitError(f"{op} between {places}")
+        return out
+
+
+@contextmanager
+def no_waits(monkeypatch, answer: float = 1.0):
+    """Everything inside is fake; yields how often each of READS was waited for, the answer being all `answer`."""
+    counts: Counter[str] = Counter()
+
+    def values(self: Readout) -> np.ndarray:  # a tensor would be fake
+        counts[self.what] += 1
+        return np.full(tuple(self._tensor.shape), answer)
+
+    monkeypatch.setattr(Readout, "values", values)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield counts
+
+
+def trainer_on_meta(monkeypatch, name: str, settings: tuple[str, ...] = ()) -> tuple[Trainer, Batch]:
+    monkeypatch.setattr(SparseAutoencoder, "to", lambda self, *_: self)  # it is there; Module.to fails on fake ones
+    config = with_settings(preset(name, WIDTH), [*SMALL, *settings])
+    n = SEGMENTS * LENGTH
+    with torch.device(META):
+        initial = SparseAutoencoder(config.sae)
+    trainer = Trainer(config, torch.zeros(n, WIDTH, device=META), n_positions=LENGTH, initial=initial)
+    trainer.progress.n_steps, trainer.progress.n_tokens = 10, 10 * n
+    documents = np.arange(SEGMENTS) // 2
+    text = Text(np.arange(n), np.arange(n) % (2 * LENGTH))
+    x, lengths = torch.zeros(n, WIDTH, device=META), np.full(SEGMENTS, LENGTH)
+    return trainer, Batch(x, lengths, np.zeros(SEGMENTS, np.int64), documents, text=text)
+
+
+def good_verdict(monkeypatch, most_dead: int = 300) -> None:
+    """A verdict has a number that stands for yes or no."""
+    real = Readout.values
+
+    def values(self: Readout) -> np.ndarray:
+        found = real(self)
+        return np.array([1.0, 1.0, 1.0, 1.0, 0.0, most_dead]) if self.what == "guard" else found
+
+    monkeypatch.setattr(Readout, "values", values)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_step_of_each_preset_waits_for_nothing(monkeypatch, name, settings):
+    with no_waits(monkeypatch) as counts:
+        good_verdict(monkeypatch)
+        trainer, batch = trainer_on_meta(monkeypatch, name, settings)
+        with _Watch():
+            for _ in range(3):  # before a verdict was read, and after
+                trainer.step(batch)
+    assert counts == {"guard": 2}, "the third verdict is read a step later"
+
+
+@pytest.mark.parametrize("most_dead", [0, 1, 300])
+def test_auxk_waits_for_no_count_of_the_dead(monkeypatch, most_dead):
+    with no_waits(monkeypatch) as counts:
+        good_verdict(monkeypatch, most_dead)
+        trainer, batch = trainer_on_meta(monkeypatch, "topk")
+        with _Watch():
+            for _ in range(3):
+                trainer.step(batch)
+    assert counts == {"guard": 2}
+
+
+WAITS = {
+    "a number is read": (lambda x: x.sum().item(), DataDependentOutputException),
+    "a number decides": (lambda x: bool((x > 0).any()), DataDependentOutputException),
+    "a shape follows from values": (lambda x: (x > 0).nonzero(), DynamicOutputShapeException),
+    "a mask selects": (lambda x: x[x[:, 0] > 0], DynamicOutputShapeException),
+    "counts": (lambda x: torch.bincount(x[:, 0].long()), DynamicOutputShapeException),
+    "a copy to the device that is waited for": (lambda x: torch.ones(3).to(x.device), WaitError),
+    "a tensor of the host among them": (lambda x: x * torch.ones(len(x), 1), RuntimeError),
+    "a tensor of the host added in place": (lambda x: x.add_(torch.ones(len(x), 1)), WaitError),
+    "an index of the host's": (lambda x: x[torch.arange(3)], WaitError),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "wait"),
+    [*(("gradients", wait) for wait in WAITS), ("_norm_decoder", "a number is read"), ("count", "a mask selects")],
+)
+def test_a_wait_anywhere_in_a_step_is_noticed(monkeypatch, place, wait):
+    what, error = WAITS[wait]
+    real = getattr(Trainer, place)
+
+    def waits(self, *given):
+        what(self.sae.W_dec.detach())
+        return real(self, *given)
+
+    monkeypatch.setattr(Trainer, place, waits)
+    with no_waits(monkeypatch):
+        good_verdict(monkeypatch)
+        trainer, batch = trainer_on_meta(monkeypatch, "topk")
+        with pytest.raises(error), _Watch():
+            trainer.step(batch)
+
+
+def test_each_read_is_named():
+    assert all(READS.values())
+    with pytest.raises(AssertionError, match="whim"):
+        Readout(torch.zeros(1), "whim")
