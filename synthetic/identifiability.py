@@ -55,7 +55,7 @@ QUICK = Size(
     n_seeds=1,
     steps=40,
     planting=("n_tokens=20K", "n_features=48", "d_model=16", "n_roots=2", "n_children=3", "n_dense=2"),
-    sae=("sae.d_sae=54", "sae.k=4", "data.n_segments=32"),
+    sae=("sae.d_sae=56", "sae.k=4", "data.n_segments=32"),
     k=4,
 )
 
