@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "evaluate/measures": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
     "evaluate/planted": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
     "evaluate": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate/dictionary": {"evaluate", "evaluate/dictionary", "evaluate/planted", *SHARED},
     "evaluate/probing": {"evaluate", "evaluate/measures", "evaluate/probing", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},

@@ -31,6 +31,7 @@ STAGES = {
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
     "probe": "tcsae.evaluate.probing.command:probe",
+    "stability": "tcsae.evaluate.dictionary.command:stability",
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.evaluate.report.command:feature",
     "presets": "tcsae.train.command:presets",

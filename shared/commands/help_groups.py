@@ -44,6 +44,10 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
         "What to print": ["--details", "--json"],
     },
+    "stability": {
+        "What to compare": ["--run"],
+        "What to print": ["--pairs", "--json"],
+    },
     "synthetic": {
         "What to plant": ["--size", "--tokens", "--seed", "--still", "--set", "--list"],
         "How": ["--fresh"],
@@ -65,6 +69,7 @@ LINES = {
     "eval": "Score them on the eval split, without the language model",
     "probe": "Probe latents with labels that text and corpus give",
     "compare": "Compare a run with others on the same documents",
+    "stability": "See what runs' decoders repeat, and what they share",
     "report": "Write pages with results and every feature",
     "feature": "Show one feature in the terminal",
     "presets": "List the presets of train",
