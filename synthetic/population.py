@@ -1,15 +1,18 @@
 """The features of a planted store: rates, amplitudes, durations, hierarchy, correlation, directions. Drawn once."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
+from scipy.special import ndtri
 
-from tcsae.shared.store.truth import CHILD, FAST, PARENT, POSITION, SLOW_DENSE, SLOW_RARE
+from tcsae.evaluate.planted.truth import CHILD, FAST, PARENT, POSITION, SLOW_DENSE, SLOW_RARE
 from tcsae.synthetic.planting import PlantedConfig
 
-FRAME_STEPS = 100
+FRAME_STEPS = 5
+"""The squared overlap is then within 1e-6 of the least."""
 MOST_SHARED = 0.95
 """Share of a feature's latent variance that correlation takes up, at most."""
 
@@ -34,6 +37,16 @@ class Population:
     loadings: Float[ndarray, "n rank"]
     directions: Float[ndarray, "n_all d_model"]
     bias: Float[ndarray, " d_model"]
+
+    @cached_property
+    def thresholds(self) -> Float[ndarray, " n"]:
+        """A feature is on where its draw is above."""
+        return ndtri(1 - self.drawn_rates).astype(np.float32)
+
+    @cached_property
+    def own(self) -> Float[ndarray, " n"]:
+        """Weight of a feature's own draw beside what it shares."""
+        return np.sqrt(1 - np.square(self.loadings).sum(1)).astype(np.float32)
 
 
 def draw_population(config: PlantedConfig) -> Population:

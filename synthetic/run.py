@@ -16,6 +16,7 @@ import scipy
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from tcsae.evaluate.planted.truth import CLASSES, MODEL, Truth, load_truth, save_truth, truth_path
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.base.files import disk_errors, json_digest
@@ -31,7 +32,6 @@ from tcsae.shared.store.format import (
     Shard,
 )
 from tcsae.shared.store.reader import Store, open_store, read_manifest
-from tcsae.shared.store.truth import CLASSES, MODEL, Truth, load_truth, save_truth, truth_path
 from tcsae.shared.store.writer import Rows, StoreWriter, open_writer
 from tcsae.synthetic.planting import PlantedConfig, described
 from tcsae.synthetic.population import Population, draw_population

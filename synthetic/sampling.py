@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.signal import lfilter
 from scipy.sparse import csr_array
-from scipy.special import ndtri
 
 from tcsae.synthetic.population import Population
 from tcsae.synthetic.streams import held, redraws
@@ -25,49 +24,62 @@ class Sampled(NamedTuple):
 
 def sample_document(population: Population, number: int, n_tokens: int) -> Sampled:
     """Document `number`, the same whenever it is asked for: each has random numbers of its own."""
-    config = population.config
+    config, n = population.config, population.config.n_features
     rng = np.random.default_rng([config.seed, 2, number])
-    on, amplitudes = _features(population, rng, n_tokens)
+    token, feature, values = _features(population, rng, n_tokens)
     if config.emission < 1:
-        amplitudes *= rng.random(amplitudes.shape, np.float32) < config.emission
+        values *= rng.random(len(values), np.float32) < config.emission
+    best = np.zeros(n_tokens, np.float32)
+    np.maximum.at(best, token, values)
+    leads = np.flatnonzero((values == best[token]) & (values > 0))[::-1]
+    strongest = np.zeros(n_tokens, np.int64)
+    strongest[token[leads]] = feature[leads] + 1
     signed = _signed(population, rng, n_tokens)
-    sides = np.stack([np.maximum(signed, 0), np.maximum(-signed, 0)], 2).reshape(n_tokens, -1)
-    token, feature = np.nonzero(np.concatenate([on, sides > 0], 1))
-    values = np.concatenate([amplitudes, sides], 1)[token, feature].astype(np.float32)
-    offsets = np.concatenate([[0], np.bincount(token, minlength=n_tokens).cumsum()])
-    features = csr_array((values, feature, offsets), shape=(n_tokens, len(population.directions)))
+    sides = np.stack([np.maximum(signed, 0), np.maximum(-signed, 0)], 2).reshape(n_tokens, -1).astype(np.float32)
+    at, side = np.nonzero(sides)
+    places = np.concatenate([token, at]), np.concatenate([feature, n + side])
+    shape = n_tokens, len(population.directions)
+    features = csr_array((np.concatenate([values, sides[at, side]]), places), shape=shape)
     noise = rng.standard_normal((n_tokens, config.d_model), np.float32) * np.float32(config.noise)
     x = features @ population.directions + population.bias.astype(np.float32) + noise
-    strongest = np.where(on.any(1), amplitudes.argmax(1) + 1, 0) if on.shape[1] else np.zeros(n_tokens, np.int64)
     return Sampled(x, strongest, features)
 
 
 def _features(
     population: Population, rng: np.random.Generator, n_tokens: int
-) -> tuple[Bool[ndarray, "n_tokens n"], Float[ndarray, "n_tokens n"]]:
-    """Where each feature is on, and its amplitude there (0 elsewhere)."""
+) -> tuple[Int[ndarray, " m"], Int[ndarray, " m"], Float[ndarray, " m"]]:
+    """Token, feature and amplitude wherever a feature is on, in that order."""
     config, n = population.config, population.config.n_features
     law = config.law, config.law_shape
-    draws, deviations = (np.empty((n_tokens, n), np.float32) for _ in range(2))
+    draws = np.empty((n_tokens, n), np.float32)
+    kept: list[tuple[ndarray, ndarray]] = []
     durations = population.durations[:n]
     for duration in np.unique(durations):
         these = np.flatnonzero(durations == duration)
-        fresh = (rng.standard_normal((n_tokens, len(these)), np.float32) for _ in range(2))
-        if duration == 1:
-            draws[:, these], deviations[:, these] = fresh
-        else:
+        fresh = rng.standard_normal((n_tokens, len(these)), np.float32)
+        if duration > 1:
             drawn = redraws(rng, n_tokens, len(these), law[0], duration, law[1])
-            draws[:, these], deviations[:, these] = (held(one, drawn) for one in fresh)
+            fresh = held(fresh, drawn)
+            kept.append((these, held(rng.standard_normal((n_tokens, len(these)), np.float32), drawn)))
+        draws[:, these] = fresh
     if config.correlation_rank:
-        own = np.sqrt(1 - np.square(population.loadings).sum(1)).astype(np.float32)
         shared = rng.standard_normal((n_tokens, config.correlation_rank), np.float32)
         drawn = redraws(rng, n_tokens, config.correlation_rank, law[0], config.factor_duration, law[1])
-        draws = draws * own + held(shared, drawn) @ population.loadings.T.astype(np.float32)
-    on = draws > ndtri(1 - population.drawn_rates).astype(np.float32)
+        draws *= population.own
+        draws += held(shared, drawn) @ population.loadings.T.astype(np.float32)
+    on = draws > population.thresholds
     for siblings in population.levels:
         _gate(population, rng, on, siblings)
-    amplitudes = np.maximum(population.means + config.amplitude_std * deviations, 0)
-    return on, np.where(on, amplitudes, 0).astype(np.float32)
+    token, feature = np.nonzero(on)
+    deviations = rng.standard_normal(len(token), np.float32)
+    slot = np.full(n, -1)
+    for these, values in kept:  # an amplitude stays as long as the draw that it came with
+        slot[:] = -1
+        slot[these] = np.arange(len(these))
+        mine = np.flatnonzero(slot[feature] >= 0)
+        deviations[mine] = values[token[mine], slot[feature[mine]]]
+    amplitudes = np.maximum(population.means[feature] + config.amplitude_std * deviations, 0)
+    return token, feature, amplitudes.astype(np.float32)
 
 
 def _gate(

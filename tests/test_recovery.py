@@ -14,10 +14,10 @@ from tcsae.evaluate.batches import batches
 from tcsae.evaluate.planted.matching import capture, match
 from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
 from tcsae.evaluate.planted.segments import axis_of, compare_segments
+from tcsae.evaluate.planted.truth import CLASSES, Truth, load_truth, truth_path
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import positive_code
-from tcsae.shared.store.truth import CLASSES, Truth, load_truth, truth_path
 from tcsae.synthetic.planting import planted_config
 from tcsae.synthetic.run import write_planted
 

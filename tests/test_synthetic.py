@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from scipy.stats import norm
 
+from tcsae.evaluate.planted.truth import CLASSES, load_truth, truth_path
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import open_store
-from tcsae.shared.store.truth import CLASSES, load_truth, truth_path
 from tcsae.shared.store.writer import StoreWriter
 from tcsae.synthetic.planting import STILL, PlantedConfig, planted_config
 from tcsae.synthetic.population import draw_population

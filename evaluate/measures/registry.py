@@ -17,10 +17,10 @@ from tcsae.evaluate.measures.core import Code, n_latents
 from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
 from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
+from tcsae.evaluate.planted.truth import MODEL, load_truth, truth_path
 from tcsae.shared.base.console import say
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.reader import Split
-from tcsae.shared.store.truth import MODEL, load_truth, truth_path
 
 
 @runtime_checkable

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tcsae.evaluate.planted.truth import CLASSES
 from tcsae.shared.base.console import echo, table
-from tcsae.shared.store.truth import CLASSES
 
 OVERALL = ("mcc", "f1", "recovered", "uniqueness", "false_splits", "antipodal_pairs", "absorption")
 PREFIX = "planted"

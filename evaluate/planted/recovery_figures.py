@@ -17,9 +17,9 @@ from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
 from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
+from tcsae.evaluate.planted.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
-from tcsae.shared.store.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
 
 RECOVERED_F1, RECOVERED_COSINE = 0.5, 0.7
 ABSORBED = 0.4

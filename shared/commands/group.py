@@ -26,7 +26,6 @@ from tcsae.shared.commands.help_groups import GROUPS, LINES
 STAGES = {
     "harvest": "tcsae.harvest.command:harvest",
     "import": "tcsae.harvest.imports.command:import_",
-    "synthetic": "tcsae.synthetic.command:synthetic",
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
@@ -43,6 +42,7 @@ STAGES = {
     "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
     "methods": "tcsae.paper.command:methods",
+    "synthetic": "tcsae.synthetic.command:synthetic",
     "planted": "tcsae.synthetic.command:planted",
     "completion": "tcsae.shared.commands.completion:completion",
 }

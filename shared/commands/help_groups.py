@@ -64,7 +64,6 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 LINES = {
     "harvest": "Run a language model over text, store its activations",
-    "synthetic": "Plant known features in a store, to see what is found",
     "train": "Train sparse autoencoders from the store",
     "eval": "Score them on the eval split, without the language model",
     "probe": "Probe latents with labels that text and corpus give",
@@ -79,6 +78,7 @@ LINES = {
     "export": "Write an SAE in another library's format",
     "paper": "Reproduce the paper and test its claim",
     "methods": "Train every temporal method, print one table",
+    "synthetic": "Plant known features in a store, to see what is found",
     "planted": "See which planted features are recovered, by whom",
     "completion": "Print the completion script of a shell",
 }
