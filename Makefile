@@ -3,20 +3,21 @@
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
 # make methods  every temporal method on one store, in one table into docs/results, about an hour on two cores
+# make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none
 # make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Fewer steps than the default of `train`: with the installation under five minutes of two cores.
-STEPS ?= 1500
+STEPS ?= 1250
 TWINS = train --preset temporal-topk --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
 CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk --with topk
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper methods planted clean
+.PHONY: run test fast torture lint types paper methods planted gpu clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -38,6 +39,9 @@ torture: .venv/installed-dev
 
 methods: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae methods
+
+gpu: .venv/installed
+	$(BIN)/python tests/gpu/run.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ parses anew and prints what was read, what was dropped and why, and what is left
 """
 
 import ast
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 from tcsae.data.near_duplicates import Filtered, drop_near_duplicates
 from tcsae.shared.base.errors import DataError
-from tcsae.shared.base.files import cache_path, json_digest, write_atomic
+from tcsae.shared.base.files import cache_path, file_digest, json_digest, remove_dead_partials, write_atomic
 
 READER_VERSION = 1
 """Part of the revision: raise it whenever the same installation would give other documents."""
@@ -113,19 +114,24 @@ def installed_versions() -> dict[str, str]:
 def pydocs_file(on_progress: Progress | None = None) -> Path:
     """The corpus as JSON Lines with the keys text and source: from the cache, or parsed now (some 20 s).
 
-    The file appears whole or not at all, so a start after a kill parses again. Its order is that of `corpus`.
+    The file appears whole or not at all, so a start after a kill parses again; one that its digest beside it does not
+    fit is parsed again, too. Its order is that of `corpus`.
 
     Raises DataError if the cache cannot be written.
     """
     path = cache_path() / f"pydocs-{pydocs_revision()}.jsonl"
-    if path.is_file():
+    if _is_intact(path):
         return path
     reading = read_installed(on_progress)
     documents, filtered = corpus(reading.documents)
     log.info("pydocs: %s; kept %d documents", describe(reading, filtered), len(documents))
     lines = (json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
     try:
-        write_atomic(path, "".join(lines).encode())
+        data = "".join(lines).encode()
+        remove_dead_partials(path)
+        digest_path(path).unlink(missing_ok=True)
+        write_atomic(path, data)
+        write_atomic(digest_path(path), hashlib.sha256(data).hexdigest().encode())
     except OSError as error:
         raise DataError(
             f"Cannot write the corpus to {path}: {error.strerror}. It needs 20 MB; set TCSAE_CACHE to another folder."
@@ -133,6 +139,23 @@ def pydocs_file(on_progress: Progress | None = None) -> Path:
     if on_progress:
         on_progress(reading.n_files + 1, reading.n_files + 1)
     return path
+
+
+def digest_path(path: Path) -> Path:
+    """Where the sha256 of a cached corpus stands."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the corpus is there, and is what was written; without a digest, as a kill may leave it, it is."""
+    if not path.is_file():
+        return False
+    digest = file_digest(path)
+    if not digest_path(path).is_file():
+        with contextlib.suppress(OSError):  # a cache that can be read only
+            write_atomic(digest_path(path), digest.encode())
+        return True
+    return digest_path(path).read_bytes() == digest.encode()
 
 
 def read_installed(on_progress: Progress | None = None) -> Reading:

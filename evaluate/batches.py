@@ -1,7 +1,7 @@
 """The split in order, in batches of whole documents, every chunk read once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ class Settings:
     """Whether xhat also stands at the skipped positions when it is given to the tail."""
     mean: Float64[Tensor, " d_model"]
     """Of x over the train split."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where systems and tail are."""
 
 
 BATCH_TOKENS = 4096
@@ -59,7 +61,7 @@ class EvalBatch(NamedTuple):
     @property
     def has_next(self) -> Bool[Tensor, "batch position"]:
         """Where the next token lies in the same sequence."""
-        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None] - 1
+        return torch.from_numpy(np.arange(self.tokens.shape[1]) < self.lengths.numpy()[:, None] - 1)
 
 
 def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:
@@ -69,8 +71,9 @@ def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:
 
 def run_numbers(counted: Bool[Tensor, "batch position"]) -> Int[Tensor, " n"]:
     """Of each counted position the number of its run: a new one begins with a sequence, and after what is left out."""
-    before = torch.nn.functional.pad(counted, (1, 0))[:, :-1]
-    return (counted & ~before).flatten().cumsum(0)[counted.flatten()] - 1
+    chosen = counted.numpy()
+    before = np.pad(chosen, ((0, 0), (1, 0)))[:, :-1]
+    return torch.from_numpy((chosen & ~before).ravel().cumsum()[chosen.ravel()] - 1)
 
 
 def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[ndarray, " n_sequences"]]:

@@ -10,6 +10,7 @@ from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures import core as metrics
 from tcsae.evaluate.measures.smoothing import Smoothing, check_smoothing, parse_smoothing
 from tcsae.shared.base.console import say
+from tcsae.shared.base.device import precision
 from tcsae.shared.base.errors import RunError, TcsaeError
 from tcsae.shared.base.files import file_digest
 from tcsae.shared.base.settings import to_dict
@@ -63,6 +64,8 @@ class EvalOptions:
     """Roles whose tokens are counted; empty: everybody's."""
     max_norm: float | None = None
     """Largest norm that is counted, in medians: as in training."""
+    precision: str = "float32"
+    """Of matrix products (`set_precision`)."""
 
     @property
     def rules(self) -> CountingRules:
@@ -78,6 +81,7 @@ class EvalOptions:
     def to_json(self) -> dict[str, Any]:
         """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
         silent = {"smooth": None, "documents": "all", "exclude_tokens": [], "positions": [], "max_norm": None}
+        silent |= {"precision": "float32"}
         return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
 
     @property
@@ -204,6 +208,7 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         exclude_tokens=tuple(data.get("exclude_tokens", ())),
         positions=tuple(request.positions or data.get("positions", ())),
         max_norm=data.get("max_norm"),
+        precision=precision(),
     )
     return Candidate(path, record, options, tuple(differences))
 

@@ -62,6 +62,20 @@ if TYPE_CHECKING:
     metavar="ROLE",
     help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where SAEs and tail run; auto: the first of the others that is there.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Of matrix products on a GPU; bf16: the SAEs' encoder and decoder. Sums are in float64.",
+)
 @click.pass_obj
 def evaluate(
     place: Place,
@@ -98,18 +112,22 @@ def evaluate(
     from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import complain
-    from tcsae.shared.base.distributed import ranks
+    from tcsae.shared.base.device import choose_device, set_precision
+    from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     parts = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in parts if one)
+    processes = ranks()
+    chosen = device_of(processes, choose_device(settings.pop("device")))
+    set_precision(settings.pop("precision"), chosen)
     request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
-    if (processes := ranks()).parallel:
-        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes)
+    if processes.parallel:
+        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes, chosen)
     else:
-        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request)
+        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request, device=chosen)
     by_name = {one["name"]: one for one in evaluations}
     full_names = ["+".join(filter(None, one)) for one in parts]
     if pair and not refused and all(name in by_name for name in full_names):  # without a rendezvous each has its own

@@ -48,6 +48,8 @@ class Group(NamedTuple):
     """The processes that share the pass."""
     stop: StopRequest
     """Looked at after each batch, and before each run's files are written."""
+    device: torch.device
+    """Where SAEs and tail run."""
 
 
 def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:

@@ -5,7 +5,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
+from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
@@ -26,7 +27,8 @@ from tcsae.evaluate.measures.core import (
 from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
 from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SequenceSystem, System, output_of
-from tcsae.shared.base.distributed import ALONE
+from tcsae.shared.base.device import Readout, sums_on, to_device
+from tcsae.shared.base.distributed import ALONE, wait_for_all
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
@@ -82,6 +84,9 @@ def measure(
 ) -> Measured:
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
+    Systems and tail are on the settings' device. There everything is computed and added up, but that Apple's GPUs have
+    no float64: their sums and observers are on the CPU (`sums_on`). What is returned is on the CPU.
+
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
     processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
     together.
@@ -90,39 +95,42 @@ def measure(
     n_documents = int(document_numbers(split)[0][-1]) + 1
     n_predictions, n_positions = _counts(split, settings.skip_first, n_documents)
     resamplings = Resamplings(n_documents, int((n_positions > 0).sum()))
-    sums = _Accumulator(len(systems), resamplings, len(settings.mean))
-    losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64)
-    plain = torch.zeros(4, 2, n_documents, dtype=torch.float64)
+    device, there = settings.device, sums_on(settings.device)
+    mean = settings.mean.to(there)
+    sums = _Accumulator(len(systems), resamplings, len(mean), there)
+    losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64, device=there)
+    plain = torch.zeros(4, 2, n_documents, dtype=torch.float64, device=there)
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
-        x_counted, x_skipped = batch.x[batch.counted], batch.x[batch.skipped]
-        counted = _Positions(batch, batch.counted, widen(x_counted, settings.mean))
-        skipped = _Positions(batch, batch.skipped, widen(x_skipped, settings.mean))
+        x, documents = to_device(batch.x, device), to_device(batch.document, there)
+        counted, skipped = (_positions(batch, mask, x, mean) for mask in (batch.counted, batch.skipped))
         sums.begin(batch.document)
         sums.add_inputs(counted, skipped)
         for observer in observers:
-            observer.begin(batch, x_counted)
+            observer.begin(batch, counted.x.to(there))
         spliced = {}
         for i, system in enumerate(systems):
-            output = output_of(system, x_counted, counted.runs)
-            rest = output_of(system, x_skipped, skipped.runs)
-            sums.add(i, counted, output, skipped, rest)
+            output = output_of(system, counted.x, counted.runs)
+            rest = output_of(system, skipped.x, skipped.runs)
+            sums.add(i, counted, _on(there, output), skipped, _on(there, rest))
             if output.code is not None:
-                _show(observers, i, output.code)
+                _show(observers, i, output.code.to(there))
             if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
-                spliced[i] = splice(batch.x, batch.counted, output.x_hat)
+                spliced[i] = splice(x, batch.counted, output.x_hat)
                 if settings.splice_all:
-                    spliced[i][batch.skipped] = rest.x_hat
+                    spliced[i] = splice(spliced[i], batch.skipped, rest.x_hat)
         if tail is not None:
             if reference is None:
-                spliced |= _ablations(batch, settings)
-            for i, found in _losses(tail, batch, spliced).items():
+                spliced |= _ablations(batch, x, settings)
+            for i, found in _losses(tail, batch, x, spliced).items():
                 into = losses[i] if i >= 0 else plain[i]
-                into[0].index_add_(0, batch.document, found.ce)
-                into[1].index_add_(0, batch.document, found.kl)
-        advance(int(batch.lengths.sum()))
+                into[0].index_add_(0, documents, found.ce)
+                into[1].index_add_(0, documents, found.kl)
+        advance(int(batch.lengths.numpy().sum()))
+    wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
+    losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
     if tail is not None and reference is None:
         reference = Reference(n_predictions, n_positions, *(Losses(*one) for one in plain))
@@ -145,18 +153,48 @@ class _Positions(NamedTuple):
     """Some positions of a batch."""
 
     batch: EvalBatch
-    positions: Tensor
+    x: Float[Tensor, "n d_model"]
+    """On the device of the systems."""
+    sequence: Int[Tensor, " n"]
+    """Row of the batch that each lies in; like what follows, where sums are kept."""
+    documents: Int[Tensor, " n"]
+    runs: Int[Tensor, " n"]
+    """Run of consecutive positions that each lies in: what is smoothed or compared along."""
     inputs: Inputs
+    n_by_document: Int[ndarray, " n_documents_of_batch"]
+    """From the batch's first document on."""
 
-    @property
-    def sequence(self) -> Int[Tensor, " n"]:
-        """Row of the batch that each position lies in."""
-        return self.positions.nonzero()[:, 0]
 
-    @property
-    def runs(self) -> Int[Tensor, " n"]:
-        """Run of consecutive positions that each lies in: what is smoothed or compared along."""
-        return run_numbers(self.positions)
+def _positions(
+    batch: EvalBatch, mask: Bool[Tensor, "batch position"], x: Tensor, mean: Float64[Tensor, " d_model"]
+) -> _Positions:
+    """Those in the mask, worked out on the host, so that no device is waited for."""
+    at = np.flatnonzero(mask.numpy())
+    sequence = at // mask.shape[1]
+    documents = batch.document.numpy()[sequence]
+    first, last = _ends(batch)
+    chosen = x.flatten(0, 1).index_select(0, to_device(at, x.device))
+    sequence, documents = np.ascontiguousarray(sequence), np.ascontiguousarray(documents)
+    return _Positions(
+        batch,
+        chosen,
+        to_device(sequence, mean.device),
+        to_device(documents, mean.device),
+        to_device(run_numbers(mask), x.device),
+        widen(chosen.to(mean.device), mean),
+        np.bincount(documents - first, minlength=last + 1 - first),
+    )
+
+
+def _ends(batch: EvalBatch) -> tuple[int, int]:
+    """Its first and its last document."""
+    documents = batch.document.numpy()
+    return int(documents[0]), int(documents[-1])
+
+
+def _on(device: torch.device, output: Output) -> Output:
+    x_hat, *rest = (one if one is None else one.to(device) for one in output)
+    return Output(x_hat, *rest)
 
 
 class _Accumulator:
@@ -166,24 +204,27 @@ class _Accumulator:
     OPEN_DOCUMENTS, the finished ones are added to each resampling as often as it draws them.
     """
 
-    def __init__(self, n_systems: int, resamplings: Resamplings, d_model: int) -> None:
+    def __init__(
+        self, n_systems: int, resamplings: Resamplings, d_model: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
         self.resamplings = resamplings
         self.first = 0
         """The document of the first open row."""
-        self.n = torch.zeros(2, resamplings.n_documents, dtype=torch.float64)
+        self.n = np.zeros((2, resamplings.n_documents))
         self.x, self.columns = self._zeros(n_systems, resamplings.n_rows, d_model)
         self.open_x, self.open_columns = self._zeros(n_systems, 0, d_model)
         self.firings: list[Tensor | None] = [None] * n_systems
 
-    @staticmethod
-    def _zeros(n_systems: int, n_rows: int, d_model: int) -> tuple[Tensor, Tensor]:
+    def _zeros(self, n_systems: int, n_rows: int, d_model: int) -> tuple[Tensor, Tensor]:
         """Of x, and of what is summed for each system; the first axis: counted, skipped."""
         shapes = (2, n_rows, d_model), (2, n_systems, n_rows, len(COLUMNS))
-        return torch.zeros(shapes[0], dtype=torch.float64), torch.zeros(shapes[1], dtype=torch.float64)
+        x, columns = (torch.zeros(shape, dtype=torch.float64, device=self.device) for shape in shapes)
+        return x, columns
 
     def begin(self, document: Int[Tensor, " batch"]) -> None:
-        """Open rows for the documents of the next batch."""
-        low, high = int(document[0]), int(document[-1])
+        """Open rows for the documents of the next batch, on the CPU."""
+        low, high = (int(one) for one in document.numpy()[[0, -1]])
         n_open = self.open_x.shape[1]
         if not n_open:
             self.first = low
@@ -199,7 +240,8 @@ class _Accumulator:
     def _close(self, stop: int) -> None:
         """Add the documents before `stop` to the resamplings."""
         for start, end in self.resamplings.blocks(self.first, stop):
-            weights, rows = self.resamplings.weights(start, end), slice(start - self.first, end - self.first)
+            weights = to_device(self.resamplings.weights(start, end), self.device)
+            rows = slice(start - self.first, end - self.first)
             for kind in (0, 1):
                 self.x[kind].addmm_(weights, self.open_x[kind, rows])
                 for i in range(len(self.firings)):
@@ -210,17 +252,16 @@ class _Accumulator:
 
     def add_inputs(self, *parts: _Positions) -> None:
         for kind, part in enumerate(parts):
-            documents = part.batch.document[part.sequence]
-            self.n[kind] += torch.bincount(documents, minlength=self.n.shape[1])
-            self.open_x[kind].index_add_(0, documents - self.first, part.inputs.x)
+            first, last = _ends(part.batch)
+            self.n[kind, first : last + 1] += part.n_by_document
+            self.open_x[kind].index_add_(0, part.documents - self.first, part.inputs.x)
 
     def add(self, i: int, counted: _Positions, output: Output, skipped: _Positions, rest: Output) -> None:
         for kind, (part, of_part) in enumerate(((counted, output), (skipped, rest))):
             batch_columns = token_columns(part.inputs, of_part)
-            first, last = int(part.batch.document[0]), int(part.batch.document[-1])
-            documents = part.batch.document[part.sequence] - first
+            first, last = _ends(part.batch)
             rows = slice(first - self.first, last + 1 - self.first)
-            self.open_columns[kind, i, rows] += sum_rows(batch_columns, documents, last + 1 - first)
+            self.open_columns[kind, i, rows] += sum_rows(batch_columns, part.documents - first, last + 1 - first)
         if output.code is not None:
             counts = firing_counts(output.code, counted.sequence, len(counted.batch.tokens))
             before = self.firings[i]
@@ -230,13 +271,15 @@ class _Accumulator:
     def add_up(self, part: Part) -> None:
         """The sums of all parts, in rank 0."""
         self._close(min(self.first + self.open_x.shape[1], self.resamplings.n_documents))
-        part.add_up((self.n, self.x, self.columns))
+        self.x, self.columns = (Readout(one, "evaluation").values() for one in (self.x, self.columns))
+        self.firings = [one if one is None else Readout(one, "evaluation").values() for one in self.firings]
+        part.add_up((torch.from_numpy(self.n), self.x, self.columns))
         for i, one in enumerate(zip(*part.gather(self.firings), strict=True)):
             seen = [firings for firings in one if firings is not None]
             self.firings[i] = torch.stack(seen).sum(0) if seen else None
 
     def result(self) -> tuple[list[Sums], list[Sums], list[Tensor | None]]:
-        n = self.resamplings.sums(self.n.T)
+        n = self.resamplings.sums(torch.from_numpy(self.n.T))
         counted, skipped = (
             [Sums(n[:, kind], self.x[kind], columns) for columns in self.columns[kind]] for kind in (0, 1)
         )
@@ -246,27 +289,30 @@ class _Accumulator:
 def _look_back(
     split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
+    device, there = settings.device, sums_on(settings.device)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
-        x = batch.x[batch.counted]
-        observer.look_back(batch, x)
+        counted = _positions(batch, batch.counted, to_device(batch.x, device), settings.mean.to(there))
+        observer.look_back(batch, counted.x.to(there))
         for i, system in enumerate(systems):
-            if (code := output_of(system, x, batch.runs).code) is not None:
-                observer.pass_over(i, code)
+            if (code := output_of(system, counted.x, counted.runs).code) is not None:
+                observer.pass_over(i, code.to(there))
 
 
-def _ablations(batch: EvalBatch, settings: Settings) -> dict[int, Tensor]:
-    replaced = (batch.counted | batch.skipped) if settings.splice_all else batch.counted
-    zero, mean = torch.zeros(1, len(settings.mean)), settings.mean.float()[None]
-    n = int(replaced.sum())
+def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], settings: Settings) -> dict[int, Tensor]:
+    replaced = torch.from_numpy(batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy()))
+    zero, mean = x.new_zeros(1, len(settings.mean)), to_device(settings.mean.float(), x.device)[None]
+    n = int(replaced.numpy().sum())
     return {
-        ABLATION: torch.zeros_like(batch.x),
-        ZERO: splice(batch.x, replaced, zero.expand(n, -1)),
-        MEAN: splice(batch.x, replaced, mean.expand(n, -1)),
+        ABLATION: torch.zeros_like(x),
+        ZERO: splice(x, replaced, zero.expand(n, -1)),
+        MEAN: splice(x, replaced, mean.expand(n, -1)),
     }
 
 
-def _losses(tail: Tail, batch: EvalBatch, spliced: Mapping[int, Tensor]) -> dict[int, Losses]:
-    found = sequence_losses(tail, batch.x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
+def _losses(
+    tail: Tail, batch: EvalBatch, x: Float[Tensor, "batch position d_model"], spliced: Mapping[int, Tensor]
+) -> dict[int, Losses]:
+    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
     return dict(zip((CLEAN, *spliced), found, strict=True))
 
 

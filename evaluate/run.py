@@ -17,14 +17,15 @@ from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.halves import half
 from tcsae.evaluate.measures import baselines
-from tcsae.evaluate.measures.cross_entropy import load_reference, save_reference
+from tcsae.evaluate.measures.cross_entropy import FOLDER, load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing
 from tcsae.evaluate.measures.temporal_run import TemporalObserver
 from tcsae.evaluate.one_pass import Observer, measure
 from tcsae.evaluate.parallel import Part, part_of
-from tcsae.evaluate.systems import SequenceSystem, System, system_of
+from tcsae.evaluate.systems import SequenceSystem, System, sae_on, system_of
 from tcsae.shared.base.console import progress, say
+from tcsae.shared.base.device import sums_on
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
 from tcsae.shared.base.errors import NoTailError, StoreError
 from tcsae.shared.base.files import remove_dead_partials_in
@@ -43,7 +44,13 @@ class Evaluated(NamedTuple):
     """One line for each run that gets no figures, and why."""
 
 
-def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = None, ours: Ranks = ALONE) -> Evaluated:
+def evaluate_runs(
+    store: Store,
+    runs_path: Path,
+    request: EvalRequest | None = None,
+    ours: Ranks = ALONE,
+    device: torch.device | str = "cpu",
+) -> Evaluated:
     """Evaluate the runs asked for and write each one's eval.json, its replicates, and SAEBench's form of it.
 
     Each smoothing asked for gives one more evaluation of every run, named like "run+ema=0.3", in eval+ema=0.3.json;
@@ -55,7 +62,7 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
     """
     request = request or EvalRequest()
     folders = evaluable(runs_path, request.names)
-    for folder in folders:
+    for folder in (*folders, runs_path / FOLDER):
         remove_dead_partials_in(folder)
     with stop_on_signals() as stop:
         work = sort_out(store, folders, request)
@@ -64,7 +71,7 @@ def evaluate_runs(store: Store, runs_path: Path, request: EvalRequest | None = N
             say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
         for options, runs in work.groups.items():
             check_writable(loaded.run.path for loaded in runs)
-            found = _evaluate(Group(store, runs_path, options, runs, ours, stop))
+            found = _evaluate(Group(store, runs_path, options, runs, ours, stop, torch.device(device)))
             evaluations |= {loaded.run.name: one for loaded, one in zip(runs, found, strict=False)}
     if ours.rank:
         return Evaluated([], [])
@@ -77,18 +84,26 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     split = half(store.split(options.split), options.documents)
     check_counted(split, options.rules)
     part = part_of(split, options.rules, group.ours)
-    tail, no_tail = _tail(store, options.hook)
+    tail, no_tail = _tail(store, options.hook, group.device)
     _check_agreed(part, no_tail)
     mean = train_mean(store, options.hook)
-    settings = Settings(hook=options.hook, skip_first=options.rules, splice_all=options.splice == "all", mean=mean)
+    settings = Settings(
+        hook=options.hook,
+        skip_first=options.rules,
+        splice_all=options.splice == "all",
+        mean=mean,
+        device=group.device,
+    )
     reference = load_reference(group.runs_path, store, options.split_name, settings) if tail else None
     if not all(part.all_gather(reference is not None)):
         reference = None
-    constant = baselines.constant_baselines(mean.float())
+    constant = baselines.constant_baselines(mean.float().to(group.device))
     sized = _sized_baselines(group) if options.baselines else {}
-    systems = [*map(_system, group.runs), *sized.values(), *constant.values()]
+    systems = [*(_system(one, group.device) for one in group.runs), *sized.values(), *constant.values()]
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
-    observer = TemporalObserver(split, options.rules, centre, len(group.runs)) if options.temporal else None
+    observer = None
+    if options.temporal:
+        observer = TemporalObserver(split, options.rules, centre, len(group.runs), sums_on(group.device))
     widths = [one.sae.config.d_sae for one in group.runs]
     measures = MeasureObserver([one.sae for one in group.runs], split)
     observers: list[Observer] = [measures, observer] if observer else [measures]
@@ -159,9 +174,9 @@ def train_mean(store: Store, hook: str) -> Float64[Tensor, " d_model"]:
     return mean if store.train.n_tokens else torch.full_like(mean, torch.nan)
 
 
-def _system(loaded: Loaded) -> System | SequenceSystem:
-    smooth = loaded.run.options.smooth
-    return system_of(loaded.sae, parse_smoothing(smooth) if smooth else None)
+def _system(loaded: Loaded, device: torch.device) -> System | SequenceSystem:
+    smooth, sae = loaded.run.options.smooth, sae_on(loaded.sae, device)
+    return system_of(sae, parse_smoothing(smooth) if smooth else None)
 
 
 def _check_agreed(part: Part, no_tail: str | None) -> None:
@@ -172,36 +187,41 @@ def _check_agreed(part: Part, no_tail: str | None) -> None:
         raise StoreError(f"Process {first} of {len(reasons)} cannot read the tail that others read: {reasons[first]}")
 
 
-def _tail(store: Store, hook: str) -> tuple[Tail | None, str | None]:
+def _tail(store: Store, hook: str, device: torch.device) -> tuple[Tail | None, str | None]:
     """The tail after `hook`, or None and why there is none: every figure but the cross-entropies does without.
 
     Raises StoreError for one that is damaged or out of reach: without a word the figures would be of less.
     """
     try:
-        return Tail.load(store.tail_path(hook)), None
+        return Tail.load(store.tail_path(hook), str(device)), None
     except (NoTailError, TailError) as error:
         return None, str(error)
 
 
 def _sized_baselines(group: Group) -> dict[str, System]:
     options = group.options
-    return baselines.sized_baselines(group.store, options.hook, options.rules, group.runs[0].sae.config)
+    like = group.runs[0].sae.config
+    return baselines.sized_baselines(group.store, options.hook, options.rules, like, group.device)
 
 
-def evaluate_parallel(store: Store, runs_path: Path, request: EvalRequest, ours: Ranks) -> Evaluated:
+def evaluate_parallel(
+    store: Store, runs_path: Path, request: EvalRequest, ours: Ranks, device: torch.device | str = "cpu"
+) -> Evaluated:
     """As `evaluate_runs`, by one of several processes. Returns what this one is to show: rank 0 all, once the others
     are done; without a rendezvous, where no sums can be added up and SAEs are dealt out always, each its own.
     """
     folders = evaluable(runs_path, request.names)
     if len(folders) < ours.world and has_rendezvous():
-        start_group(ours)
-        found = evaluate_runs(store, runs_path, request, ours)
+        start_group(ours, device)
+        found = evaluate_runs(store, runs_path, request, ours, device)
         wait_for_all(ours)
         return found
     mine = [path.name for path in folders][ours.rank :: ours.world]
     names = ", ".join(mine) or "none, as there are fewer runs than processes"
     say(f"Rank {ours.rank} of {ours.world} evaluates {names}.")
-    found = evaluate_runs(store, runs_path, replace(request, names=tuple(mine))) if mine else Evaluated([], [])
+    found = Evaluated([], [])
+    if mine:
+        found = evaluate_runs(store, runs_path, replace(request, names=tuple(mine)), device=device)
     if not has_rendezvous():
         return found
     wait_for_all(ours)

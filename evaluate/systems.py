@@ -1,5 +1,6 @@
 """What is evaluated: an SAE, or a baseline, as a function of activations."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -70,11 +71,11 @@ class SmoothedOutput:
         self.sae, self.smoothing = sae, smoothing
 
     def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
-        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].tolist())
+        code = self.code(x, sequence.unique_consecutive(return_counts=True)[1].cpu().tolist()).to(x.device)
         return Output(decoded(self.sae, code, x), code)
 
     def code(self, x: Float[Tensor, "n d_model"], lengths: Sequence[int]) -> Code:
-        """The smoothed code of consecutive sequences of these lengths."""
+        """The smoothed code of consecutive sequences of these lengths, on the CPU: it goes from token to token."""
         kind, value = self.smoothing
         if kind == HYSTERESIS and self.sae.config.activation == "topk":
             n = min(round(value * self.sae.config.k), self.sae.config.d_sae)
@@ -83,15 +84,15 @@ class SmoothedOutput:
             threshold = self.sae.learned_threshold.detach()
             lower = torch.minimum(threshold, threshold / value)
             found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
-            return stay_above(found, lengths, threshold)
+            return stay_above(found, lengths, threshold.cpu())
         kernel = smoothing_kernel(self.smoothing, max(lengths, default=0))
-        made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]), lengths, kernel)
+        made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]).to("cpu"), lengths, kernel)
         return keep_largest(made, self.sae.config.k) if kind == EMA_TOPK and isinstance(made, SparseCode) else made
 
     def _joined(self, x: Float[Tensor, "n d_model"], encode: Callable[[Tensor], SparseCode]) -> SparseCode:
         joined = join_codes([code for _, code in code_parts(self.sae, x, encode)])
         assert isinstance(joined, SparseCode)
-        return joined
+        return joined.to("cpu")
 
 
 def decoded(sae: SparseAutoencoder, code: Code, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
@@ -101,8 +102,8 @@ def decoded(sae: SparseAutoencoder, code: Code, x: Float[Tensor, "n d_model"]) -
 def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) -> SparseCode:
     """The largest pre-activations of each token, whatever their sign."""
     values, latents = select_topk(sae.pre_activations(x), n_kept)
-    offsets = torch.arange(0, values.numel() + 1, n_kept)
-    return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae)
+    offsets = torch.arange(0, values.numel() + 1, n_kept, device=values.device)
+    return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae, per_token=n_kept)
 
 
 SequenceSystem = SmoothedOutput | CrosscoderOutput | TemporalFeatureOutput
@@ -129,12 +130,21 @@ def sequence_lengths(sequence: Int[Tensor, " n"]) -> Int[ndarray, " n_sequences"
 
 
 def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Code:
-    """An SAE's code of every token, whatever it reads of the token's sequence."""
+    """An SAE's code of every token, whatever it reads of the token's sequence; made on the SAE's device, then brought
+    to that of x.
+    """
+    if (there := sae.W_dec.device) != x.device:
+        return sae_code(sae, x.to(there), sequence.to(there)).to(x.device)
     if isinstance(sae, TemporalFeatureAutoencoder):
         return temporal_features.read_out(sae, x, sequence_lengths(sequence))[1]
     if sae.config.window > 1:
         return read_out(sae, x, sequence_lengths(sequence))[1]
     return join_codes([code for _, code in code_parts(sae, x)])
+
+
+def sae_on(sae: SparseAutoencoder, device: torch.device | str) -> SparseAutoencoder:
+    """The SAE itself on the CPU, elsewhere a copy of it."""
+    return sae if torch.device(device).type == "cpu" else copy.deepcopy(sae).to(device)
 
 
 def code_parts(

@@ -36,9 +36,27 @@ if TYPE_CHECKING:
     ".jsonl, .json or .parquet, or a Hub id.",
 )
 @click.option("--dataset-revision", metavar="REV", help="Branch, tag or commit of a Hub dataset.")
-@click.option("--dataset-config", metavar="NAME", help="Configuration of a Hub dataset.")
-@click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a Hub dataset.")
-@click.option("--text-field", default="text", show_default=True, metavar="NAME", help="The column that holds the text.")
+@click.option(
+    "--dataset-config", "--dataset-name", "dataset_config", metavar="NAME", help="Configuration of a Hub dataset."
+)
+@click.option(
+    "--split",
+    "--dataset-split",
+    "split",
+    default="train",
+    show_default=True,
+    metavar="NAME",
+    help="Split of a Hub dataset.",
+)
+@click.option(
+    "--text-field",
+    "--dataset-column",
+    "text_field",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="The column that holds the text.",
+)
 @click.option(
     "--tokens-field", metavar="NAME", help="The column that holds token ids of this model, where there is no text."
 )
@@ -125,9 +143,8 @@ if TYPE_CHECKING:
 @click.option(
     "--codec",
     type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    default="float16",
-    show_default=True,
-    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.",
+    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.  "
+    "[default: float16; with --lm-dtype bfloat16 bfloat16, which has its range and precision]",
 )
 @click.option(
     "--codec-error",
@@ -214,7 +231,7 @@ def _config(options: Mapping[str, Any]) -> "HarvestConfig":
         hooks=options["hooks"],
         n_tokens=options["tokens"],
         n_sequences=options["sequences"],
-        codec=options["codec"],
+        codec=options["codec"] or ("bfloat16" if options["lm_dtype"] == "bfloat16" else "float16"),
         codec_error=options["codec_error"],
         control=ControlRecipe(kind=options["control"], seed=options["seed"]) if options["control"] else None,
     )

@@ -5,6 +5,7 @@ All of them are read through `datasets`, streaming, so that memory stays bounded
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -71,7 +72,8 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
     """ "sha256:..." over the files' names (relative to `root`) and bytes."""
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(f"{file.relative_to(root).as_posix()}\0{file_digest(file)}\n".encode())
+        name = os.fsencode(file.relative_to(root).as_posix())
+        whole.update(name + f"\0{file_digest(file)}\n".encode())
     return f"{LOCAL}{whole.hexdigest()}"
 
 
@@ -316,6 +318,11 @@ def _find_corpus(choice: CorpusChoice, stored: CorpusRecipe | None) -> Corpus:
         reader, files = _local_files(path)
         recipe = _recipe(choice, path.resolve().name, digest_files(files, path if path.is_dir() else path.parent))
         return Corpus(recipe, lambda: _load_files(reader, files, choice))
+    if "[" in choice.split:
+        raise ConfigError(
+            f"--split {choice.split}: datasets are streamed, and a part of a split cannot be. Give the split's name, "
+            "and how much of it with --tokens."
+        )
     name, revision = ALIASES.get(choice.name, (choice.name, None))
     pinned = stored.revision if stored is not None and stored.name == name else LOCAL
     known_commit = None if pinned.startswith(LOCAL) else pinned

@@ -4,7 +4,6 @@ The same call, made again after a kill, goes on from what is on disk and ends wi
 """
 
 import contextlib
-import gc
 import re
 import shutil
 import tempfile
@@ -161,12 +160,11 @@ class _Job:
         return self.capture
 
     def load_float32(self) -> Capture:
-        """For tails: the model that is loaded already, unless that computes in half precision."""
-        if self.recipe.model.dtype == "float32":
-            return self.load()
-        self.capture = None  # a large model need not be in memory twice
-        gc.collect()  # modules refer to each other
-        return Capture(self.model, [hook.requested for hook in self.recipe.hooks], self.recipe.model.batch_size)
+        """For tails: the model that is loaded already, its weights brought to float32 in place."""
+        capture = self.load()
+        if capture.dtype != "float32":
+            capture.widen()
+        return capture
 
 
 def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = False) -> _Job:
@@ -210,6 +208,8 @@ def _begin(writer: StoreWriter, job: _Job, stop: StopRequest, exact: bool, force
     _say_trained_on(writer, job.model)
     _make_sequences(writer, job, stop, exact)
     capture = job.load()
+    where = job.recipe.model
+    say(f"{job.model.name} runs in {where.dtype} on {where.device}, with {capture.attention} attention.")
     if writer.missing_shards():
         plan = make_plan(writer, capture)
         say(plan.line())

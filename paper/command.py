@@ -24,6 +24,13 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--dataset", default="pydocs", show_default=True, metavar="NAME", help="As of `harvest`."),
         click.option("--tokens", type=Count(), help="Tokens of the store. Default: 1M, of --quick 60K."),
         click.option("--out", default="docs/results", show_default=True, metavar="PATH", help="Where the page goes."),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+            default="auto",
+            show_default=True,
+            help="Where SAEs are trained and evaluated; auto: the first of the others that is there.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -105,5 +112,12 @@ def _where(where: dict[str, Any], model: str, dataset: str, n_tokens: int) -> "t
     from pathlib import Path
 
     from tcsae.paper.results import Place, Source
+    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.base.distributed import device_of, ranks
 
-    return Place(Path(where["work"])), Path(where["out"]), Source(model=model, dataset=dataset, n_tokens=n_tokens)
+    device = str(device_of(ranks(), choose_device(where["device"])))
+    return (
+        Place(Path(where["work"]), device),
+        Path(where["out"]),
+        Source(model=model, dataset=dataset, n_tokens=n_tokens),
+    )

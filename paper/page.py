@@ -27,7 +27,7 @@ from tcsae.paper.arms import (
 )
 from tcsae.paper.results import D_MODEL, NORM, SPREAD, Results
 from tcsae.paper.sections import FIGURES, markdown, number, spread
-from tcsae.shared.base.files import whole_file
+from tcsae.shared.base.files import remove_dead_partials_in, whole_file, write_atomic, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tcsae.paper.predictions import PREDICTIONS
 from tcsae.paper.results import squared_norm, value_of
 from tcsae.paper.sections import LEGEND, SECTIONS, TABLE, TABLE_ARMS, Section, arms_of, table
-from tcsae.shared.base.files import write_atomic, write_json
 from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
 
@@ -283,6 +282,7 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: PageConte
         }
         shown.insert(0, body | {"made": _made(TABLE, TABLE_ARMS, results, made)})
     text = rendered("page.md.j2", sections=shown, cut=CUT, **_about(results, keys, made))
+    remove_dead_partials_in(out)
     with writing(out, CURE):
         write_json(out / DATA, _data(chosen, results, keys))
         write_atomic(out / PAGE, text.encode())

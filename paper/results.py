@@ -29,6 +29,8 @@ class Place:
     """Where an experiment's stores and runs lie."""
 
     work: Path
+    device: str = "cpu"
+    """Where SAEs are trained and evaluated."""
 
     def store(self, name: str) -> Path:
         return self.work / f"{name}.zarr"

@@ -125,9 +125,9 @@ def train_arms(place: Place, stores: dict[str, Store], arms: Iterable[Arm], size
     ours = ranks()
     for name, runs in _by_store(stores, arms, size).items():
         if ours.parallel:  # whatever is finished: all ranks have to come to the same meetings
-            train_parallel(stores[name], place.runs(name), runs, ours)
+            train_parallel(stores[name], place.runs(name), runs, ours, device=place.device)
         elif todo := [run for run in runs if not is_finished(place.runs(name) / run.name)]:
-            train_runs(stores[name], place.runs(name), todo)
+            train_runs(stores[name], place.runs(name), todo, device=place.device)
 
 
 def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], size: Size) -> None:
@@ -140,9 +140,9 @@ def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], s
                 names=names, temporal=temporal, smooth=(smooth,) if smooth else (), documents=documents
             )
             if ours.parallel:
-                evaluate_parallel(stores[name], place.runs(name), request, ours)
+                evaluate_parallel(stores[name], place.runs(name), request, ours, place.device)
             else:
-                evaluate_runs(stores[name], place.runs(name), request)
+                evaluate_runs(stores[name], place.runs(name), request, device=place.device)
 
 
 def _options(arm: Arm) -> tuple[bool, str, Documents]:

@@ -140,6 +140,13 @@ def test_an_unknown_dataset_is_one_line_with_what_there_is(name, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_slice_of_a_split_is_refused_before_anything_is_asked():
+    with pytest.raises(
+        ConfigError, match=r"--split train\[:1%\]: datasets are streamed.* how much of it with --tokens"
+    ):
+        find_corpus(CorpusChoice(name="some/data", split="train[:1%]"))
+
+
 @pytest.mark.parametrize(
     "choice, asked",
     [

@@ -16,7 +16,8 @@ from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
-from tcsae.shared.sae.folder import load_evaluation, load_record, load_sae, read_metrics
+from tcsae.shared.sae.folder import load_evaluation, load_record, load_sae, read_metrics, save_sae
+from tcsae.shared.sae.layout import record_digest
 from tcsae.shared.store.reader import Store
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
@@ -164,7 +165,9 @@ def test_a_damaged_evaluation_is_done_again_and_no_report_is_made_of_it(store, r
 )
 def test_nonsense_in_a_record_is_named(store, runs, changes, file):
     path = runs / "run" / RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    record = json.loads(path.read_text()) | changes
+    record["files"][RECORD] = record_digest(record)
+    path.write_text(json.dumps(record))
     (runs / "run" / EVALUATION).unlink()
     check_line(call(store, runs, *COMMANDS["eval"]), file)
 
@@ -257,3 +260,37 @@ def test_loading_says_which_of_our_own_files_is_bad(runs):
         load_sae(path)
     (path / RECORD).write_text(json.dumps({key: one for key, one in load_record(path).items() if key != "files"}))
     assert load_sae(path).b_dec[0] == 1, "a record of an older version names no files"
+
+
+def flips(data: bytes) -> list[bytes]:
+    """Digits that are others: JSON all the same."""
+    places = [i for i, byte in enumerate(data) if chr(byte) in "12345"]
+    return [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in places[:: max(1, len(places) // 12)]]
+
+
+def test_a_digit_of_a_record_that_changed_is_damage(runs):
+    file = runs / "run" / RECORD
+    data = file.read_bytes()
+    body = data[: data.index(b'"files"')]
+    for flipped in flips(body):
+        file.write_bytes(flipped + data[len(body) :])
+        with pytest.raises(RunError, match=r"tcsae.json is (damaged: its digest does not fit|no JSON)"):
+            load_record(runs / "run")
+    file.write_bytes(data)
+    load_record(runs / "run")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_history_that_is_not_the_training_s_is_said(runs, store, capsys, damage):
+    path = toy.make_run(runs, "other", toy.make_sae(), store)
+    (path / METRICS).write_text(LINES)
+    save_sae(toy.make_sae(), path, {key: one for key, one in load_record(path).items() if key != "files"}, {})
+    assert len(read_metrics(path)) == 4
+    assert "metrics.jsonl" not in capsys.readouterr().err
+    data = (path / METRICS).read_bytes()
+    if damage == "missing":
+        (path / METRICS).unlink()
+    else:
+        (path / METRICS).write_bytes(flips(data)[1] if damage == "flipped" else data[: data.index(b"\n") + 1])
+    assert len(read_metrics(path)) == {"flipped": 4, "cut": 1, "missing": 0}[damage]
+    assert {"missing": "is missing"}.get(damage, "is not what the training wrote") in capsys.readouterr().err

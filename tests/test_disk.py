@@ -223,11 +223,17 @@ def hold_up(write: Callable[[], None]) -> int:
     return child
 
 
+SWEEPS = {
+    "of a name": remove_dead_partials,
+    "of a folder": lambda path: remove_dead_partials_in(path.parent),
+    "by the next writer": lambda path: write_folder(path, folder_of("new")),
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS.values(), ids=SWEEPS)
 @pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("sweep", [remove_dead_partials, lambda path: remove_dead_partials_in(path.parent), None])
-def test_the_next_writer_deletes_what_a_killed_one_left_and_never_a_living_one_s(tmp_path, kind, sweep):
+def test_what_a_killed_writer_left_is_deleted_and_never_a_living_one_s(tmp_path, kind, sweep):
     path, write = tmp_path / "x", WRITERS[kind]
-    sweep = sweep or write
     others = {"x.partial", "x.1.partial", "y.partial", f"x.{'g' * 32}.partial", f"x.{'0' * 32}.partial.txt"}
     for name in others:
         (tmp_path / name).touch()

@@ -273,7 +273,8 @@ def test_what_cannot_be_scored_is_refused_and_the_rest_is_scored(store, tmp_path
         spoil(bad, *{"nan": ("W_dec", np.nan), "infinite": ("W_enc", np.inf)}[kind])
     if kind == "record":
         record = json.loads((bad / "tcsae.json").read_text())
-        (bad / "tcsae.json").write_text(json.dumps({key: value for key, value in record.items() if key != "hook"}))
+        del record["hook"], record["files"]["tcsae.json"]
+        (bad / "tcsae.json").write_text(json.dumps(record))
     if kind == "weights":
         (bad / "sae_weights.safetensors").unlink()
     make_run(tmp_path, "good", make_sae(), store)

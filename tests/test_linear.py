@@ -10,11 +10,11 @@ import tcsae
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.saelens import load_foreign
-from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.plan import Run
 from tcsae.train.presets import preset
 from tcsae.train.run import train_runs
+from tcsae.train.start.linear import fit_linear
 from tcsae.train.trainer import Trainer
 
 D, LENGTH, M = 12, 24, 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,3 +166,20 @@ def test_public_iterators(store):
     assert [tuple(batch.shape) for batch in tokens] == [(11, 2)] * 3
     assert all((batch[:, 1] >= 2).all() for batch in tokens)
     assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude_tokens": ("9",)}], ids=["whole", "with holes"])
+def test_what_the_loader_holds_does_not_grow_with_the_tokens(store, options):
+    """Nor does its peak: tables of all segments of 1 are 24 bytes a token, 214 GB at 9G tokens."""
+    large = open_store(store.location)
+    split, n = large.train, 30_000
+    split.n_sequences = n
+    split.__dict__ |= {"lengths": np.full(n, LENGTH, np.int32), "tokens": np.zeros((n, LENGTH), np.int32)}
+    tracemalloc.start()
+    loader = SegmentLoader(
+        large, DataConfig(segment_length=1, skip_first=0, min_sequence_length=1, n_segments=4, **options)
+    )
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loader.n_segments == loader.n_tokens == n * LENGTH
+    assert held < peak < 4 * loader.n_tokens

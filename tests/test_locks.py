@@ -1,6 +1,7 @@
 """Promise: a store has one writer, who is named to the next one, and a lock that nobody holds stops nobody."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -190,3 +191,63 @@ def read_records(path: Path, recipe) -> None:
     with open_writer(str(path), recipe) as writer:
         _ = writer.progress
         writer.codec.objects()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("call", ["sweep", "has", "put", "get", "listed"])
+def test_a_writer_that_fails_at_the_start_holds_no_lock(tmp_path, store, monkeypatch, call, shared):
+    """Whatever of its first steps the disk refuses."""
+    manifest = replace(open_store(store).manifest, state="harvesting", counts={})
+    objects = objects_at(str(tmp_path / "new.zarr"))
+
+    def refuse(*_):
+        raise StoreError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(objects), call, refuse)
+        try:
+            failed = writing.StoreWriter(objects, manifest, shared=shared)
+        except StoreError as error:
+            failed = error  # a caller's traceback holds what it holds
+        else:
+            failed.close()
+    again = objects.lock(LOCK)
+    assert again is not None, failed
+    again.release()
+
+
+def test_a_writer_that_cannot_remove_its_traces_holds_no_lock(tmp_path, store, monkeypatch):
+    manifest = open_store(store).manifest
+    objects = objects_at(str(tmp_path / "new.zarr"))
+    writer = writing.StoreWriter(objects, replace(manifest, state="harvesting", counts={}))
+    writer.manifest = manifest
+
+    def refuse(*_):
+        raise StoreError("Read-only file system")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="Read-only"):
+        patch.setattr(type(objects), "delete_below", refuse)
+        writer.close()
+    again = objects.lock(LOCK)
+    assert again is not None
+    again.release()
+
+
+def test_a_digit_of_a_journal_that_changed_is_damage(tmp_path):
+    objects = objects_at(str(tmp_path))
+    journal = Journal(objects)
+    journal.write("sequences", {"n_sequences": {"train": 120, "eval": 4}})
+    record = journal.read("sequences")
+    assert record == {"n_sequences": {"train": 120, "eval": 4}}
+    journal.write("sequences", record | {"documents_read": 7})
+    file = tmp_path / "journal" / "sequences.json"
+    data = file.read_bytes()
+    for before, after in ((b"120", b"130"), (b": 7", b": 6"), (b"train", b"trbin")):
+        file.write_bytes(data.replace(before, after))
+        with pytest.raises(
+            StoreError, match=r"journal/sequences.json is damaged \(ValueError: its digest does not fit\)"
+        ):
+            journal.read("sequences")
+    file.write_bytes(json.dumps({"n_sequences": {"train": 1}}).encode())  # as older versions wrote it
+    assert journal.read("sequences") == {"n_sequences": {"train": 1}}
+    journal.release()

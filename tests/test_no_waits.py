@@ -4,6 +4,7 @@ Shown without one: under FakeTensorMode on the meta device no number exists, so 
 shape that follows from values, fails at once, as does an operation on tensors of two devices.
 """
 
+import inspect
 from collections import Counter
 from contextlib import contextmanager
 
@@ -14,9 +15,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tcsae.harvest.capture as capture_module
+from tcsae.evaluate import one_pass
+from tcsae.evaluate.batches import EvalBatch, Settings
+from tcsae.evaluate.parallel import Part
+from tcsae.evaluate.systems import SaeOutput
+from tcsae.harvest.capture import IN_FLIGHT, Capture, Forward
+from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.base.device import READS, Readout
 from tcsae.shared.base.settings import with_settings
-from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.lm.tail import Tail
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.format import HookRecipe
 from tcsae.train.batch import Batch, Text
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.trainer import Trainer
@@ -37,7 +47,9 @@ VARIANTS = {
     "written-run4": ("temporal.budget=0.1", "sae.groups=0.5,0.5", "group_weights=1,1"),
     "temporal-matryoshka": ("temporal.budget=0.1", "temporal.kind=difference", "temporal.order=batch"),
 }
-CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [*VARIANTS.items()]
+CASES = [(name, ()) for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")] + [
+    *VARIANTS.items()
+]
 
 
 class WaitError(AssertionError):
@@ -157,3 +169,148 @@ def test_each_read_is_named():
     assert all(READS.values())
     with pytest.raises(AssertionError, match="whim"):
         Readout(torch.zeros(1), "whim")
+
+
+class _Answer(np.ndarray):
+    """What a Readout brings, as far as the capture asks."""
+
+    def float(self):
+        return self
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+class _ToyModel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = torch.nn.Embedding(11, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        return self.layer(self.embed(ids))
+
+
+def capture_on_meta(what=lambda x: x) -> Capture:
+    """A capture of one hook whose model is there already."""
+    with torch.device(META):
+        model = _ToyModel()
+    capture = object.__new__(Capture)
+    forward = Forward(model, "toy", 1, lambda ids, _logits: forward.record("h", what(model(ids))), "sdpa")
+    capture.model, capture._forward = LanguageModel("toy", "toy", "1"), forward
+    capture.batch_size, capture.device, capture.causal = 2, "meta", True
+    capture.hooks = (HookRecipe(requested="h", canonical="h", d_model=WIDTH),)
+    return capture
+
+
+def test_from_tokens_to_bytes_each_batch_is_read_once_and_late(monkeypatch):
+    order = []
+    real = capture_module._OnTheWay.__init__
+
+    def sent(self, *given):
+        order.append("sent")
+        real(self, *given)
+
+    monkeypatch.setattr(capture_module._OnTheWay, "__init__", sent)
+    tokens, lengths = np.ones((10, LENGTH), np.int32), np.arange(10) % LENGTH + 1
+    with no_waits(monkeypatch) as counts:
+        faked = Readout.values
+
+        def values(self: Readout) -> np.ndarray:
+            order.append("read")
+            return faked(self).view(_Answer)
+
+        monkeypatch.setattr(Readout, "values", values)
+        with _Watch():
+            activations = capture_on_meta().run(tokens, lengths)
+    assert counts == {"capture": 5}
+    assert order[:4] == ["sent"] * IN_FLIGHT + ["read"], "the model has its next batches before the first is read"
+    assert activations["h"].dtype == np.float32 and (activations["h"][lengths == LENGTH] == 1).all()
+
+
+@pytest.mark.parametrize("wait", ["a number decides", "a mask selects"])
+def test_a_wait_in_a_capture_is_noticed(monkeypatch, wait):
+    what, error = WAITS[wait]
+    with no_waits(monkeypatch), pytest.raises(error), _Watch():
+        capture_on_meta(lambda x: (what(x.flatten(0, 1)), x)[1]).run(np.ones((2, LENGTH), np.int32), np.full(2, LENGTH))
+
+
+class _ToyTail(Tail):
+    """A matrix in place of a language model's last layers."""
+
+    vocabulary, slice_tokens = 7, 5
+
+    def __init__(self) -> None:
+        self.out = torch.zeros(WIDTH, self.vocabulary, device=META)
+
+    device = META
+
+    def hidden(self, x):
+        return torch.tanh(x)
+
+    def unembed(self, hidden, out=None):
+        return torch.mm(hidden, self.out, out=out)
+
+
+class _PassedError(Exception):
+    """All batches were gone through."""
+
+
+def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> Counter:
+    """What an evaluation's pass over four batches waited for."""
+    n = SEGMENTS
+    config = SaeConfig(d_model=WIDTH, d_sae=32, k=3, activation=activation)
+    with torch.device(META):
+        sae = SparseAutoencoder(config)
+    valid = np.arange(LENGTH) < np.arange(1, n + 1)[:, None].clip(max=LENGTH)
+    counted = valid & (np.arange(LENGTH) >= 1)
+    made = [
+        EvalBatch(
+            i * n,
+            torch.zeros(n, LENGTH, WIDTH),
+            torch.zeros(n, LENGTH, dtype=torch.int32),
+            torch.from_numpy(valid.sum(1)),
+            torch.from_numpy(np.arange(n) // 2 + i * n // 2),
+            torch.from_numpy(np.arange(n) // 2 + i * n // 2),
+            torch.from_numpy(counted),
+            torch.from_numpy(valid & ~counted),
+        )
+        for i in range(4)
+    ]
+    waited: Counter[str] = Counter()
+
+    def batches(*_, **__):
+        with no_waits(monkeypatch) as counts, _Watch():
+            yield from made
+            waited.update(counts)
+            raise _PassedError
+
+    monkeypatch.setattr(one_pass, "batches", batches)
+    monkeypatch.setattr(one_pass, "document_numbers", lambda _: (np.arange(4 * n) // 2,))
+    monkeypatch.setattr(one_pass, "_counts", lambda *_: torch.ones(2, 2 * n, dtype=torch.float64))
+    mean = torch.zeros(WIDTH, dtype=torch.float64)
+    settings = Settings(hook="h", skip_first=1, splice_all=splice_all, mean=mean, device=META)
+    unchecked = inspect.unwrap(one_pass.measure)
+    with pytest.raises(_PassedError), torch.no_grad():
+        unchecked(None, settings, [SaeOutput(sae)], _ToyTail(), None, [], lambda _: None, Part([], []))
+    return waited
+
+
+@pytest.mark.parametrize("splice_all", [False, True])
+@pytest.mark.parametrize("activation", ["topk", "gelu"])
+def test_an_evaluation_pass_waits_for_nothing(monkeypatch, activation, splice_all):
+    assert evaluate_on_meta(monkeypatch, activation, splice_all) == {}
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+def test_codes_without_a_fixed_number_of_entries_wait_for_their_number(monkeypatch, activation):
+    with pytest.raises(DynamicOutputShapeException):
+        evaluate_on_meta(monkeypatch, activation)
+
+
+def test_a_wait_in_an_evaluation_is_noticed(monkeypatch):
+    real = SparseAutoencoder.decode_sparse
+    monkeypatch.setattr(
+        SparseAutoencoder, "decode_sparse", lambda self, code, x: (code.values.sum().item(), real(self, code, x))[1]
+    )
+    with pytest.raises(DataDependentOutputException):
+        evaluate_on_meta(monkeypatch, "topk")

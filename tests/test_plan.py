@@ -100,19 +100,21 @@ def test_config_files_that_cannot_be(tmp_path):
         plan_runs(STORE, Request(config_file=file))
 
 
-def test_the_papers_presets_are_listed_apart():
+def test_the_papers_presets_and_controls_are_listed_apart():
     printed = CliRunner().invoke(cli, ["presets"]).output.splitlines()
-    ours, papers = printed[1 : printed.index("The paper's:")], printed[printed.index("The paper's:") + 1 :]
-    assert printed[0] == "Presets:" and len(ours) + len(papers) == len(PRESETS)
+    middle, end = (printed.index(line) for line in printed if line.startswith(("The paper's", "Controls")))
+    ours, papers, controls = printed[1:middle], printed[middle + 1 : end], printed[end + 1].split(", ")
+    assert printed[0] == "Presets:" and len(ours) + len(papers) + len(controls) == len(PRESETS)
     assert all(line.split()[0].startswith(("logged-", "written-")) for line in papers)
     assert not any(line.split()[0].startswith(("logged-", "written-")) for line in ours)
+    assert {f"{name.strip()}-shuffled" for name in controls} <= PRESETS.keys()
     (default,) = (line for line in printed if line.endswith("(default)"))
     assert default in ours and default.split()[0] == DEFAULT
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_lists_every_setting_as_set_takes_it(name):
-    assert name in CliRunner().invoke(cli, ["presets"]).output
+    assert name.removesuffix("-shuffled") in CliRunner().invoke(cli, ["presets"]).output
     config = preset(name, 64)
     assert with_settings(preset(DEFAULT, 64), to_settings(config)) == config
     printed = CliRunner().invoke(cli, ["presets", "--name", name]).output.splitlines()

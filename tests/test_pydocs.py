@@ -152,7 +152,22 @@ def test_the_corpus_is_parsed_once_for_each_set_of_versions(cache: Path, monkeyp
 
     monkeypatch.setattr(pydocs, "installed_versions", lambda: {"python": "3.11", "toy": "2"})
     assert pydocs.pydocs_file() != path
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.jsonl"))) == 2
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_cached_corpus_that_is_not_what_was_written_is_parsed_anew(damage: str):
+    path = pydocs.pydocs_file()
+    data = path.read_bytes()
+    at = len(data) // 2
+    path.write_bytes(
+        {"flipped": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "cut": data[:at], "empty": b""}[damage]
+    )
+    assert pydocs.pydocs_file().read_bytes() == data
+    pydocs.digest_path(path).unlink()  # as a kill between the two leaves it
+    assert pydocs.pydocs_file().read_bytes() == data
+    assert pydocs.digest_path(path).is_file()
 
 
 def test_a_parse_that_was_stopped_leaves_nothing_that_a_second_start_would_use(cache: Path):

@@ -349,3 +349,33 @@ def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeyp
     train_runs(store, tmp_path, [run])
     assert "goes on at step 26" in capsys.readouterr().err
     assert same(tmp_path / "topk", alone / "topk")
+
+
+def test_a_checkpoint_that_is_not_what_was_written_is_refused_and_an_older_one_goes_on(
+    store, alone, tmp_path, monkeypatch
+):
+    run = next(run for run in mixed_runs(("guard.keep=2",)) if run.name == "topk")
+    real = Trainer.step
+
+    def step(self, batch):
+        if self.progress.n_steps == 30:
+            raise KilledError
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(KilledError):
+            train_runs(store, tmp_path, [run])
+    _, file = checkpoints(tmp_path / "topk")
+    data = file.read_bytes()
+    begin = int.from_bytes(data[:8], "little") + 8
+    about = data.index(b"n_tokens") + 14
+    for at in (begin, (begin + len(data)) // 2, len(data) - 1, about):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(
+            RunError, match=r"checkpoint-000000026.safetensors is damaged .*its (digest|checksum) does not"
+        ):
+            train_runs(store, tmp_path, [run])
+    file.unlink()
+    train_runs(store, tmp_path, [run])
+    assert same(tmp_path / "topk", alone / "topk")

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
 
 from tcsae.shared.base.errors import Stopped
 from tcsae.shared.base.signals import STOPPING, StopRequest, stop_on_signals
+from tcsae.shared.commands import group
 
 
 def in_pieces(n: int, number: int, at: int) -> list[int]:
@@ -78,3 +80,22 @@ def test_outside_the_main_thread_and_without_a_handler_nothing_stops():
     thread.start()
     thread.join()
     assert requests == [False]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_ctrl_c_before_a_command_begins_is_a_line_and_130(ignored, capfd):
+    """While arguments are parsed, say, where click would make it "Aborted!" with exit code 1."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(group.cli, "parse_args", lambda *_: os.kill(os.getpid(), signal.SIGINT) or sys.exit(0))
+                group.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if ignored else 130)
+    assert ("Interrupted. The same command goes on" in capfd.readouterr().err) is not ignored

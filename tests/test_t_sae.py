@@ -1,5 +1,7 @@
 """Promise: the t-sae presets train what the published code of arXiv 2511.05541 trains."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import tcsae
 from tcsae.shared.base.settings import with_settings
 from tcsae.train.batch import Batch
 from tcsae.train.losses import auxk
@@ -162,3 +165,24 @@ def test_batches_of_hardly_any_pair_are_trained(lengths):
     result = trainer.step(batch)
     assert np.isfinite(list(result.losses.values())).all()
     assert auxk.AUX_TOKENS >= PAIRS, "all tokens, as in the published code"
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.7])
+def test_its_published_folders_are_read(tmp_path, threshold):
+    """trainer_0 of a run there, with two groups that are no whole share of the latents."""
+    torch.set_default_dtype(torch.float32)
+    folder, sizes = tmp_path / "trainer_0", [int(0.2 * 23), 23 - int(0.2 * 23)]
+    folder.mkdir()
+    w = {"W_enc": torch.randn(D_MODEL, 23), "b_enc": torch.randn(23), "b_dec": torch.randn(D_MODEL)}
+    w["W_dec"] = F.normalize(torch.randn(23, D_MODEL), dim=1)
+    scalars = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(threshold)}
+    torch.save(w | scalars | {"group_sizes": torch.tensor(sizes)}, folder / "ae.pt")
+    trainer = {"dict_class": "TemporalMatryoshkaBatchTopKSAE", "temporal": "r", "layer": 8, "k": K, "lm_name": "pythia"}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 256}}))
+    sae, x = tcsae.load_sae(tmp_path, subfolder="trainer_0"), torch.randn(30, D_MODEL)
+    post = F.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    expected = post * (post > threshold)
+    torch.testing.assert_close(sae.encode(x), expected)
+    torch.testing.assert_close(sae(x), expected @ w["W_dec"] + w["b_dec"])
+    assert sae.config.group_ranges() == [(0, sizes[0]), (sizes[0], 23)]
+    assert sae.metadata.hook == "blocks.8.hook_resid_post"

@@ -20,7 +20,8 @@ from tcsae.train.config import TrainConfig
 from tcsae.train.plan import Request, plan_runs, run_name
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
-from tcsae.train.trainer import Trainer, geometric_median, initial_sae
+from tcsae.train.start.first_weights import geometric_median, initial_sae
+from tcsae.train.trainer import Trainer
 
 HOOK, LENGTH, WIDTH = "blocks.0.hook_resid_post", 12, 16
 
@@ -45,7 +46,8 @@ def store(tmp_path_factory) -> Store:
     writer = open_writer(path, recipe, Layout(sequences_per_chunk=64))
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, LENGTH + 1, 400).astype(np.int32)
-    rows = Rows(np.zeros((400, LENGTH), np.int32), lengths, np.arange(400), np.zeros(400, np.int32))
+    tokens = np.arange(400 * LENGTH, dtype=np.int32).reshape(400, LENGTH)
+    rows = Rows(tokens, lengths, np.arange(400), np.zeros(400, np.int32))
     writer.commit({"train": rows, "eval": rows}, {})
     writer.finish_sequences({s: {"sequences": 400, "tokens": int(lengths.sum()), "documents": 400} for s in SPLITS})
     for shard in writer.missing_shards():
@@ -155,6 +157,7 @@ def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, ca
     record = json.loads((tmp_path / runs[0].name / "tcsae.json").read_text())
     del record["train"]["data"]["min_sequence_length"]  # as of a version that did not have the setting
     record["train"]["optimizer"]["gradients"] = "written"  # and that had one which is gone
+    del record["files"]["tcsae.json"]
     (tmp_path / runs[0].name / "tcsae.json").write_text(json.dumps(record))
     train_runs(store, tmp_path, runs)
     assert "trained already, reused" in capsys.readouterr().err
@@ -205,16 +208,17 @@ def test_paper_presets_are_the_paper_s():
     assert all(preset(name, 8).steps > 0 for name in PRESETS if not name.startswith("logged-"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("-shuffled")])
 def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
     settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
+    settings += ["temporal.contrast.gap=2", "temporal.contrast.distance=4", "temporal.contrast.around=1"]
     steps = preset(name, WIDTH).steps and 10
     (record,) = train_runs(store, tmp_path, plan_runs(store, Request([name], [*settings, f"steps={steps}"])))
     sae = load_sae(tmp_path / record["name"])
-    x = torch.randn(7, WIDTH)
+    x = torch.randn(2, 7, sae.config.d_in)  # two sequences, or windows
     with torch.no_grad():
         assert sae(x).isfinite().all()
-        torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
+        torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x).flatten(0, 1))
     lines = [json.loads(line) for line in (tmp_path / record["name"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == ([5, 10] if steps else [])
     assert record["ended"] == ""

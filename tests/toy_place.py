@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import make_tail, save_tail
+from tcsae.shared.sae.layout import record_digest
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.writer import Rows, open_writer
 
@@ -124,6 +125,7 @@ def make_place(place: Path) -> Path:
 
 def rename_run(folder: Path, name: str) -> None:
     """Give a run a short name, which its record repeats."""
-    record = json.loads((folder / "tcsae.json").read_text())
-    (folder / "tcsae.json").write_text(json.dumps(record | {"name": name}))
+    record = json.loads((folder / "tcsae.json").read_text()) | {"name": name}
+    record["files"]["tcsae.json"] = record_digest(record)
+    (folder / "tcsae.json").write_text(json.dumps(record))
     folder.rename(folder.with_name(name))

@@ -1,11 +1,13 @@
 """A run's whole state in one file: a run that was killed goes on as if it had not been."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import safetensors
 import safetensors.torch
 import torch
@@ -32,7 +34,8 @@ def save_checkpoint(path: Path, trainer: Trainer, about: dict[str, Any]) -> None
     text = json.dumps({"progress": asdict(trainer.progress), **about})
     file = path / f"checkpoint-{trainer.progress.n_steps:09d}.safetensors"
     tensors = {name: tensor.cpu() for name, tensor in _tensors(trainer).items()}
-    write_atomic(file, safetensors.torch.save(tensors, {"tcsae": text}))
+    sums = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "crc32c": _crc32c(tensors)}
+    write_atomic(file, safetensors.torch.save(tensors, {"tcsae": text, **sums}))
     for old in checkpoints(path)[: -trainer.config.guard.keep]:
         old.unlink()
 
@@ -41,7 +44,11 @@ def read_about(file: Path) -> dict[str, Any]:
     """The `about` of `save_checkpoint`, and the run's progress. Raises RunError if the file is damaged."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            return json.loads(opened.metadata()["tcsae"])
+            metadata = opened.metadata()
+        text = metadata["tcsae"]
+        if metadata.get("sha256") not in (None, hashlib.sha256(text.encode()).hexdigest()):
+            raise ValueError("its digest does not fit")
+        return json.loads(text)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
 
@@ -52,7 +59,7 @@ def restore(file: Path, trainer: Trainer) -> None:
     Raises RunError if the file is damaged.
     """
     try:
-        tensors = safetensors.torch.load_file(file)
+        tensors = _checked_tensors(file)
         progress = Progress(**read_about(file)["progress"])
         step = tensors.get("adam.0.step")
         if step is not None:  # a trainer that never stepped has no moments yet
@@ -62,10 +69,29 @@ def restore(file: Path, trainer: Trainer) -> None:
         for name, tensor in _weights(trainer).items():
             with torch.no_grad():
                 tensor.copy_(tensors[name])
-    except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise _damaged(file, error) from error
     trainer.progress = progress
     trainer.restart()
+
+
+def _checked_tensors(file: Path) -> dict[str, Tensor]:
+    """Raises ValueError unless they are what was written; checkpoints of older versions cannot tell."""
+    with safetensors.safe_open(file, "pt") as opened:
+        recorded = opened.metadata().get("crc32c")
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+    if recorded not in (None, _crc32c(tensors)):
+        raise ValueError("its checksum does not fit")
+    return tensors
+
+
+def _crc32c(tensors: dict[str, Tensor]) -> str:
+    """Of all names and values: safetensors itself has no checksum, and a sha256 takes 20 times as long."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = google_crc32c.extend(crc, name.encode())
+        crc = google_crc32c.extend(crc, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{crc:08x}"
 
 
 def _damaged(file: Path, error: Exception) -> RunError:

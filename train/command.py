@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 PAPERS = ("logged-", "written-")
 """How the names of the paper's presets begin."""
+CONTROLS = "-shuffled"
+"""How the name of a preset's control ends."""
 
 
 @click.command(cls=StageCommand)
@@ -48,6 +50,13 @@ PAPERS = ("logged-", "written-")
     show_default=True,
     help="Where runs are trained; auto: the first of the others that is there.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Of matrix products on a GPU; bf16: the encoder's and the decoder's. Losses and Adam are in float32.",
+)
 @click.option("--dry-run", is_flag=True, help="Print passes, memory and time, measured on a few steps. Writes nothing.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
@@ -76,7 +85,7 @@ def train(
 
     from pathlib import Path
 
-    from tcsae.shared.base.device import choose_device, keep_freed_memory
+    from tcsae.shared.base.device import choose_device, keep_freed_memory, set_precision
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.base.errors import ConfigError
     from tcsae.shared.store.reader import open_store
@@ -93,6 +102,7 @@ def train(
     )
     runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
     chosen = device_of(processes, choose_device(device))
+    set_precision(asked["precision"], chosen)
     if asked["dry_run"]:
         if processes.parallel:
             raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
@@ -167,9 +177,14 @@ def presets(name: str | None) -> None:
             if not line.startswith("sae.d_model"):
                 click.echo(line)
         return
-    width = max(map(len, PRESETS))
+    controls = [one for one in PRESETS if one.endswith(CONTROLS)]
     papers = [one for one in PRESETS if one.startswith(PAPERS)]
-    for title, names in (("Presets:", [one for one in PRESETS if one not in papers]), ("The paper's:", papers)):
+    ours = [one for one in PRESETS if one not in (*papers, *controls)]
+    width = max(map(len, ours + papers))
+    for title, names in (("Presets:", ours), ("The paper's:", papers)):
         click.echo(title)
         for one in names:
             click.echo(f"  {one:{width}}  {PRESETS[one].about}{' (default)' if one == DEFAULT else ''}")
+    if controls:
+        twins = ", ".join(one.removesuffix(CONTROLS) for one in controls)
+        click.echo(f"Controls, on shuffled positions: NAME{CONTROLS} for the NAMEs\n  {twins}")

@@ -4,12 +4,16 @@ An epoch visits the chunks in random order. Consecutive chunks form a block of a
 segments of a block are shuffled, and the blocks' segments laid end to end make one endless stream. Batch i is segments
 i * n_segments .. (i + 1) * n_segments of it, so the number of batches handed out is all the state there is. While one
 block is used up, a thread reads the next: two blocks are in memory, and of the whole split one count a chunk.
+
+For another device than the CPU the thread also copies the block there, as it is stored, with the rows of all its tokens
+in their shuffled order: to a GPU from pinned memory, on a stream of its own, so that a batch is one gather and one
+decoding there. Two blocks are on the device then.
 """
 
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +21,12 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.shared.base.device import Readout, to_device
 from tcsae.shared.base.distributed import ALONE, Ranks
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.base.settings import from_dict
 from tcsae.shared.base.windows import kept_runs, masked_segments, positions, segments
+from tcsae.shared.store.codecs import SIGNED
 from tcsae.shared.store.counted import counted, left_out, norm_median
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Text, Whole
@@ -41,8 +47,42 @@ class Block(NamedTuple):
     """[n_sequences * sequence_length, d_stored], as stored; a batch is decoded once, for all who use it."""
     segments: Int[ndarray, "n_segments 4"]
     """Each segment's first row in `values`, length, position in its sequence, and document."""
-    text: Text | None
+    text: Text | None = None
     """Of every row, where it was asked for."""
+    rows: Int[Tensor, " n_tokens"] | None = None
+    """Row of every token, in the order of the segments; None on a CPU, where each batch works out its own."""
+    edges: Int[ndarray, " n_segments_plus_1"] | None = None
+    """Where each segment begins in `rows`, and where the last ends."""
+    copied: Any = None
+    """The event after the copy to a GPU."""
+
+    def index(self, first: int, stop: int) -> Int[Tensor, " n"]:
+        """Rows of the tokens of segments first..stop-1."""
+        if self.rows is None or self.edges is None:
+            return _token_rows(self.segments[first:stop])
+        return self.rows[int(self.edges[first]) : int(self.edges[stop])]
+
+    def there(self, device: torch.device, stream: Any) -> "Block":
+        """The block on a device; to a GPU on that stream, `copied` being the end of it."""
+        rows, edges = _token_rows(self.segments), np.append(0, np.cumsum(self.segments[:, 1]))
+        values = self.values.view(SIGNED.get(self.values.dtype, self.values.dtype))
+        if stream is None:
+            return Block(to_device(values, device), self.segments, self.text, to_device(rows, device), edges)
+        with torch.cuda.stream(stream):
+            values = values.to(device, non_blocking=True)  # pinned already, see _block_memory
+            rows = to_device(rows, device)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        return Block(values, self.segments, self.text, rows, edges, copied)
+
+    def await_copy(self) -> None:
+        """Have the current stream wait for the copy, and keep the memory until that stream is done with it."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.copied)
+            for tensor in (self.values, self.rows):
+                assert tensor is not None
+                tensor.record_stream(stream)
 
 
 class Reads:
@@ -87,13 +127,16 @@ class SegmentLoader:
         """Segments of a batch that are handed out here; the rest are those of other processes."""
         split, per_chunk = store.train, store.sequences_per_chunk
         starts = range(0, split.n_sequences, per_chunk)
-        counts = [self._segments(first, min(first + per_chunk, split.n_sequences)) for first in starts]
-        self._segments_of_chunk = np.array([len(length) for _, _, length in counts], dtype=np.int64)
+        counts = np.zeros((len(starts), 3), dtype=np.int64)  # the segments themselves would be 24 bytes each
+        for i, first in enumerate(starts):
+            _, _, length = self._segments(first, min(first + per_chunk, split.n_sequences))
+            counts[i] = len(length), length.sum(), length.max(initial=0)
+        self._segments_of_chunk = counts[:, 0].copy()
         self.n_segments = int(self._segments_of_chunk.sum())
         """Segments in an epoch."""
-        self.n_tokens = sum(int(length.sum()) for _, _, length in counts)
+        self.n_tokens = int(counts[:, 1].sum())
         """Tokens in an epoch: every valid position that no rule but `max_norm` leaves out, once."""
-        self.longest = max((int(length.max(initial=0)) for _, _, length in counts), default=0)
+        self.longest = int(counts[:, 2].max(initial=0))
         """Tokens of the longest segment."""
         if not self.n_segments:
             raise self._nothing_left()
@@ -134,7 +177,10 @@ class SegmentLoader:
 
     def left_out(self) -> dict[str, int]:
         """Tokens that no epoch has, by the rule that leaves them out (`max_norm` is told batch by batch)."""
-        return left_out(self.store.train, self.config.rules.without_norm(), self.config.min_sequence_length)
+        rules = self.config.rules.without_norm()
+        if not rules.has_holes:  # by arithmetic: a corpus has billions of positions
+            return {"skip_first": self.n_skipped}
+        return left_out(self.store.train, rules, self.config.min_sequence_length)
 
     @property
     def n_skipped(self) -> int:
@@ -220,8 +266,9 @@ class SegmentLoader:
                 if block.text is not None:
                     index = _token_rows(taken[-1]).numpy()
                     texts.append(Text(block.text.tokens[index], block.text.places[index]))
-                first, stop = (max(0, edge - n_taken) for edge in (self._part.start, self._part.stop))
-                n_rows += self._gather(block, taken[-1][first:stop], n_rows)
+                ours = (edge - n_taken for edge in (self._part.start, self._part.stop))
+                first, stop = (at + min(max(0, edge), len(taken[-1])) for edge in ours)
+                n_rows += self._gather(block, block.index(first, stop), n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
             text = Text(*(np.concatenate(parts) for parts in zip(*texts, strict=True))) if texts else None
@@ -234,30 +281,26 @@ class SegmentLoader:
         """
         block = self._read_block(0, 0, self._block_memory())
         keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
-        x = self._decode(self._moved(block.values[_token_rows(keep)]))
+        x = self._decode(to_device(block.values[_token_rows(keep)], self._device))
         _, lengths, starts, documents = keep.T
         if self._norm_limit is not None:
             within = self._within_norm(x)
-            segment, offset, lengths = kept_runs(lengths, within.cpu().numpy())
-            x, starts, documents = x[within], starts[segment] + offset, documents[segment]
+            segment, offset, lengths = kept_runs(lengths, within)
+            x, starts, documents = self._kept(x, within), starts[segment] + offset, documents[segment]
         if not len(x):
             raise StoreError(
                 f"data.max_norm={self.config.max_norm} leaves no token of the first {len(keep)} segments. Raise it."
             )
         return x if window == 1 else Batch(x, lengths, starts, documents).windows(window, 0).x
 
-    def _gather(self, block: Block, chosen: Int[ndarray, "n_segments 4"], start: int) -> int:
-        """Copy segments into the batch buffer from row `start` on; returns how many rows."""
-        index = _token_rows(chosen)
-        self._decode(self._moved(torch.index_select(block.values, 0, index)), self._buffer[start : start + len(index)])
+    def _gather(self, block: Block, index: Int[Tensor, " n"], start: int) -> int:
+        """Copy rows into the batch buffer from row `start` on; returns how many."""
+        self._decode(torch.index_select(block.values, 0, index), self._buffer[start : start + len(index)])
         return len(index)
 
-    def _moved(self, rows: Tensor) -> Tensor:
-        """Stored rows on the device. To a GPU they go from pinned memory, so that the host need not wait for the copy;
-        torch keeps that memory until the copy is done."""
-        if self._device.type == "cuda":
-            return rows.pin_memory().to(self._device, non_blocking=True)
-        return rows.to(self._device)
+    def _kept(self, x: Float[Tensor, "n d_model"], keep: Bool[ndarray, " n"]) -> Float[Tensor, "n_kept d_model"]:
+        """Some of the tokens; indices are made on the host, so that a GPU is not waited for."""
+        return x.index_select(0, to_device(np.flatnonzero(keep), self._device))
 
     def _batch(self, table: Int[ndarray, "n_segments 4"], x: Float[Tensor, "n d_model"], text: Text | None) -> Batch:
         """The batch of these segments, cut where a norm is above the limit; `x` is of our part of them."""
@@ -267,12 +310,12 @@ class SegmentLoader:
             keep = np.zeros(int(lengths.sum()), bool)
             before = int(lengths[: ours.start].sum())
             within = self._within_norm(x)
-            keep[before : before + len(x)] = within.cpu().numpy()
+            keep[before : before + len(x)] = within
             keep = self._group.any(torch.from_numpy(keep)).numpy()  # each process has seen the norms of its own
             segment, offset, lengths = kept_runs(lengths, keep)
             starts, documents = starts[segment] + offset, documents[segment]
             ours, n_left_out = slice(*np.searchsorted(segment, [ours.start, ours.stop]).tolist()), int((~keep).sum())
-            x = x[within]
+            x = self._kept(x, within)
             text = text and Text(*(part[keep] for part in text))
         batch = Batch(x, lengths[ours], starts[ours], documents[ours], n_left_out, text=text)
         if self._part == slice(0, len(table)):
@@ -281,8 +324,9 @@ class SegmentLoader:
             whole=Whole(lengths, documents, int(lengths[: ours.start].sum()), starts), group=self._group
         )
 
-    def _within_norm(self, x: Float[Tensor, "n d_model"]) -> Bool[Tensor, " n"]:
-        return ~(x.norm(dim=1) > self._norm_limit)
+    def _within_norm(self, x: Float[Tensor, "n d_model"]) -> Bool[ndarray, " n"]:
+        """Which tokens have no norm above the limit."""
+        return ~Readout(x.norm(dim=1) > self._norm_limit, "max_norm").values().numpy()
 
     def _blocks(self, skip: int) -> Iterator[tuple[Block, int]]:
         """The stream's blocks from its segment number `skip` on, each with the first segment to use."""
@@ -291,22 +335,35 @@ class SegmentLoader:
         while skip >= (n := self._n_segments_of(epoch, number)):
             number, skip = number + 1, skip - n
         memory = itertools.cycle([self._block_memory(), self._block_memory()])
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
-            pending: Future[Block] = reader.submit(self._read_block, epoch, number, next(memory))
+            pending: Future[Block] = reader.submit(self._next_block, epoch, number, next(memory), stream, None)
             while True:
                 self._reads.wanted(not pending.done())
                 block = pending.result()
+                block.await_copy()
                 epoch, number = (epoch, number + 1) if number + 1 < self._n_blocks else (epoch + 1, 0)
-                # Into the memory of the block before, which is used up.
-                pending = reader.submit(self._read_block, epoch, number, next(memory))
+                # Into the memory of the block before, which is used up, or whose copy is ahead of this one's.
+                pending = reader.submit(self._next_block, epoch, number, next(memory), stream, block.copied)
                 yield block, skip
                 skip = 0
+
+    def _next_block(self, epoch: int, number: int, memory: ndarray, stream: Any, before: Any) -> Block:
+        """A block where batches are gathered; `before`: the copy of the block before, on the same stream."""
+        if before is not None:
+            before.synchronize()
+        block = self._read_block(epoch, number, memory)
+        return block if self._device.type == "cpu" else block.there(self._device, stream)
 
     def _block_memory(self) -> ndarray:
         n = min(self._chunks_per_block * self.store.sequences_per_chunk, self.store.train.n_sequences)
         array = self.store.array(f"train/activations/{self.hook}")
         # Most blocks of uint32 (compact) fit half the bytes; one that does not is widened when it is read.
-        return np.empty((n, *array.shape[1:]), np.uint16 if array.dtype == np.uint32 else array.dtype)
+        memory = np.empty((n, *array.shape[1:]), np.uint16 if array.dtype == np.uint32 else array.dtype)
+        if self._device.type == "cuda":
+            memory = torch.empty(memory.nbytes, dtype=torch.uint8, pin_memory=True).numpy().view(memory.dtype)
+            memory = memory.reshape(n, *array.shape[1:])
+        return memory
 
     def _chunks(self, epoch: int, number: int) -> Int[ndarray, " n_chunks"]:
         order = np.random.default_rng([self.config.seed, epoch]).permutation(self._n_chunks)

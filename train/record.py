@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tcsae import __version__
+from tcsae.shared.base.device import precision
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, from_dict, to_dict
@@ -191,6 +192,7 @@ def save_run(store: Store, loader: SegmentLoader, path: Path, run: Run, trainer:
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "device": trainer.sample.device.type,
+        "precision": precision(),
         "finished": True,
         "libraries": {"tcsae": __version__, "torch": importlib.metadata.version("torch")},
     }

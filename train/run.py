@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tcsae.shared.base.console import progress, say, size
+from tcsae.shared.base.device import precision
 from tcsae.shared.base.distributed import ALONE, Ranks, has_rendezvous, start_group, wait_for_all
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import disk_errors
@@ -24,11 +25,11 @@ from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
 from tcsae.train.guard import UnstableError
-from tcsae.train.linear import fit_linear
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
 from tcsae.train.record import clear_run, goes_on, is_trained, save_run, writable_folder
+from tcsae.train.start.linear import fit_linear
 from tcsae.train.trainer import Trainer
 
 SAMPLE_TOKENS = 32_768
@@ -119,7 +120,7 @@ class Member:
             restore(saved[-1], trainer)
             n_bytes, self.seconds = record["metrics_bytes"], record["seconds"]
             say(f"{run.name}: goes on at step {trainer.progress.n_steps}")
-            for what in ("threads", "device"):
+            for what in ("threads", "device", "precision"):
                 if (before := record.get(what, about[what])) != about[what]:  # older versions did not tell the device
                     say(f"{run.name}: {what} {before} before, {about[what]} now: rounding will differ.")
         self.steps_on_disk = trainer.progress.n_steps
@@ -252,6 +253,7 @@ class _Pass:
             "from": run.init_from,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "precision": precision(),
             "ranks": self.ranks.world,
         }
         return Member(run, self.runs_path / run.name, trainer, about, self.tracker, self.ranks.rank == 0)

@@ -20,16 +20,15 @@ from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_s
 from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of
-from tcsae.train.linear import LinearPart
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.losses.state import BilinearHead, TermState
 from tcsae.train.losses.t_sae import next_threshold, paired, residual_variance
+from tcsae.train.start.first_weights import initial_sae
+from tcsae.train.start.linear import LinearPart
 
 CALIBRATION_TOKENS = 4096
-MEDIAN_STEPS = 50
-FIRST_THRESHOLD = 0.1
 NO_GRADIENT = 1e-5
 """A gradient this small, times the code's norm and over the term's value, is rounding."""
 
@@ -129,7 +128,7 @@ class Trainer:
     """Weights to start from, in the units of the data."""
     progress: Progress = field(default_factory=Progress)
     linear: LinearPart | None = None
-    """What `config.linear` asks for (tcsae.train.linear.fit_linear)."""
+    """What `config.linear` asks for (tcsae.train.start.linear.fit_linear)."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -484,42 +483,3 @@ def prefix_error(
     """sum over prefixes g of w_g ||x - x_hat_g||^2 (matryoshka; one prefix is the plain autoencoder)."""
     errors = [F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
     return sum((weight * error for weight, error in zip(weights, errors, strict=True)), start=x.new_zeros(()))
-
-
-@torch.no_grad()
-def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> SparseAutoencoder:
-    """Fresh weights by `config.init`, on the device of `sample`, which is in the units that training sees.
-
-    They are drawn on the CPU: a seed gives the same weights on every device.
-    """
-    sae = new_sae(config.sae)
-    generator = torch.Generator().manual_seed(config.init_seed)
-    match config.init.weights:
-        case _ if isinstance(sae, TemporalFeatureAutoencoder):
-            sae.draw(generator)
-        case "xavier":
-            torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
-            torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
-            if config.optimizer.unit_decoder:
-                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        case "transpose":
-            sae.W_dec.normal_(generator=generator)
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-            sae.W_enc_rows.copy_(sae.W_dec)
-    match config.init.b_dec:
-        case "mean":
-            sae.b_dec.copy_(sample.mean(0))
-        case "median":
-            sae.b_dec.copy_(geometric_median(sample))
-    if sae.threshold is not None and sae.kind.threshold == "learned":
-        sae.threshold.fill_(FIRST_THRESHOLD)
-    return sae.to(sample.device)
-
-
-def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration."""
-    point = x.mean(0)
-    for _ in range(MEDIAN_STEPS):
-        nearness = 1 / (x - point).norm(dim=1).clamp_(min=1e-8)
-        point = nearness @ x / nearness.sum()
-    return point

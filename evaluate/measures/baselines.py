@@ -53,8 +53,10 @@ def constant_baselines(mean: Float[Tensor, " d_model"]) -> dict[str, System]:
     return {"zero_output": ConstantOutput(torch.zeros_like(mean)), "mean_output": ConstantOutput(mean)}
 
 
-def sized_baselines(store: Store, hook: str, skip_first: CountingRules | int, like: SaeConfig) -> dict[str, System]:
-    """The three that have the size of an SAE, `like`; drawn with a fixed seed."""
+def sized_baselines(
+    store: Store, hook: str, skip_first: CountingRules | int, like: SaeConfig, device: torch.device | str = "cpu"
+) -> dict[str, System]:
+    """The three that have the size of an SAE, `like`; drawn with a fixed seed, then brought to `device`."""
     mean, covariance = sample_moments(store, hook, skip_first)
     k = min(like.k, like.d_model)
     components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.float().contiguous()
@@ -70,9 +72,9 @@ def sized_baselines(store: Store, hook: str, skip_first: CountingRules | int, li
         for weight in (untrained.W_enc_rows, untrained.W_dec):
             weight.normal_(std=deviation, generator=generator)
     return {
-        "pca": PcaOutput(mean.float(), components),
-        "random_topk": SaeOutput(random.eval()),
-        "untrained": SaeOutput(untrained.eval()),
+        "pca": PcaOutput(mean.float().to(device), components.to(device)),
+        "random_topk": SaeOutput(random.eval().to(device)),
+        "untrained": SaeOutput(untrained.eval().to(device)),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tcsae.shared.base.device import static_shapes
 from tcsae.shared.sae import sparse as sparse_codes
 from tcsae.shared.sae.sparse import SparseCode
 
@@ -19,13 +20,11 @@ Code = SparseCode | Float[Tensor, "_ d_sae"]
 """Sparse (entries) or dense (a gelu, where next to no entry is zero)."""
 
 
-def token_activity(code: Code | None, n: int) -> Float64[Tensor, "4 n"]:
-    """Of each token: latents with f > 0, latents with f != 0, sum |f|, sum f. Zeros for a system without latents."""
-    if code is None:
-        return torch.zeros(4, n, dtype=torch.float64)
+def token_activity(code: Code) -> Float64[Tensor, "4 n"]:
+    """Of each token: latents with f > 0, latents with f != 0, sum |f|, sum f."""
     values = code.values if isinstance(code, SparseCode) else code
-    # A topk or relu code is never negative, so two of the four sums do for all.
-    signed = bool((values < 0).any())
+    # A topk or relu code is never negative, so two of the four sums do for all; a GPU would have to be waited for.
+    signed = static_shapes(values) or bool((values < 0).any())
     terms = (values > 0, values != 0, values.abs(), values) if signed else (values > 0, values)
     sums = [row_sums(code, term) for term in terms]
     return torch.stack(sums if signed else [sums[0], sums[0], sums[1], sums[1]])
@@ -35,10 +34,10 @@ def row_sums(code: Code, terms: Tensor) -> Float64[Tensor, " n"]:
     """Sum of each row's `terms`, which stand where the code's values do."""
     if not isinstance(code, SparseCode):
         return terms.sum(1, dtype=torch.float64)
-    per_row, left = divmod(len(terms), max(code.n_tokens, 1))
-    if not left and bool((code.offsets.diff() == per_row).all()):  # topk
-        return terms.view(code.n_tokens, per_row).sum(1, dtype=torch.float64)
-    return torch.zeros(code.n_tokens, dtype=torch.float64).index_add_(0, code.rows, terms.double())
+    if code.per_token is not None:
+        return terms.view(code.n_tokens, code.per_token).sum(1, dtype=torch.float64)
+    total = torch.zeros(code.n_tokens, dtype=torch.float64, device=terms.device)
+    return total.index_add_(0, code.rows, terms.double())
 
 
 def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> Int[Tensor, "2 d_sae"]:
@@ -46,12 +45,16 @@ def firing_counts(code: Code, sequence: Int[Tensor, " n"], n_sequences: int) -> 
 
     `sequence` numbers each token's sequence, 0 to n_sequences - 1.
     """
-    if isinstance(code, SparseCode):
+    if isinstance(code, SparseCode) and static_shapes(code.values):
+        counts = torch.zeros(n_sequences * code.d_sae, dtype=torch.int64, device=code.values.device)
+        keys = sequence.index_select(0, code.rows) * code.d_sae + code.columns
+        counts = counts.index_add_(0, keys, (code.values > 0).long()).view(n_sequences, code.d_sae)
+    elif isinstance(code, SparseCode):
         on = code.values > 0
         keys = sequence.index_select(0, code.rows[on]) * code.d_sae + code.latents[on]
         counts = torch.bincount(keys, minlength=n_sequences * code.d_sae).view(n_sequences, code.d_sae)
     else:
-        counts = torch.zeros(n_sequences, code.shape[1], dtype=torch.int64)
+        counts = torch.zeros(n_sequences, code.shape[1], dtype=torch.int64, device=code.device)
         counts.index_add_(0, sequence, (code > 0).long())
     return torch.stack((counts.sum(0), (counts > 0).sum(0)))
 
@@ -164,7 +167,7 @@ class Sums:
 
 def token_predictions(output: Output) -> Float64[Tensor, "2 n"]:
     """Of each token: latents of the predicted code that are not 0, and of it and the novel code together."""
-    counts = torch.zeros(2, len(output.x_hat), dtype=torch.float64)
+    counts = torch.zeros(2, len(output.x_hat), dtype=torch.float64, device=output.x_hat.device)
     if output.predicted is not None:
         assert isinstance(output.code, SparseCode)
         on = output.predicted != 0
@@ -192,7 +195,9 @@ def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns 
     ratio = norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in)
     legacy = 1 - squared_error / inputs.squared_deviation
     columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio, legacy)
-    return torch.cat((torch.stack(columns), token_activity(output.code, len(norm_in)), token_predictions(output)))
+    none = output.code is None
+    activity = norm_in.new_zeros(4, len(norm_in)) if none else token_activity(output.code)
+    return torch.cat((torch.stack(columns), activity, token_predictions(output)))
 
 
 def sum_rows(

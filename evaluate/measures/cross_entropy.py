@@ -16,6 +16,7 @@ from torch import Tensor
 from tcsae.evaluate.batches import Settings
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
+from tcsae.shared.base.device import sums_on, to_device
 from tcsae.shared.base.files import json_digest, write_atomic
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import Store
@@ -60,9 +61,10 @@ def splice(
     replaced: Bool[Tensor, "batch position"],
     x_hat: Float[Tensor, "n d_model"],
 ) -> Float[Tensor, "batch position d_model"]:
-    """x with `x_hat` at the replaced positions, in row order."""
+    """x with `x_hat` at the replaced positions, in row order. The mask is on the CPU, the rest on any one device."""
+    at = to_device(np.flatnonzero(replaced.numpy()), x.device)
     spliced = x.clone()
-    spliced[replaced] = x_hat
+    spliced.view(-1, x.shape[2]).index_copy_(0, at, x_hat)
     return spliced
 
 
@@ -77,12 +79,15 @@ def sequence_losses(
     """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
 
     The cross-entropy of position i is that of token i + 1, at counted positions with `has_next`; KL at all counted.
-    Logits are made a few tokens at a time and those of x once for all others.
+    Logits are made a few tokens at a time and those of x once for all others. x and `others` are on any device, tokens
+    and masks on the CPU; what is returned is where the tail's sums are kept (`sums_on`).
     """
-    predicts = has_next[counted]
-    targets = tokens.roll(-1, 1)[counted].long()
-    hidden = [tail.hidden(one)[counted] for one in (x, *others)]
-    losses = torch.zeros(len(hidden), 2, len(targets))
+    chosen, device = np.flatnonzero(counted.numpy()), tail.device
+    predicts = to_device(has_next.numpy().ravel()[chosen], device)
+    targets = to_device(np.roll(tokens.numpy(), -1, 1).ravel()[chosen].astype(np.int64), device)
+    at = to_device(chosen, device)
+    hidden = [tail.hidden(one).flatten(0, 1).index_select(0, at) for one in (x, *others)]
+    losses = hidden[0].new_zeros(len(hidden), 2, len(chosen))
     size = max(1, min(tail.slice_tokens, len(targets)))
     weights_buffer, scratch, logits_buffer = hidden[0].new_empty(3, size, tail.vocabulary)
     for start in range(0, len(targets), size):
@@ -95,9 +100,10 @@ def sequence_losses(
             losses[i, 0, part] = other.log_total - other.chosen
             losses[i, 1, part] = (clean.weighted - other.weighted) / clean.total + other.log_total - clean.log_total
     losses[:, 0].mul_(predicts)
-    row = torch.arange(len(tokens))[:, None].expand_as(tokens)[counted]
-    sums = torch.zeros(len(hidden), 2, len(tokens), dtype=torch.float64).index_add_(2, row, losses.double())
-    return [Losses(ce, kl) for ce, kl in sums]
+    there = sums_on(device)
+    row = to_device(chosen // tokens.shape[1], there)
+    sums = torch.zeros(len(hidden), 2, len(tokens), dtype=torch.float64, device=there)
+    return [Losses(ce, kl) for ce, kl in sums.index_add_(2, row, losses.to(there).double())]
 
 
 class _Reduced(NamedTuple):

@@ -5,7 +5,7 @@ the permutation within a document, the partners in other documents.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch, document_numbers
+from tcsae.shared.base.device import to_device
 from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
@@ -57,6 +58,15 @@ class View(NamedTuple):
     """Tokens at the same counted position of the first sequences of consecutive documents."""
     joins: TokenPairs
     """The last token of a document and the first of the next."""
+
+    def to(self, device: torch.device) -> "View":
+        """The same view on a device."""
+
+        def moved(value: Any) -> Any:
+            return to_device(value, device) if isinstance(value, Tensor) else value
+
+        pairs = {name: TokenPairs(*map(moved, getattr(self, name))) for name in ("partners", "joins")}
+        return self._replace(**{name: moved(value) for name, value in self._asdict().items()} | pairs)
 
     @property
     def adjacent(self) -> Bool[Tensor, " n_minus_1"]:

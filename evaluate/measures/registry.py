@@ -19,7 +19,9 @@ from tcsae.evaluate.parallel import Part
 from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
 from tcsae.evaluate.planted.truth import MODEL, load_truth, truth_path
 from tcsae.shared.base.console import say
+from tcsae.shared.base.device import Readout
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.reader import Split
 
 
@@ -31,7 +33,7 @@ class Measure(Protocol):
     """What each of its figures is, in a sentence."""
 
     def add(self, code: Code) -> None:
-        """The code of a batch's counted positions, in document order."""
+        """The code of a batch's counted positions, in document order, on the CPU."""
 
     def sums(self) -> Sequence[Tensor]:
         """What it has added up; added over processes in place."""
@@ -79,6 +81,7 @@ class MeasureObserver:
         self._planted = [Planted(self._tokens, decoder_rows(one)) for one in saes] if self._tokens else []
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
+        x = Readout(x, "measures").values()
         for measures in self._of:
             for measure in measures.values():
                 if isinstance(measure, OfPairs):
@@ -87,7 +90,12 @@ class MeasureObserver:
             self._tokens.begin(batch)
 
     def see(self, system: int, code: Code) -> None:
-        for measure in self._of[system].values() if system < len(self._of) and n_latents(code) else ():
+        if system >= len(self._of) or not n_latents(code):
+            return
+        values = code.values if isinstance(code, SparseCode) else code
+        if values.device.type != "cpu":
+            code = code.to("cpu")
+        for measure in self._of[system].values():
             measure.add(code)
         if system < len(self._planted):
             self._planted[system].add(code)

@@ -26,6 +26,7 @@ from tcsae.evaluate.measures.temporal_figures import (
 )
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
+from tcsae.shared.base.device import to_device
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
@@ -38,15 +39,15 @@ PAIRS_RULE = "pairs within a sequence; documents' means over all of their counte
 class XMoments:
     """Second moments of x and of its adjacent differences, by group of documents."""
 
-    def __init__(self, d_model: int) -> None:
-        self.n, self.n_pairs = (torch.zeros(N_GROUPS, dtype=torch.float64) for _ in range(2))
-        self.total = torch.zeros(N_GROUPS, d_model, dtype=torch.float64)
-        self.second, self.difference = (torch.zeros(N_GROUPS, d_model, d_model, dtype=torch.float64) for _ in range(2))
+    def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
+        self.n, self.n_pairs = torch.zeros(2, N_GROUPS, dtype=torch.float64)
+        self.total = torch.zeros(N_GROUPS, d_model, dtype=torch.float64, device=device)
+        self.second, self.difference = (self.total.new_zeros(N_GROUPS, d_model, d_model) for _ in range(2))
 
     def add(self, view: View, x: Float[Tensor, "n d_model"]) -> None:
         at = where(view.adjacent)
         steps, step_group = x[at + 1] - x[at], view.group[at]
-        for group in view.group.unique().tolist():
+        for group in view.group.unique().cpu().tolist():
             ours, moved = x[where(view.group == group)], steps[where(step_group == group)]
             self.n[group] += len(ours)
             self.n_pairs[group] += len(moved)
@@ -55,6 +56,8 @@ class XMoments:
             self.difference[group] += (moved.T @ moved).double()
 
     def tensors(self) -> list[Tensor]:
+        """On the CPU, where they stay."""
+        self.total, self.second, self.difference = self.total.cpu(), self.second.cpu(), self.difference.cpu()
         return [self.n, self.n_pairs, self.total, self.second, self.difference]
 
     def pca_slowness(self, k: int, without: int | None) -> float:
@@ -74,15 +77,23 @@ class TemporalObserver:
     looks_back = True
 
     def __init__(
-        self, split: Split, skip_first: CountingRules | int, mean: Float64[Tensor, " d_model"], n_systems: int
+        self,
+        split: Split,
+        skip_first: CountingRules | int,
+        mean: Float64[Tensor, " d_model"],
+        n_systems: int,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """`device`: where codes and activations come from."""
+        self.device = torch.device(device)
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
         self.layout = Layout(split, skip_first)
         self.plan = probes.plan_probes(split, skip_first)
         self.mean = mean.float()
-        self.moments = XMoments(len(mean))
-        self.x = Collector(len(mean), self.layout)
+        self._mean_there = self.mean.to(self.device)
+        self.moments = XMoments(len(mean), self.device)
+        self.x = Collector(len(mean), self.layout, self.device)
         self.systems: dict[int, Collector] = {}
         self.read: dict[int, list[Code]] = {}
         self.probe_draws: dict[int, dict[str, Float64[Tensor, " n_rows"]]] = {}
@@ -93,9 +104,9 @@ class TemporalObserver:
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """The batch's view, and x itself as a code."""
-        self.view = self.layout.view(batch)
-        self.rows = self.plan.rows(batch) if self.plan else torch.arange(0)
-        centred = x - self.mean
+        self.view = self.layout.view(batch).to(self.device)
+        self.rows = to_device(self.plan.rows(batch) if self.plan else torch.arange(0), self.device)
+        centred = x - self._mean_there
         if self.view.n:
             self.moments.add(self.view, centred)
         self.x.add(self.view, centred)
@@ -112,8 +123,8 @@ class TemporalObserver:
 
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A batch that another process adds up."""
-        self.view = self.layout.view(batch)
-        self.x.pass_over(self.view, x - self.mean)
+        self.view = self.layout.view(batch).to(self.device)
+        self.x.pass_over(self.view, x - self._mean_there)
 
     def pass_over(self, system: int, code: Code) -> None:
         """A system's code of the batch last looked back at."""
@@ -123,13 +134,16 @@ class TemporalObserver:
 
     def _collector(self, system: int, width: int) -> Collector:
         if system not in self.systems:
-            self.systems[system] = Collector(width, self.layout)
+            self.systems[system] = Collector(width, self.layout, self.device)
         return self.systems[system]
 
     @torch.inference_mode()
     def add_up(self, part: Part, widths: Sequence[int]) -> None:
         """Bring together in rank 0 what all processes have seen; `widths` are the systems' numbers of latents."""
         collectors = [self.x, *(self._collector(i, width) for i, width in enumerate(widths))]
+        for each in collectors:
+            each.sums = each.sums.cpu()
+        self.read = {system: [code.to("cpu") for code in codes] for system, codes in self.read.items()}
         part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.sums.tensors())])
         read = part.gather(self.read)
         self.read = {

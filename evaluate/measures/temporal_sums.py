@@ -108,6 +108,9 @@ class TemporalSums:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def cpu(self) -> "TemporalSums":
+        return TemporalSums(*(one.cpu() for one in self.tensors()))
+
     def less(self, by_group: "TemporalSums", group: int, n_lags: int) -> "TemporalSums":
         """These sums over all groups without one of them; of the lags the first `n_lags`."""
         left = {}
@@ -117,7 +120,7 @@ class TemporalSums:
         return replace(self, **left)
 
 
-def no_sums(width: int, n_positions: int) -> TemporalSums:
+def no_sums(width: int, n_positions: int, device: torch.device | str = "cpu") -> TemporalSums:
     """Sums over nothing, for codes of `width` latents."""
     shapes: dict[str, tuple[int, ...]] = {
         "n": (),
@@ -143,14 +146,15 @@ def no_sums(width: int, n_positions: int) -> TemporalSums:
     made["permuted_token_squares"] = torch.zeros(1, width, dtype=torch.float64)
     for name in ("by_position", "by_token"):  # the largest, and each cell sums few tokens
         made[name] = made[name].float()
-    return TemporalSums(**made)
+    return TemporalSums(**{name: one.to(device) for name, one in made.items()})
 
 
 class Collector:
     """Adds up one system's sums, batch after batch."""
 
-    def __init__(self, width: int, layout: Layout) -> None:
-        self.sums = no_sums(width, layout.n_positions)
+    def __init__(self, width: int, layout: Layout, device: torch.device | str = "cpu") -> None:
+        """`device`: where codes and views come from."""
+        self.sums = no_sums(width, layout.n_positions, device)
         self.kept: Code | None = None
 
     def add(self, view: View, code: Code) -> None:
@@ -190,7 +194,7 @@ class Collector:
     ) -> tuple[Float64[Tensor, "n_pieces d_sae"], Float64[Tensor, "n_pieces d_sae"]]:
         """What depends on a document's own sums alone; returns the documents' means and numbers of active tokens."""
         sums, values = self.sums, entry_values(held)
-        total, squares, active = torch.zeros(3, len(pieces.n), sums.f.shape[1], dtype=torch.float64)
+        total, squares, active = sums.f.new_zeros(3, len(pieces.n), sums.f.shape[1])
         of_pieces.add(total, values)
         of_pieces.add(squares, values.square())
         of_pieces.add(active, values > 0)
@@ -213,7 +217,7 @@ class Collector:
         ):
             into.addmm_(pieces.member * weights, terms)
         mean = total / n[:, None]
-        for group in pieces.group.unique().tolist():
+        for group in pieces.group.unique().cpu().tolist():
             ours = pieces.group == group
             sums.m_squares[group].addmm_(pieces.n_pairs[ours].T, mean[ours].square_())
         return mean, active
@@ -277,6 +281,6 @@ class _Pieces:
         ).view(view.n_pieces, N_LAGS + 1)
         # A token with e tokens after it in its sequence is the first of a pair at lags 1 to e.
         self.n_pairs = ahead.flip(1).cumsum(1).flip(1)[:, 1:].double()
-        self.group = torch.zeros(view.n_pieces, dtype=torch.int64).index_put_((view.piece,), view.group)
-        self.member = (self.group == torch.arange(N_GROUPS)[:, None]).double()
+        self.group = view.group.new_zeros(view.n_pieces).index_put_((view.piece,), view.group)
+        self.member = (self.group == torch.arange(N_GROUPS, device=self.group.device)[:, None]).double()
         """[g, n_pieces]: 1 where a piece is of a group."""

@@ -82,7 +82,7 @@ class PlantedTokens:
         truth, n = self.truth, self.truth.n_features
         lengths = self._lengths[batch.start : batch.start + len(batch.x), None]  # all, whichever documents are counted
         valid = np.arange(batch.counted.shape[1]) < lengths
-        counted = batch.counted.numpy()[valid]
+        counted = batch.counted.cpu().numpy()[valid]
         number = np.where(counted, counted.cumsum() - 1, -1)
         first, stop = self._starts[batch.start], self._starts[batch.start + len(valid)]
         part = slice(truth.offsets[first], truth.offsets[stop])
@@ -91,7 +91,7 @@ class PlantedTokens:
         token, feature, value = token[seen], truth.features[part][seen].astype(np.int64), truth.values[part][seen]
         shown = value > 0
         self.n_tokens = int(counted.sum())
-        self.axis: Axis = axis_of(np.nonzero(batch.counted.numpy())[0])
+        self.axis: Axis = axis_of(np.nonzero(batch.counted.cpu().numpy())[0])
         slow = self._slow[feature]
         self.segments = self.axis.keys(feature[slow], token[slow])
         self.keys, order = np.unique(token[shown] * n + feature[shown], return_index=True)

@@ -15,6 +15,13 @@ SPLIT = click.Choice(("train", "eval"))
 @click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where the features' text is from.")
 @click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
 @click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where SAEs encode; auto: the first of the others that is there.",
+)
 @click.option("--tracker", metavar="NAME", help="Log figures and report to each run's tensorboard or wandb.")
 @click.pass_obj
 def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> None:
@@ -31,10 +38,12 @@ def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> 
 
     from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
     from tcsae.shared.base.console import legible, say, size
+    from tcsae.shared.base.device import choose_device
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.trackers import check_tracker, log_results
     from tcsae.shared.store.reader import open_store
 
+    asked["device"] = str(choose_device(asked["device"]))
     if ranks().rank:
         return  # of several processes the first writes it
     if tracker:

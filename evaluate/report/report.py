@@ -13,6 +13,7 @@ from tcsae.evaluate.report.feature_pass import MEASURES, Excerpt, Features, Lens
 from tcsae.evaluate.report.overview import overview
 from tcsae.evaluate.report.page_files import Excluded, Included, choose_runs
 from tcsae.evaluate.report.sae_page import sae_page
+from tcsae.evaluate.systems import sae_on
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import file_digest, remove_dead_partials, write_folder
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
@@ -37,6 +38,8 @@ class ReportRequest:
     max_tokens: int | None = None
     """About how many tokens of it are looked at; None: all."""
     force: bool = False
+    device: str = "cpu"
+    """Where SAEs encode."""
 
 
 class Written(NamedTuple):
@@ -110,7 +113,8 @@ class _Report:
 
             for runs in passes:
                 part = self._part(runs[0].hook, runs[0].rules)
-                features = collect_features(part, [one.loaded.sae for one in runs], after_batch)
+                saes = [sae_on(one.loaded.sae, self.request.device) for one in runs]
+                features = collect_features(part, saes, after_batch)
                 for one in runs:
                     self.stop.check(UNWRITTEN)
                     self._sae(pages, one, part, features.pop(0))

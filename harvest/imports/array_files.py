@@ -6,6 +6,7 @@ every other is activations of a hook of that name. Where all .npy files end in a
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +121,11 @@ def _torch_file(file: Path) -> Group:
     tensors = {str(name): one for name, one in named.items() if isinstance(one, torch.Tensor)}
     if len(tensors) < len(named):
         raise ValueError("it holds other things than tensors by name")
-    return {
-        name: Lazy(tuple(one.shape), lambda start, stop, one=one: tensor_numbers(one[start:stop]))
-        for name, one in tensors.items()
-    }
+    return {name: Lazy(tuple(one.shape), partial(_tensor_rows, one)) for name, one in tensors.items()}
+
+
+def _tensor_rows(tensor: Any, start: int, stop: int) -> ndarray:
+    return tensor_numbers(tensor[start:stop])
 
 
 def tensor_numbers(tensor: Any) -> ndarray:

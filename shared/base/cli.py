@@ -7,6 +7,7 @@ import click
 
 from tcsae.shared.base.distributed import has_rendezvous, ranks
 from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.files import is_utf8
 from tcsae.shared.base.settings import parse_count
 
 GROUP_OPTIONS = {"--store": " PATH", "--runs": " PATH", "--quiet": "", "--log-file": " FILE"}
@@ -26,10 +27,20 @@ def check_alone(ctx: click.Context) -> None:
         )
 
 
+def check_texts(values: Mapping[str, object]) -> None:
+    """Raises ConfigError for the value of an option that no file can be named by, or that is not UTF-8."""
+    for option, value in values.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and ("\0" in text or not is_utf8(text)):
+                what = "a NUL" if "\0" in text else "bytes that are no UTF-8"
+                raise ConfigError(f"{option} {text!a} has {what}. Give another name.")
+
+
 class Place:
     """Where a chain of commands works: the store and the folder of runs."""
 
     def __init__(self, store: str, runs: str) -> None:
+        check_texts({"--store": store, "--runs": runs})
         self.store = store
         self.runs = runs
 
@@ -56,6 +67,7 @@ class StageCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> object:
         check_alone(ctx)
+        check_texts({param.opts[0]: ctx.params.get(param.name or "") for param in self.params})
         return super().invoke(ctx)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

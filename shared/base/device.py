@@ -1,5 +1,6 @@
 """Which device a stage computes on, and how numbers get there and back without either side waiting for the other."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from tcsae.shared.base.errors import ConfigError, unknown
@@ -16,6 +17,7 @@ READS = {
     "max_norm": "which segments hold an outlier, with data.max_norm",
     "capture": "activations of a batch, read while the next ones run",
     "evaluation": "sums of an evaluation pass, at its end",
+    "measures": "codes of a batch, for registered measures, which are worked out on the CPU",
 }
 """What a stage reads from a device, and so may wait for: nothing else does."""
 
@@ -65,6 +67,53 @@ def sum_dtype(device: "torch.device") -> "torch.dtype":
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+PRECISIONS = {
+    "float32": "every product in float32",
+    "tf32": "float32 rounded to 10 bits inside products, on NVIDIA GPUs",
+    "bf16": "the encoder's and the decoder's products in bfloat16, others in tf32; codes, losses and Adam in float32",
+}
+"""What matrix products are computed in; sums, norms, losses and weights are float32 in each."""
+_precision = ["float32"]
+
+
+def precision() -> str:
+    """The one that this process computes in."""
+    return _precision[-1]
+
+
+def set_precision(name: str, device: "torch.device") -> None:
+    """Choose what matrix products are computed in, for the whole process.
+
+    Raises ConfigError if the name is unknown, or for a device on which it would be no faster.
+    """
+    import torch
+
+    if name not in PRECISIONS:
+        raise ConfigError(unknown("precision", name, PRECISIONS))
+    if name != "float32" and device.type != "cuda":
+        slow = (name, device.type) == ("bf16", "cpu")
+        why = "products in bfloat16 take about 100 times as long there" if slow else "it is for NVIDIA GPUs"
+        raise ConfigError(f"--precision {name} on {device.type}: {why}. Leave it at float32, or give --device cuda.")
+    torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+    _precision[-1] = name
+
+
+def matmuls(device: "torch.device") -> "AbstractContextManager[object]":
+    """In here the encoder's and the decoder's products are computed as `set_precision` says; cast what comes out."""
+    if precision() != "bf16":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def sums_on(device: "torch.device") -> "torch.device":
+    """Where float64 sums of what is on a device are kept: there, but on the CPU for Apple's GPUs."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def static_shapes(tensor: "torch.Tensor") -> bool:

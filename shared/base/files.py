@@ -2,7 +2,7 @@
 
 A file or folder is written under a temporary name, fsynced and renamed, and its folder fsynced; so a kill or a power
 loss leaves the old one, or the new one. Its writer holds the system's lock on the temporary one, which ends with the
-process: what nobody holds was left by a killed writer, and the next writer of the same name deletes it.
+process: what nobody holds was left by a killed writer. `write_folder` and the start of each command delete it.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ CURES = {
     errno.EISDIR: "A folder is where a file has to be: give another place, or move it away.",
     errno.EEXIST: "Something is there already: give another place, or move it away.",
     errno.ENOTEMPTY: "Something is there already: give another place, or move it away.",
+    errno.ELOOP: "A link leads to itself: give another place, or delete the link.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
     errno.ENFILE: "Too many files are open on this machine.",
     errno.ENOMEM: "Too little memory is free.",
@@ -57,6 +58,8 @@ def disk_line(error: BaseException, path: Path | str | None = None, cure: str | 
     `path` is used where the error names no file, as that of a full disk does not. With a `cure` of the caller's the
     line says that `path` cannot be written, and that cure.
     """
+    if isinstance(error, RuntimeError) and (loop := re.match(r"Symlink loop from '(.+)'", str(error))):  # pathlib's
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), loop[1])
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
     quoted = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # Rust's forms: safetensors, tokenizers
     if number is None and quoted:
@@ -90,17 +93,14 @@ def disk_errors(path: Path | str, kind: type[TcsaeError] = DiskError, cure: str 
 
 
 @contextmanager
-def whole_file(path: Path, *, sweep: bool = True) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when it is complete and on the disk; after an error nothing is left.
 
-    `sweep`: first delete what killed writers of `path` left, which takes a look at the whole folder.
     An OSError from within names `path` if it names no file.
     """
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if sweep:
-            remove_dead_partials(path)
         with _opened(temporary) as file:
             yield file
             file.flush()
@@ -126,15 +126,19 @@ def _opened(temporary: Path) -> BinaryIO:
         file.close()  # another process took it for a dead one's before it was locked
 
 
-def write_atomic(path: Path, data: bytes | memoryview, *, sweep: bool = True) -> None:
-    """Write `data` so that `path` never holds a part of it, not even after a crash; `sweep` as in `whole_file`."""
-    with whole_file(path, sweep=sweep) as file:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` so that `path` never holds a part of it, not even after a crash."""
+    with whole_file(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as readable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a path of bytes that are no UTF-8
+        data = json.dumps(value, indent=2).encode()
+    write_atomic(path, data + b"\n")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -340,6 +344,11 @@ def files_below(folder: Path) -> Iterator[Path]:
 
     for place, _, names in os.walk(folder, onerror=failed):
         yield from (Path(place, name) for name in names)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the bytes of a name are UTF-8: Python has half surrogate pairs for those that are not."""
+    return not any("\ud800" <= one <= "\udfff" for one in name)
 
 
 def cache_path() -> Path:

@@ -24,6 +24,22 @@ from tcsae.shared.base.errors import Stopped
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the process with exit code 130 and a line, from now on and wherever it is.
+
+    A KeyboardInterrupt that comes before a command begins, or after it, is a traceback, or click's "Aborted!" with 1.
+    Where interrupts are ignored (nohup) they stay so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nInterrupted. The same command goes on from what is on disk.\n")
+    raise SystemExit(128 + number)
+
+
 class StopRequest:
     """The first signal that came, if any. One that no signal handler feeds, `StopRequest()`, never stops."""
 

@@ -48,7 +48,9 @@ class Completed(click.ParamType):
 
 
 def preset_names(_ctx: click.Context) -> dict[str, str]:
-    """Presets of `train` with a line about each, read from the source: to import it takes torch and seconds."""
+    """Presets of `train` with a line about each, read from the source: to import it takes torch and seconds. Shuffled
+    twins of presets, which are controls, are not among them.
+    """
     tree = ast.parse((files("tcsae") / "train" / "presets.py").read_text(encoding="utf-8"))
     names = {}
     for node in ast.walk(tree):

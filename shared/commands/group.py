@@ -20,6 +20,7 @@ from tcsae.shared.base.cli import CHAIN, Place, StageCommand
 from tcsae.shared.base.console import OUTPUT, legible
 from tcsae.shared.base.errors import DiskError, Stopped, TcsaeError, unknown
 from tcsae.shared.base.files import disk_line
+from tcsae.shared.base.signals import end_on_interrupt
 from tcsae.shared.commands.completion import with_values
 from tcsae.shared.commands.help_groups import GROUPS, LINES
 
@@ -168,4 +169,5 @@ def opened_log(path: str) -> Iterator[TextIO]:
 def main() -> None:
     """Entry point of the `tcsae` script and of `python -m tcsae`."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
+    end_on_interrupt()
     cli(prog_name="tcsae")

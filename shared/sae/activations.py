@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tcsae.shared.base.device import static_shapes
+from tcsae.shared.base.device import matmuls, static_shapes
 from tcsae.shared.sae.ops import (
     Activity,
     Code,
@@ -46,7 +46,9 @@ class Encoder(NamedTuple):
     @torch.no_grad()
     def pre(self) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, without a gradient: `attach` gives one to the entries that are selected."""
-        return torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T).to(self.centred.dtype)
+        with matmuls(self.centred.device):
+            pre = torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T)
+        return pre.to(self.centred.dtype)
 
     def attach(self, code: SparseCode) -> SparseCode:
         """A selection of pre-activations with a gradient to the encoder and both biases."""
@@ -130,7 +132,9 @@ def _jumprelu_matrix(encoder: Encoder, threshold: Tensor) -> Encoded:
     W, b_enc, b_dec = encoder.weights
     # Nothing but b_dec's gradient, a matrix product less than through the input.
     shift = W @ (b_dec.detach() - b_dec)
-    pre = F.linear(encoder.centred, W, b_enc + shift).to(encoder.centred.dtype)
+    with matmuls(W.device):
+        pre = F.linear(encoder.centred, W, b_enc + shift)
+    pre = pre.to(encoder.centred.dtype)
     limit = threshold.expand_as(pre)
     code = through_threshold(pre, limit, encoder.bandwidth)
     active = code.detach() > 0
@@ -148,7 +152,9 @@ def _gelu_entries(pre: Tensor, _k: int, _threshold: Tensor | None) -> SparseCode
 def _train_dense(kind: Dense) -> Callable[[Encoder], Encoded]:
     def train(encoder: Encoder) -> Encoded:
         with torch.no_grad():
-            pre = (encoder.centred @ encoder.weights.W_enc_rows.T).to(encoder.centred.dtype)
+            with matmuls(encoder.centred.device):
+                pre = encoder.centred @ encoder.weights.W_enc_rows.T
+            pre = pre.to(encoder.centred.dtype)
             dense = torch.empty_like(pre) if kind == "gelu" else pre
             active, total = activate(kind, pre, encoder.weights.b_enc, dense)
         # On a GPU the count would have to be waited for, and a matrix is fast.

@@ -55,7 +55,7 @@ def export_run(run_path: Path, form: Format, out: Path | None = None) -> Path:
     record = load_record(run_path)
     sae = load_sae(run_path)
     _check_form(run_path.name, sae, form)
-    out = (out or run_path / f"export-{form}").resolve()
+    out = (out or run_path / f"export-{form}").absolute()
     if form == "sparsify":
         files = _sparsify_files(sae)
     else:

@@ -10,6 +10,7 @@ A run's files come from anywhere (a colleague, a full disk, a newer version), so
 is damaged is named in one line, and no code of a folder is ever run.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -24,15 +25,17 @@ from torch import Tensor
 
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
-from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, json_digest
+from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, is_utf8, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
 from tcsae.shared.sae.layout import (
     CONFIG,
     INPUT_SCALE,
+    METRICS,
     RECORD,
     WEIGHTS,
     SaeConfig,
     SaeMetadata,
+    record_digest,
     saelens_config,
     write_sae,
 )
@@ -40,7 +43,6 @@ from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.temporal_features import new_sae
 
 EVALUATION = "eval.json"
-METRICS = "metrics.jsonl"
 TRAIN_AGAIN = "Train that run again."
 
 
@@ -74,25 +76,29 @@ def find_runs(runs_path: Path, names: Collection[str] = ()) -> list[Path]:
 
 
 def _is_run_name(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(PARTIAL)
+    """No training makes a name that is not UTF-8, and no safetensors file can be opened below it."""
+    return not name.startswith(".") and not name.endswith(PARTIAL) and is_utf8(name)
 
 
 def save_sae(sae: SparseAutoencoder, path: Path, record: dict[str, Any], metadata: dict[str, Any]) -> None:
     """Write an SAE's files into its run folder: SAELens' cfg.json and sae_weights.safetensors, then our tcsae.json.
 
-    tcsae.json comes last, with the digests of the others: a folder without it holds no finished SAE. `record` is ours
-    (settings, store content, steps, tokens, versions); `metadata` is SAELens' (model_name, hook_name ...).
+    tcsae.json comes last, with the digests of the others, of the history (metrics.jsonl) and of itself: a folder
+    without it holds no finished SAE. `record` is ours (settings, store content, steps, tokens, versions); `metadata` is
+    SAELens' (model_name, hook_name ...).
     """
     config = saelens_config(sae.config, metadata, sae.input_scale)
     write_sae(path, sae.tensors(), config, {"sae": to_dict(sae.config), **record})
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
-    """tcsae.json of an SAE folder. Raises RunError if it is missing, cannot be read, or says nothing of an SAE."""
+    """tcsae.json of an SAE folder. Raises RunError if it is missing, damaged, or says nothing of an SAE."""
     file = Path(path) / RECORD
     if not file.is_file():
         raise RunError(f"{path} has no {RECORD}: no trained SAE is there. Train one: tcsae train")
     record = read_object(file, TRAIN_AGAIN)
+    if _digests(record).get(RECORD) not in (None, record_digest(record)):
+        raise RunError(f"{file} is damaged: its digest does not fit. {TRAIN_AGAIN}")
     _config(record, file)
     return record
 
@@ -162,21 +168,23 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
 
     Records of older versions name no files.
     """
-    for name, digest in _digests(record).items():
+    digests = _digests(record)
+    for name in [name for name in (WEIGHTS, CONFIG) if name in digests]:
         file = path / name
         try:
-            differs = file_digest(file) != digest
+            differs = file_digest(file) != digests[name]
         except OSError as error:
             raise RunError(f"{file} cannot be read ({reason(error)}). {TRAIN_AGAIN}") from error
         if differs:
             raise RunError(f"{file} is damaged or of another run: its digest is not that in {RECORD}. {TRAIN_AGAIN}")
-    if _digests(record):
+    if digests:
         _check_agreement(path, record)
 
 
 def _digests(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of older versions' records: none."""
     files = record.get("files")
-    return {name: files[name] for name in (WEIGHTS, CONFIG) if name in files} if isinstance(files, dict) else {}
+    return files if isinstance(files, dict) else {}
 
 
 def _check_agreement(path: Path, record: Mapping[str, Any]) -> None:
@@ -241,21 +249,34 @@ def evaluation_digest(evaluation: Mapping[str, Any]) -> str:
 def read_metrics(run_path: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl: events, and steps with their figures. None if it has not been written.
 
-    A line that is neither (torn, overwritten with zeros, not JSON) is left out, and how many were is said: a damaged
-    history stops nothing.
+    A line that is neither (torn, overwritten with zeros, not JSON) is left out, and how many were is said; so is that a
+    finished run's is gone, or is not what its training wrote. A damaged history stops nothing.
     """
-    file = Path(run_path) / METRICS
+    file, digest = Path(run_path) / METRICS, _metrics_digest(Path(run_path))
     try:
-        texts = file.read_bytes().splitlines()
+        data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if digest is not None:
+            say(f"{file} is missing: there is no history of this run.")
         return []
     except OSError as error:
         say(f"{file} cannot be read ({reason(error)}): there is no history of this run.")
         return []
+    texts = data.splitlines()
     lines = [line for line in map(_metrics_line, texts) if line is not None]
     if n_bad := len(texts) - len(lines):
         say(f"{file}: {n_bad} of {len(texts)} lines are damaged and left out.")
+    elif digest not in (None, hashlib.sha256(data).hexdigest()):
+        say(f"{file} is not what the training wrote: its digest is not that in {RECORD}.")
     return lines
+
+
+def _metrics_digest(run_path: Path) -> object:
+    """What a finished run's record has; None of older ones, and where there is no record."""
+    try:
+        return _digests(read_object(run_path / RECORD, "")).get(METRICS)
+    except RunError:
+        return None
 
 
 def _metrics_line(text: bytes) -> dict[str, Any] | None:

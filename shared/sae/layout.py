@@ -11,10 +11,11 @@ import safetensors.torch
 from torch import Tensor
 
 from tcsae.shared.base.errors import ConfigError, unknown
-from tcsae.shared.base.files import file_digest, write_atomic, write_json
+from tcsae.shared.base.files import file_digest, json_digest, write_atomic, write_json
 from tcsae.shared.sae.activations import KINDS
 
 WEIGHTS, CONFIG, RECORD = "sae_weights.safetensors", "cfg.json", "tcsae.json"
+METRICS = "metrics.jsonl"
 INPUT_SCALE = "activation_normalization_factor"
 """In cfg.json: what x is multiplied by before a TFA reads it."""
 SAELENS_LAYOUT = "6.0.0"
@@ -137,14 +138,19 @@ class SaeMetadata:
 def write_sae(
     path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], record: Mapping[str, Any] | None
 ) -> None:
-    """Write weights, cfg.json and, unless it is None, tcsae.json, with the digests of the other two, last."""
+    """Write weights, cfg.json and, unless it is None, tcsae.json, with the digests of all, last."""
     (path / RECORD).unlink(missing_ok=True)
     weights = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
     write_atomic(path / WEIGHTS, safetensors.torch.save(weights))
     write_json(path / CONFIG, config)
     if record is not None:
-        files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG)}
-        write_json(path / RECORD, {**record, "files": files})
+        files = {name: file_digest(path / name) for name in (WEIGHTS, CONFIG, METRICS) if (path / name).is_file()}
+        write_json(path / RECORD, {**record, "files": files | {RECORD: record_digest(record)}})
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """sha256 of a record without the digests of files, among which this one stands."""
+    return json_digest({key: value for key, value in record.items() if key != "files"})
 
 
 def saelens_config(config: SaeConfig, metadata: dict[str, Any], input_scale: float = 1.0) -> dict[str, Any]:

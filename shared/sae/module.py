@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tcsae.shared.base.device import matmuls
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import to_dict
 from tcsae.shared.sae.activations import KINDS, Kind
@@ -99,7 +100,9 @@ class SparseAutoencoder(nn.Module):
         x = x.to(self.W_dec.dtype)
         if self.config.layer_norm != "none":
             x = layer_normed(x)[0]
-        return nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
+        with matmuls(x.device):
+            pre = nn.functional.linear(x - self.b_dec, self.W_enc_rows, self.b_enc)
+        return pre.to(x.dtype)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """The code, as a dense tensor of the weights' dtype."""
@@ -117,7 +120,9 @@ class SparseAutoencoder(nn.Module):
         self, code: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None
     ) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction from a dense code. With layer_norm "in_out" it needs the `x` that was encoded."""
-        return self._scaled_back(code @ self.W_dec + self.b_dec, x)
+        with matmuls(code.device):
+            x_hat = code @ self.W_dec
+        return self._scaled_back(x_hat + self.b_dec, x)
 
     def decode_sparse(
         self, code: SparseCode, x: Float[Tensor, "n d_model"] | None = None

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tcsae.shared.base.device import static_shapes, sum_dtype
+from tcsae.shared.base.device import matmuls, static_shapes, sum_dtype
 from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
 
 Code = SparseCode | Float[Tensor, "_n _d_sae"]
@@ -78,7 +78,9 @@ def decode_code(
 ) -> Float[Tensor, "n d_model"]:
     """f W_dec + b_dec (if any), with gradients to the code's entries and both weights."""
     if isinstance(code, Tensor):
-        return code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
+        with matmuls(code.device):
+            x_hat = code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
+        return x_hat.to(code.dtype)
     return _Decode.apply(code.values, W_dec, b_dec, code)
 
 
@@ -258,7 +260,9 @@ class _AttachDense(torch.autograd.Function):
                 g = g if l1 is None else g + torch.sign(z) * l1.to(g)
                 torch.ops.aten.gelu_backward.grad_input(g, z, approximate="none", grad_input=to)
             b_enc.addmv_(to.T, ones[: len(to)])  # as a product: several times as fast as sum(0)
-        return out.T @ centred, b_enc, -(b_enc @ W), None, None, None, None, None
+        with matmuls(out.device):
+            W_enc = out.T @ centred
+        return W_enc.to(W.dtype), b_enc, -(b_enc @ W), None, None, None, None, None
 
 
 def row_block(x: Tensor) -> int:

@@ -33,6 +33,8 @@ class _Read(NamedTuple):
     k: int | None
     metadata: SaeMetadata
     gated: bool = False
+    groups: tuple[float, ...] = (1.0,)
+    """Shares of the latents."""
 
 
 def load_dictionary(path: Path) -> SparseAutoencoder:
@@ -60,7 +62,8 @@ def load_dictionary(path: Path) -> SparseAutoencoder:
             model=trainer.get("lm_name"),
             context_size=(config.get("buffer") or {}).get("ctx_len"),
         )
-        return _Read(activation, state, None if k is None else int(k), metadata, kind == "GatedAutoEncoder")
+        groups = _groups(tensors)
+        return _Read(activation, state, None if k is None else int(k), metadata, kind == "GatedAutoEncoder", groups)
 
     return _module(path / "ae.pt", read)
 
@@ -114,7 +117,7 @@ def _module(file: Path, read: Callable[[], _Read]) -> SparseAutoencoder:
         found = read()
         d_model, d_sae = found.state["W_enc"].shape
         k = min(32, d_sae) if found.k is None else found.k
-        config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=found.activation, k=k)
+        config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=found.activation, k=k, groups=found.groups)
         check_finite(found.state, file, "No figure of it could be trusted.")
         sae = (GatedAutoencoder if found.gated else SparseAutoencoder)(config)
         sae.load_state_dict(found.state)
@@ -134,6 +137,12 @@ def _module(file: Path, read: Callable[[], _Read]) -> SparseAutoencoder:
         raise RunError(f"{file} does not hold the weights of such an SAE ({reason(error)}). {NOT_READ}") from error
     sae.metadata = found.metadata
     return sae.eval()
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Of a matryoshka SAE, as its file has them."""
+    sizes = tensors.get("group_sizes")
+    return (1.0,) if sizes is None else tuple((sizes.double() / sizes.sum()).tolist())
 
 
 def _linear(tensors: Mapping[str, Tensor], b_dec: str) -> dict[str, Tensor]:
@@ -175,6 +184,10 @@ _DICTIONARIES: dict[str, Callable[[Mapping[str, Tensor]], tuple[str, dict[str, T
     "AutoEncoderTopK": lambda tensors: ("topk", _linear(tensors, "b_dec")),
     "BatchTopKSAE": lambda tensors: _above(_linear(tensors, "b_dec"), tensors["threshold"]),
     "MatryoshkaBatchTopKSAE": lambda tensors: _above({name: tensors[name] for name in _NAMES}, tensors["threshold"]),
+    # T-SAE's (arXiv 2511.05541): a threshold of -1 is one that training had not set yet, so that plain relu is left.
+    "TemporalMatryoshkaBatchTopKSAE": lambda tensors: _above(
+        {name: tensors[name] for name in _NAMES}, tensors["threshold"]
+    ),
     "JumpReluAutoEncoder": _jumprelu,
     "GatedAutoEncoder": _gated,
 }

@@ -77,11 +77,12 @@ class SparseCode:
 
     def to(self, device: torch.device | str) -> "SparseCode":
         """The same code on another device."""
-        return SparseCode(self.values.to(device), self.latents.to(device), self.offsets.to(device), self.d_sae)
+        values, latents, offsets = (one.to(device) for one in (self.values, self.latents, self.offsets))
+        return SparseCode(values, latents, offsets, self.d_sae, {}, self.per_token, self.parked)
 
     def to_torch_sparse(self) -> Tensor:
         """The same code as a coalesced torch.sparse_coo tensor [n_tokens, d_sae]; explicit zeros stay."""
-        places = torch.stack((self.rows, self.latents))
+        places = torch.stack((self.rows, self.columns))
         return torch.sparse_coo_tensor(
             places, self.values, (self.n_tokens, self.d_sae), check_invariants=False
         ).coalesce()
@@ -160,9 +161,11 @@ def join_codes(parts: Sequence[SparseCode]) -> SparseCode:
         return parts[0]
     ends = torch.tensor([0, *(len(part.values) for part in parts)]).cumsum(0)
     offsets = [part.offsets[:-1] + end for part, end in zip(parts, ends.tolist(), strict=False)]
-    last = parts[0].offsets.new_tensor([int(ends[-1])])
+    last = parts[-1].offsets[-1:] + int(ends[-2])
     values, latents = torch.cat([part.values for part in parts]), torch.cat([part.latents for part in parts])
-    return SparseCode(values, latents, torch.cat([*offsets, last]), parts[0].d_sae)
+    widths = {part.per_token for part in parts}
+    per_token = widths.pop() if len(widths) == 1 else None
+    return SparseCode(values, latents, torch.cat([*offsets, last]), parts[0].d_sae, per_token=per_token)
 
 
 def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

@@ -23,7 +23,15 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.base.files import PARTIAL, cache_path, disk_errors, file_digest, files_below, whole_file
+from tcsae.shared.base.files import (
+    PARTIAL,
+    cache_path,
+    disk_errors,
+    file_digest,
+    files_below,
+    remove_dead_partials,
+    whole_file,
+)
 from tcsae.shared.store.format import SEALED, Manifest, content_digest
 from tcsae.shared.store.places.base import CRC_BYTES, Objects, in_thread
 from tcsae.shared.store.places.local import LocalObjects
@@ -296,6 +304,7 @@ def _check_file(file: Path, key: str, digests: Digests) -> None:
 
 def _fetch(objects: Objects, key: str, file: Path, digests: Digests) -> None:
     digest = hashlib.sha256()
+    remove_dead_partials(file)
     with whole_file(file) as out:
         try:
             for block in objects.blocks(key):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from tcsae.shared.base.errors import StoreError
+from tcsae.shared.base.files import json_digest
 from tcsae.shared.store.format import SPLITS
 from tcsae.shared.store.places.base import Lock, Objects
 
@@ -54,7 +55,8 @@ class Journal:
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write or replace a record, durably."""
         self._lock.check()
-        self._objects.put(record_key(name), json.dumps(record).encode())
+        record = _without_digest(record)
+        self._objects.put(record_key(name), json.dumps(record | {DIGEST: json_digest(record)}).encode())
 
     def has(self, name: str) -> bool:
         return self._objects.has(record_key(name))
@@ -100,14 +102,23 @@ def read_record(objects: Objects, name: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(data)
+        if record.get(DIGEST) not in (None, json_digest(_without_digest(record))):  # older versions wrote none
+            raise ValueError("its digest does not fit")
+        record = _without_digest(record)
         missing = [field for field in FIELDS.get(name, SHARD_FIELDS) if not isinstance(record[field], dict)]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(objects, name, f"{type(error).__name__}: {error}") from error
     if missing:
         raise _damaged(objects, name, f"{missing[0]} is no object")
     return record
 
 
+def _without_digest(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != DIGEST}
+
+
+DIGEST = "digest"
+"""Of a record without it: a flipped digit in a count is JSON all the same."""
 FIELDS: dict[str, tuple[str, ...]] = {
     SEQUENCES: ("n_sequences",),
     PLAN: ("counts",),

@@ -80,6 +80,43 @@ def bare(data: list[Batch], d_sae: int) -> dict[str, Callable[[], int]]:
     return {"encoder matmul + topk": encoder_topk, "five matmuls": five_matmuls}
 
 
+def bare_windows(x: torch.Tensor, d_sae: int, window: int) -> Callable[[], int]:
+    """A crosscoder's own encoder matmul and topk, on windows side by side."""
+    windows = x[: N // window * window].view(-1, window * D_MODEL)
+    W_enc, bias = torch.randn(d_sae, window * D_MODEL) / D_MODEL**0.5, torch.zeros(d_sae)
+    code = torch.empty(len(windows), d_sae)
+
+    def encoder_topk() -> int:
+        torch.addmm(bias, windows, W_enc.T, out=code)
+        code.topk(window * K, dim=-1, sorted=False)
+        return N
+
+    return encoder_topk
+
+
+def bare_attention(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
+    """The matrix products of temporal feature analysis, one layer: two encodings, four projections and two decodings,
+    each with two more of its size in the backward pass; the attention itself is left out."""
+    D, square = torch.randn(d_sae, D_MODEL), torch.randn(d_sae, d_sae)
+    code, out, wide = torch.empty(N, d_sae), torch.empty(N, D_MODEL), torch.empty(N, d_sae)
+
+    def matmuls() -> int:
+        for _ in range(3):
+            for _ in range(2):
+                torch.mm(x, D.T, out=code)
+                torch.mm(code, D, out=out)
+            for _ in range(4):
+                torch.mm(code, square, out=wide)
+        return N
+
+    return matmuls
+
+
+TFA_D_SAE = 1024
+OWN_BASES = {"crosscoder, 3 positions": "window matmul + topk", "tfa, 1024 latents": "tfa's matmuls"}
+"""Methods whose unavoidable products are others."""
+
+
 def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     data = batches()
     width = f"sae.d_sae={d_sae}"
@@ -101,6 +138,10 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     for kind in ("local", "direction"):
         settings = ("temporal.weight=1", f"temporal.kind={kind}")
         found[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
+    found["crosscoder, 3 positions"], _ = ours("topk", data, width, "sae.window=3", f"sae.k={3 * K}")
+    found["window matmul + topk"] = bare_windows(data[0].x, d_sae, 3)
+    found["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
+    found["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
     pairs = batches(length=2)
     found["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
     found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
@@ -142,7 +183,11 @@ def main() -> None:
         tune_malloc()
     found = contestants(arguments.d_sae)
     bases = list(found)[:2]
-    chosen = {name: run for name, run in found.items() if name in bases or arguments.only in name}
+    chosen = {
+        name: run
+        for name, run in found.items()
+        if name in bases or name in OWN_BASES.values() or arguments.only in name
+    }
     times = alternate(chosen, arguments.rounds)
     for base in bases:
         times.show("token", base=base)
@@ -152,6 +197,9 @@ def main() -> None:
     for name in found:
         if name.startswith("topk + ") and name in chosen and "topk" in chosen:
             print(f"{name}, to topk: {times.ratio(name, 'topk')}")
+    for name, base in OWN_BASES.items():
+        if name in chosen and base in chosen:
+            print(f"{name}, to {base}: {times.ratio(name, base)}")
     report("step", times, base=bases[0], d_sae=arguments.d_sae, malloc=arguments.malloc)
 
 

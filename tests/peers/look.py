@@ -125,19 +125,6 @@ class Tokens:
         """Every batch is the same one."""
 
 
-class OldConfig:
-    """The bridge to SAEBench 0.6.0, which asks for what SAELens 6 has moved into the metadata."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self.hook_name, self.hook_head_index = config.metadata.hook_name, None
-        self.hook_layer = int(self.hook_name.split(".")[1])
-        self.architecture_str = config.architecture()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
 def embedded_model() -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -150,7 +137,9 @@ def sae_bench(folder: Path, about: Any, expected: Any) -> str:  # noqa: ARG001
     from sae_lens import SAE
 
     sae = SAE.load_from_disk(about["runs"]["topk"])
-    sae.cfg = OldConfig(sae.cfg)
+    # The bridge: SAEBench 0.6.0 asks for what SAELens 6 has moved into the metadata.
+    hook = sae.cfg.metadata.hook_name
+    sae.cfg.__dict__.update(hook_name=hook, hook_head_index=None, hook_layer=int(hook.split(".")[1]))
     tokens = torch.from_numpy(expected["tokens"]).long()
     kinds = {key: True for key in CoreEvalConfig.__dataclass_fields__ if key.startswith("compute_")}
     batches = {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1}

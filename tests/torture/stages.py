@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import pytest
 
+from tcsae.shared.base.signals import STOPPING, end_on_interrupt
+
 TESTS = Path(__file__).resolve().parent.parent
-PATIENCE_S = 120
+PATIENCE_S = 600
 """A child that runs longer hangs."""
 
 
@@ -95,9 +97,12 @@ class Child:
 
     def __init__(self, place: Path, arguments: tuple[str, ...]) -> None:
         self.log = place.parent / f"log-{time.monotonic_ns()}"
+        # A signal that comes before the child is the program is the program's first.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self.pid = os.fork()
         if self.pid == 0:
             _be_the_program(place, arguments, self.log)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -124,6 +129,7 @@ def _be_the_program(place: Path, arguments: tuple[str, ...], log: Path) -> None:
     code = CRASHED
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        end_on_interrupt()
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -131,6 +137,7 @@ def _be_the_program(place: Path, arguments: tuple[str, ...], log: Path) -> None:
         os.chdir(place)
         from tcsae.shared.commands.group import cli
 
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         cli(["--store", "a.zarr", "--runs", "runs", *arguments], prog_name="tcsae")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -266,8 +273,12 @@ def parsed(name: str, data: bytes) -> dict[str, object] | None:
     return None
 
 
-TIMES = re.compile(r"seconds|\.times\.|per_s$|eval_id|datetime|\.digest$|\.saebench_core\.json$")
-"""Dotted keys of JSON files that hold times, ids, or the digest of JSON that does (a manifest, an evaluation)."""
+TIMES = re.compile(
+    r"seconds|\.times\.|per_s$|eval_id|datetime|\.digest$|\.files\.(saebench_core\.json|metrics\.jsonl|tcsae\.json)$"
+)
+"""Dotted keys of JSON files that hold times, ids, or the digest of JSON that does (a manifest, an evaluation, a
+record).
+"""
 
 
 def timeless(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -25,12 +25,12 @@ def contrastive(
     config: TemporalConfig, code: Code, batch: Batch, seed: int, state: TermState = NO_STATE
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE of adjacent pairs, with cosine scores over temperature."""
-    first, _, negatives = choose_pairs(config, batch, seed)
+    first, _, others = choose_pairs(config, batch, seed)
     if len(first) < 2:
         return torch.zeros((), device=batch.x.device, dtype=batch.x.dtype)
     contrast = config.contrast
     scores = cosines(code, first, first + 1, batch, state if contrast.centred else NO_STATE)
-    negatives = to_device(negatives, batch.x.device)
+    negatives = to_device(others, batch.x.device)
     return batch.group.share(info_nce(scores / contrast.temperature, negatives, contrast.min_negatives))
 
 

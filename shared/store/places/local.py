@@ -109,7 +109,7 @@ class LocalObjects(Objects):
 
     def _put(self, key: str, data: bytes) -> None:
         with disk_errors(self._root / key, StoreError):
-            write_atomic(self._root / key, data, sweep=False)  # `sweep` goes over all, once
+            write_atomic(self._root / key, data)
 
     def _delete(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.base.files import disk_errors, whole_file
+from tcsae.shared.base.files import disk_errors, remove_dead_partials, whole_file
 from tcsae.shared.store.places.base import BLOCK_BYTES, Lock, Objects
 from tcsae.shared.store.places.local import disk_errors_but_missing, read_file_into
 
@@ -108,6 +108,7 @@ class ZipObjects(Objects):
 
 def write_zip(path: Path, objects: Iterator[tuple[str, bytes]]) -> None:
     """Write a zip file of objects in their order. Raises StoreError for what the disk refuses."""
+    remove_dead_partials(path)
     with disk_errors(path, StoreError), whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for key, data in objects:
             archive.writestr(zipfile.ZipInfo(key), data)  # of 1980: the same store is the same file
