@@ -13,7 +13,11 @@ import pytest
 from tcsae.shared.base.windows import positions
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("api", "harvest", "train", "evaluate", "shared", "data", "paper", "serve")
+<<<<<<< HEAD
+ROOMS = ("api", "harvest", "train", "evaluate", "shared", "data", "paper", "serve", "synthetic")
+=======
+ROOMS = ("harvest", "train", "evaluate", "shared", "data", "paper", "synthetic")
+>>>>>>> planted
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SHARED = {"shared/base", "shared/store", "shared/sae", "shared/lm"}
 MAY_IMPORT = {
@@ -28,13 +32,20 @@ MAY_IMPORT = {
     "harvest": {"harvest", "data", *SHARED},
     "harvest/imports": {"harvest", "harvest/imports", "data", *SHARED},
     "train": {"train", *SHARED},
-    "evaluate/measures": {"evaluate", "evaluate/measures", *SHARED},
-    "evaluate": {"evaluate", "evaluate/measures", *SHARED},
+    "evaluate/measures": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate/planted": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
+    "evaluate/dictionary": {"evaluate", "evaluate/dictionary", "evaluate/planted", *SHARED},
+    "evaluate/probing": {"evaluate", "evaluate/measures", "evaluate/probing", *SHARED},
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},
     # On top of the stages, as a user is.
+<<<<<<< HEAD
     "api": {"api", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "serve": {"serve", "harvest", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
+=======
+    "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/planted", *SHARED},
+>>>>>>> planted
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }
 """Layers, lowest first; the store reads run folders for `inspect`, and text for a few sequences."""

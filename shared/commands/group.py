@@ -30,6 +30,8 @@ STAGES = {
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
+    "probe": "tcsae.evaluate.probing.command:probe",
+    "stability": "tcsae.evaluate.dictionary.command:stability",
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.api.command:feature",
     "convert": "tcsae.api.command:convert",
@@ -43,6 +45,8 @@ STAGES = {
     "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
     "methods": "tcsae.paper.command:methods",
+    "synthetic": "tcsae.synthetic.command:synthetic",
+    "planted": "tcsae.synthetic.command:planted",
     "completion": "tcsae.shared.commands.completion:completion",
 }
 SPINS = "10000"
