@@ -13,11 +13,7 @@ import pytest
 from tcsae.shared.base.windows import positions
 
 ROOT = Path(__file__).parent.parent
-<<<<<<< HEAD
 ROOMS = ("api", "harvest", "train", "evaluate", "shared", "data", "paper", "serve", "synthetic")
-=======
-ROOMS = ("harvest", "train", "evaluate", "shared", "data", "paper", "synthetic")
->>>>>>> planted
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SHARED = {"shared/base", "shared/store", "shared/sae", "shared/lm"}
 MAY_IMPORT = {
@@ -40,12 +36,9 @@ MAY_IMPORT = {
     "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},
     # On top of the stages, as a user is.
-<<<<<<< HEAD
     "api": {"api", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
     "serve": {"serve", "harvest", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
-=======
     "synthetic": {"synthetic", "harvest", "train", "evaluate", "evaluate/planted", *SHARED},
->>>>>>> planted
     "paper": {"paper", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},
 }
 """Layers, lowest first; the store reads run folders for `inspect`, and text for a few sequences."""
