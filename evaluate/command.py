@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
+
     from tcsae.shared.store.reader import Store
+
+
+def _device(settings: dict[str, Any]) -> "torch.device":
+    """Take --device and --precision from the settings: where this process computes, and in what."""
+    from tcsae.shared.base.device import choose_device, set_precision
+    from tcsae.shared.base.distributed import device_of, ranks
+
+    chosen = device_of(ranks(), choose_device(settings.pop("device")))
+    set_precision(settings.pop("precision"), chosen)
+    return chosen
 
 
 @click.command(name="eval", cls=StageCommand)
@@ -112,17 +124,14 @@ def evaluate(
     from tcsae.evaluate.printed_tables import show
     from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
     from tcsae.shared.base.console import complain
-    from tcsae.shared.base.device import choose_device, set_precision
-    from tcsae.shared.base.distributed import device_of, ranks
+    from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.store.reader import open_store
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     parts = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in parts if one)
-    processes = ranks()
-    chosen = device_of(processes, choose_device(settings.pop("device")))
-    set_precision(settings.pop("precision"), chosen)
+    processes, chosen = ranks(), _device(settings)
     request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
     if processes.parallel:
         evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes, chosen)
