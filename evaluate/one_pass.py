@@ -135,8 +135,9 @@ def measure(
 
 
 def _show(observers: Sequence[Observer], system: int, code: Code | None, device: torch.device) -> None:
-    for observer in observers if code is not None else ():
-        observer.see(system, code.to(device))
+    if code is not None:
+        for observer in observers:
+            observer.see(system, code.to(device))
 
 
 OPEN_DOCUMENTS = 1024
