@@ -84,22 +84,24 @@ def measure(
 ) -> Measured:
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
-    Systems and tail are on the settings' device, sums and observers on `sums_on` of it; what is returned is on the CPU.
-    A `reference` of an earlier pass saves the ablations. Of several processes each runs over its `part`; rank 0 is
-    returned the sums of all, an observer brings its own together.
+    Systems and tail are on the settings' device; sums and observers where `sums_on` says; what is returned on the CPU.
+
+    With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
+    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
+    together.
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
     n_predictions, n_positions = _counts(split, settings.skip_first, n_documents)
     resamplings = Resamplings(n_documents, int((n_positions > 0).sum()))
-    device, there = settings.device, sums_on(settings.device)
+    there = sums_on(settings.device)
     mean = settings.mean.to(there)
     sums = _Accumulator(len(systems), resamplings, len(mean), there)
     losses, plain = (torch.zeros(n, 2, n_documents, dtype=torch.float64, device=there) for n in (len(systems), 4))
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
-        x, documents = to_device(batch.x, device), to_device(batch.document, there)
+        x, documents = to_device(batch.x, settings.device), to_device(batch.document, there)
         counted, skipped = (_positions(batch, mask, x, mean) for mask in (batch.counted, batch.skipped))
         sums.begin(batch.document)
         sums.add_inputs(counted, skipped)
@@ -110,8 +112,7 @@ def measure(
             output = output_of(system, counted.x, counted.runs)
             rest = output_of(system, skipped.x, skipped.runs)
             sums.add(i, counted, _on(there, output), skipped, _on(there, rest))
-            if output.code is not None:
-                _show(observers, i, output.code.to(there))
+            _show(observers, i, output.code, there)
             if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
                 spliced[i] = splice(x, batch.counted, output.x_hat)
                 if settings.splice_all:
@@ -120,9 +121,7 @@ def measure(
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
             for i, found in _losses(tail, batch, x, spliced).items():
-                into = losses[i] if i >= 0 else plain[i]
-                into[0].index_add_(0, documents, found.ce)
-                into[1].index_add_(0, documents, found.kl)
+                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents, torch.stack(tuple(found)))
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
@@ -134,9 +133,10 @@ def measure(
     return Measured(*sums.result(), of_systems, reference, resamplings)
 
 
-def _show(observers: Sequence[Observer], system: int, code: Code) -> None:
-    for observer in observers:
-        observer.see(system, code)
+def _show(observers: Sequence[Observer], system: int, code: Code | None, device: torch.device) -> None:
+    if code is not None:
+        for observer in observers:
+            observer.see(system, code.to(device))
 
 
 OPEN_DOCUMENTS = 1024

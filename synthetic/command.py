@@ -82,6 +82,10 @@ def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
     planted.md with the identifiability diagram.
 
     What is done is not done again, so that it can be stopped and started.
+
+    \b
+      tcsae planted --quick --out /tmp/results
+      tcsae planted
     """
     from click.core import ParameterSource
 

@@ -37,6 +37,10 @@ def probe(
     Labels come from the text and the corpus: doctest line, section of a docstring, quotes, brackets, indentation,
     sentence, digits, package. The rows to compare with are x itself, x smoothed, and each code smoothed: a temporal
     SAE says something new where it beats those. Writes probes.json below --runs.
+
+    \b
+      tcsae probe --quick
+      tcsae probe --run topk --labels labels.csv --details
     """
     if (null is None) != (null_runs is None):
         raise click.UsageError("--null STORE needs --null-runs PATH, and --null-runs needs --null.")

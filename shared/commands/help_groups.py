@@ -93,6 +93,8 @@ LINES = {
     "stability": "See what runs' decoders repeat, and what they share",
     "report": "Write pages with results and every feature",
     "feature": "Show one feature in the terminal",
+    "convert": "Make another kind of SAE of a trained one",
+    "serve": "Browse the report live, with the language model",
     "presets": "List the presets of train",
     "inspect": "Show what the store and the runs hold",
     "verify": "Check every byte of the store",
