@@ -175,6 +175,7 @@ def toy_browser():
 @pytest.fixture(scope="session")
 def chromium(toy_browser, tmp_path_factory):
     driver = toy_browser.tools.open_browser(tmp_path_factory.mktemp("profile"))
+    driver.get("about:blank")  # in place of the browser's first page, which goes on loading
     yield driver
     driver.quit()
 
