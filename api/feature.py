@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tcsae.api.returned import Run
 from tcsae.api.shading import ShadedText
 from tcsae.evaluate.candidates import EvalRequest, candidate, load
-from tcsae.evaluate.report.feature_pass import Excerpt, collect_features
+from tcsae.evaluate.report.features.feature_pass import Excerpt, collect_features
 from tcsae.shared.base.console import progress
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.lm.token_text import TokenTexts
@@ -67,7 +67,7 @@ def feature(
     sae = load(found).sae
     if not 0 <= latent < sae.config.d_sae:
         raise ConfigError(f"Latent {latent}: {path.name} has latents 0 to {sae.config.d_sae - 1}.")
-    part = Excerpt(opened.split(split), found.options.hook, found.options.skip_first, max_tokens)
+    part = Excerpt(opened.split(split), found.options.hook, found.options.rules, max_tokens)
     with progress(f"feature {latent}", total=part.n_tokens) as advance:
         (features,) = collect_features(part, [sae], advance)
     largest, texts = float(features.contexts.maximum()[latent]), TokenTexts(opened)
