@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from tcsae.evaluate import headline
 from tcsae.shared.commands.group import cli
+from tcsae.shared.sae.layout import record_digest
 
 spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -25,7 +26,8 @@ def place(tmp_path_factory) -> Path:
     record = folder / "runs" / "temporal" / "tcsae.json"
     values = json.loads(record.read_text())
     values["train"] = {**values.get("train", {}), "temporal": {"weight": 3.0}}
-    record.write_text(json.dumps(values))
+    files = values.pop("files")
+    record.write_text(json.dumps({**values, "files": files | {"tcsae.json": record_digest(values)}}))
     return folder
 
 

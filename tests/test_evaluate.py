@@ -317,7 +317,8 @@ def test_a_tail_that_is_put_back_is_used(store, tmp_path):
     shutil.copytree(store.root, copy)
     (copy / "tail").rename(tmp_path / "away")
     make_run(tmp_path / "runs", "one", make_sae(), store)
-    assert evaluate_runs(open_store(copy), tmp_path / "runs")[0][0]["metrics"]["ce_loss_score"] is None
+    with pytest.raises(StoreError, match="config.json is missing: the store is damaged"):
+        evaluate_runs(open_store(copy), tmp_path / "runs")
     (tmp_path / "away").rename(copy / "tail")
     assert evaluate_runs(open_store(copy), tmp_path / "runs")[0][0]["metrics"]["ce_loss_score"] is not None
 

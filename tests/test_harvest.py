@@ -210,7 +210,7 @@ def test_a_second_harvester_is_refused(short, uninterrupted, tmp_path):
     [
         ({"n_tokens": 2999}, "n_tokens: 3000, not 2999"),
         ({"codec": "float32"}, "codec: 'float16', not 'float32'"),
-        ({"hooks": (MLP,)}, f"hooks.0.requested: '{RESIDUAL}', not '{MLP}'"),
+        ({"hooks": (MLP,)}, f"holds {RESIDUAL}, not {MLP}. A store is extended by --tokens, not by hooks"),
     ],
 )
 def test_a_changed_recipe_is_refused_by_name(short, uninterrupted, change, words):

@@ -4,12 +4,22 @@ import numpy as np
 import pytest
 import torch
 
+import tcsae
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.registry import MeasureObserver
-from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import positive_code
 
 LENGTH, D_MODEL, D_SAE, HIGH = 12, 5, 10, 2
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    path = tmp_path_factory.mktemp("smoothness") / "a.zarr"
+    with tcsae.create_store(path, hooks={"h": D_MODEL}, sequence_length=LENGTH) as store:
+        for name in ("train", "eval"):
+            store.append(name, {"h": np.ones((2, LENGTH, D_MODEL), np.float32)})
+    return tcsae.open_store(path).eval
 
 
 def published(x: torch.Tensor, f: torch.Tensor) -> float:
@@ -35,8 +45,8 @@ def batch_of(lengths: list[int], skip_first: int, seed: int) -> EvalBatch:
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("skip_first", [0, 1])
 @pytest.mark.parametrize("groups", [(1.0,), (0.2, 0.8)])
-def test_it_is_the_published_one(groups, skip_first, dense):
-    observer = MeasureObserver([SaeConfig(d_model=D_MODEL, d_sae=D_SAE, k=2, groups=groups)])
+def test_it_is_the_published_one(split, groups, skip_first, dense):
+    observer = MeasureObserver([SparseAutoencoder(SaeConfig(d_model=D_MODEL, d_sae=D_SAE, k=2, groups=groups))], split)
     expected: dict[str, list[float]] = {"smoothness": [], "smoothness_high": [], "smoothness_low": []}
     for seed, lengths in enumerate(([12, 5, 1, 2], [3, 7], [1])):
         batch = batch_of(lengths, skip_first, seed)
@@ -60,8 +70,8 @@ def test_it_is_the_published_one(groups, skip_first, dense):
     assert figures == {name: value if value is None else pytest.approx(value) for name, value in means.items()}
 
 
-def test_what_does_not_move_has_no_smoothness():
-    observer = MeasureObserver([SaeConfig(d_model=D_MODEL, d_sae=D_SAE, k=2)])
+def test_what_does_not_move_has_no_smoothness(split):
+    observer = MeasureObserver([SparseAutoencoder(SaeConfig(d_model=D_MODEL, d_sae=D_SAE, k=2))], split)
     batch = batch_of([4], 0, 0)
     batch.x[:] = 1.0
     observer.begin(batch, batch.x[batch.counted])

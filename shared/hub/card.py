@@ -170,10 +170,19 @@ def train_file(record: Mapping[str, Any]) -> str:
     lines, tables = [f"preset = {_toml(record['preset'])}"], []
     for key, value in record["train"].items():
         if isinstance(value, Mapping):
-            tables += ["", f"[{key}]", *(f"{name} = {_toml(one)}" for name, one in value.items())]
+            tables += ["", f"[{key}]", *_table(value)]
         else:
             lines.append(f"{key} = {_toml(value)}")
     return "\n".join([*lines, *tables]) + "\n"
+
+
+def _table(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines of a table; settings below it by dotted keys."""
+    lines = []
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        lines += _table(value, f"{prefix}{name}.") if nested else [f"{prefix}{name} = {_toml(value)}"]
+    return lines
 
 
 def _toml(value: object) -> str:
