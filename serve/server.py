@@ -1,6 +1,5 @@
 """Loading everything, and a server for this machine alone."""
 
-import contextlib
 import secrets
 import socket
 import time
@@ -61,8 +60,7 @@ def start(location: str, request: ServeRequest) -> None:
         click.echo(f"Serving {legible(str(request.report))}: http://{HOST}:{listener.getsockname()[1]}/{token}/")
         app = application(live, request.runs_path, request.report, token)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
-            uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(port: int) -> socket.socket:
