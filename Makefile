@@ -4,6 +4,7 @@
 # make paper  the paper's table and questions into docs/results, about an hour on two cores
 # make methods  every temporal method on one store, in one table into docs/results, about an hour on two cores
 # make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none
+# make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run tempor
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* evaluate/report/script/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper methods gpu clean
+.PHONY: run test fast torture lint types paper methods planted gpu clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -26,6 +27,9 @@ test: .venv/installed-dev lint types
 
 paper: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
+
+planted: .venv/installed
+	$(BIN)/tcsae planted
 
 fast: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=fast
@@ -64,4 +68,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods data/planted

@@ -61,7 +61,12 @@ class EvalBatch(NamedTuple):
     @property
     def has_next(self) -> Bool[Tensor, "batch position"]:
         """Where the next token lies in the same sequence."""
-        return torch.from_numpy(np.arange(self.tokens.shape[1]) < self.lengths.numpy()[:, None] - 1)
+        return torch.from_numpy(self.has_next_on_host)
+
+    @property
+    def has_next_on_host(self) -> Bool[ndarray, "batch position"]:
+        """The same as an array."""
+        return np.arange(self.tokens.shape[1]) < self.lengths.numpy()[:, None] - 1
 
 
 def number_runs(values: Int[ndarray, " n"]) -> Int[ndarray, " n"]:

@@ -80,8 +80,8 @@ class EvalOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
-        silent = {"smooth": None, "documents": "all", "exclude_tokens": [], "positions": [], "max_norm": None}
-        silent |= {"precision": "float32"}
+        silent: dict[str, object] = {"smooth": None, "documents": "all", "precision": "float32"}
+        silent |= {"exclude_tokens": [], "positions": [], "max_norm": None}
         return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
 
     @property

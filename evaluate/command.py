@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tcsae.evaluate.candidates import EvalRequest
+    from tcsae.evaluate.run import Evaluated
     from tcsae.shared.store.reader import Store
 
 
@@ -110,24 +112,15 @@ def evaluate(
     from tcsae.evaluate.candidates import EvalRequest
     from tcsae.evaluate.measures.smoothing import split_name
     from tcsae.evaluate.printed_tables import show
-    from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
-    from tcsae.shared.base.console import complain
-    from tcsae.shared.base.device import choose_device, set_precision
-    from tcsae.shared.base.distributed import device_of, ranks
-    from tcsae.shared.base.errors import RunError
-    from tcsae.shared.store.reader import open_store
+    from tcsae.shared.base.distributed import ranks
 
     runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
     parts = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in parts if one)
     processes = ranks()
-    chosen = device_of(processes, choose_device(settings.pop("device")))
-    set_precision(settings.pop("precision"), chosen)
+    device, precision = settings.pop("device"), settings.pop("precision")
     request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
-    if processes.parallel:
-        evaluations, refused = evaluate_parallel(open_store(place.store), runs_path, request, processes, chosen)
-    else:
-        evaluations, refused = evaluate_runs(open_store(place.store), runs_path, request, device=chosen)
+    evaluations, refused = evaluate_as_asked(place, request, device, precision)
     by_name = {one["name"]: one for one in evaluations}
     full_names = ["+".join(filter(None, one)) for one in parts]
     if pair and not refused and all(name in by_name for name in full_names):  # without a rendezvous each has its own
@@ -136,10 +129,35 @@ def evaluate(
         click.echo(json.dumps({"evaluations": evaluations}, indent=2))
     elif evaluations or not processes.parallel:
         show(evaluations, place.runs, details)
+    raise_refused(refused)
+
+
+def raise_refused(refused: list[str]) -> None:
+    """Raises RunError for runs without figures; all lines but the last are printed before."""
+    from tcsae.shared.base.console import complain
+    from tcsae.shared.base.errors import RunError
+
+    for line in refused[:-1]:
+        complain(line)
     if refused:
-        for line in refused[:-1]:
-            complain(line)
         raise RunError(refused[-1])
+
+
+def evaluate_as_asked(place: Place, request: "EvalRequest", device: str, precision: str) -> "Evaluated":
+    """Evaluate, in as many processes as there are; what this one is to show."""
+    from pathlib import Path
+
+    from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
+    from tcsae.shared.base.device import choose_device, set_precision
+    from tcsae.shared.base.distributed import device_of, ranks
+    from tcsae.shared.store.reader import open_store
+
+    processes = ranks()
+    chosen = device_of(processes, choose_device(device))
+    set_precision(precision, chosen)
+    if processes.parallel:
+        return evaluate_parallel(open_store(place.store), Path(place.runs), request, processes, chosen)
+    return evaluate_runs(open_store(place.store), Path(place.runs), request, device=chosen)
 
 
 def show_pair(runs_path: "Path", one: dict[str, Any], other: dict[str, Any], *, details: bool, as_json: bool) -> None:

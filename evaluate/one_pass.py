@@ -84,8 +84,7 @@ def measure(
 ) -> Measured:
     """Run every system over the split; `advance` gets the number of valid tokens of each batch.
 
-    Systems and tail are on the settings' device. There everything is computed and added up, but that Apple's GPUs have
-    no float64: their sums and observers are on the CPU (`sums_on`). What is returned is on the CPU.
+    Systems and tail are on the settings' device; sums and observers where `sums_on` says; what is returned on the CPU.
 
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
     processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
@@ -95,15 +94,14 @@ def measure(
     n_documents = int(document_numbers(split)[0][-1]) + 1
     n_predictions, n_positions = _counts(split, settings.skip_first, n_documents)
     resamplings = Resamplings(n_documents, int((n_positions > 0).sum()))
-    device, there = settings.device, sums_on(settings.device)
+    there = sums_on(settings.device)
     mean = settings.mean.to(there)
     sums = _Accumulator(len(systems), resamplings, len(mean), there)
-    losses = torch.zeros(len(systems), 2, n_documents, dtype=torch.float64, device=there)
-    plain = torch.zeros(4, 2, n_documents, dtype=torch.float64, device=there)
+    losses, plain = (torch.zeros(n, 2, n_documents, dtype=torch.float64, device=there) for n in (len(systems), 4))
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
     for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
-        x, documents = to_device(batch.x, device), to_device(batch.document, there)
+        x, documents = to_device(batch.x, settings.device), to_device(batch.document, there)
         counted, skipped = (_positions(batch, mask, x, mean) for mask in (batch.counted, batch.skipped))
         sums.begin(batch.document)
         sums.add_inputs(counted, skipped)
@@ -114,8 +112,7 @@ def measure(
             output = output_of(system, counted.x, counted.runs)
             rest = output_of(system, skipped.x, skipped.runs)
             sums.add(i, counted, _on(there, output), skipped, _on(there, rest))
-            if output.code is not None:
-                _show(observers, i, output.code.to(there))
+            _show(observers, i, output.code, there)
             if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
                 spliced[i] = splice(x, batch.counted, output.x_hat)
                 if settings.splice_all:
@@ -124,9 +121,7 @@ def measure(
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
             for i, found in _losses(tail, batch, x, spliced).items():
-                into = losses[i] if i >= 0 else plain[i]
-                into[0].index_add_(0, documents, found.ce)
-                into[1].index_add_(0, documents, found.kl)
+                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents, torch.stack(tuple(found)))
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
@@ -138,9 +133,10 @@ def measure(
     return Measured(*sums.result(), of_systems, reference, resamplings)
 
 
-def _show(observers: Sequence[Observer], system: int, code: Code) -> None:
-    for observer in observers:
-        observer.see(system, code)
+def _show(observers: Sequence[Observer], system: int, code: Code | None, device: torch.device) -> None:
+    if code is not None:
+        for observer in observers:
+            observer.see(system, code.to(device))
 
 
 OPEN_DOCUMENTS = 1024
@@ -193,8 +189,9 @@ def _ends(batch: EvalBatch) -> tuple[int, int]:
 
 
 def _on(device: torch.device, output: Output) -> Output:
-    x_hat, *rest = (one if one is None else one.to(device) for one in output)
-    return Output(x_hat, *rest)
+    code, predicted = (one if one is None else one.to(device) for one in (output.code, output.predicted))
+    assert predicted is None or isinstance(predicted, Tensor)
+    return Output(output.x_hat.to(device), code, predicted)
 
 
 class _Accumulator:
@@ -299,9 +296,9 @@ def _look_back(
 
 
 def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], settings: Settings) -> dict[int, Tensor]:
-    replaced = torch.from_numpy(batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy()))
+    replaced = batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy())
     zero, mean = x.new_zeros(1, len(settings.mean)), to_device(settings.mean.float(), x.device)[None]
-    n = int(replaced.numpy().sum())
+    n = int(replaced.sum())
     return {
         ABLATION: torch.zeros_like(x),
         ZERO: splice(x, replaced, zero.expand(n, -1)),
@@ -312,7 +309,8 @@ def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], set
 def _losses(
     tail: Tail, batch: EvalBatch, x: Float[Tensor, "batch position d_model"], spliced: Mapping[int, Tensor]
 ) -> dict[int, Losses]:
-    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, batch.has_next)
+    has_next = batch.has_next_on_host
+    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, has_next)
     return dict(zip((CLEAN, *spliced), found, strict=True))
 
 

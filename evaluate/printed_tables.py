@@ -13,6 +13,7 @@ from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.headline import MAIN
 from tcsae.evaluate.intervals import interval, jackknife, point
+from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
 from tcsae.shared.base.console import legible, sparkline, table
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest
@@ -133,6 +134,7 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
         table(title, [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
         click.echo(_legend(first))
         show_temporal(group, details)
+        show_planted(group, details)
         if details:
             show_measures(group)
     if evaluations:
@@ -144,6 +146,8 @@ def show(evaluations: Sequence[dict[str, Any]], runs: str, details: bool = False
 def show_measures(evaluations: Sequence[dict[str, Any]]) -> None:
     """Print the registered measures of codes: a table each, and what its figures are."""
     for name, first in evaluations[0].get("measures", {}).items():
+        if name.startswith(PREFIX):
+            continue
         columns = tuple(first["figures"])
         rows = [[one["name"], *one["measures"][name]["figures"].values()] for one in evaluations]
         if all(value is None for row in rows for value in row[1:]):

@@ -105,7 +105,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     if options.temporal:
         observer = TemporalObserver(split, options.rules, centre, len(group.runs), sums_on(group.device))
     widths = [one.sae.config.d_sae for one in group.runs]
-    measures = MeasureObserver([one.sae.config for one in group.runs])
+    measures = MeasureObserver([one.sae for one in group.runs], split)
     observers: list[Observer] = [measures, observer] if observer else [measures]
     start = time.monotonic()
     with _progress(group, part.n_tokens(split)) as advance, _stopping(group.stop):

@@ -187,14 +187,15 @@ def harvest(ctx: click.Context, **options: Any) -> None:
     if options["chat_template"] and options["tokens_field"]:
         raise click.UsageError("Give --chat-template or --tokens-field, not both.", ctx)
     place: Place = ctx.obj
-    config, fresh, exact = _config(options), options["fresh"], options["exact"]
+    config, fresh, exact = config_of(options), options["fresh"], options["exact"]
     if options["dry_run"]:
         print_plan(plan_harvest(place.store, config, fresh=fresh, exact=exact))
     else:
         print_summary(run(place.store, config, fresh=fresh, exact=exact, force=options["force"]))
 
 
-def _config(options: Mapping[str, Any]) -> "HarvestConfig":
+def config_of(options: Mapping[str, Any]) -> "HarvestConfig":
+    """What the command's options ask for."""
     from tcsae.harvest.chat import ChatChoice
     from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.resolve import HarvestConfig, ModelChoice

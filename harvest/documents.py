@@ -181,8 +181,8 @@ class Corpus:
                 hint = f" Token ids, as {ids[0]!r} has, are read by --tokens-field {ids[0]}." if ids else ""
                 option = "--messages-field" if self.chat else "--text-field"
                 raise DataError(
-                    f"{self.recipe.name} has no column {self.recipe.field!r}. It has: {', '.join(sorted(first))}. "
-                    f"Give one of these: {option} NAME.{hint}"
+                    f"{self.recipe.name} has no column {self.recipe.field!r}. It has: "
+                    f"{', '.join(sorted(first)) or 'none'}. Give one of these: {option} NAME.{hint}"
                 )
             return
         raise DataError(f"{self.recipe.name} holds no document. Give another --dataset.")
@@ -357,7 +357,8 @@ def _load_files(reader: str, files: list[Path], choice: CorpusChoice) -> Any:
         return _rows_from(text_rows, files=names)
     if reader == "json":
         return _rows_from(json_rows, files=names, fields=(choice.field, *companions))
-    options: dict[str, Any] = {"data_files": {choice.split: names}}
+    files = _with_rows(files)
+    options: dict[str, Any] = {"data_files": {choice.split: [str(file) for file in files]}}
     if columns := _shared_columns(files, choice):
         options["columns"] = columns
     return _load(reader, choice.split, **options)
@@ -367,6 +368,16 @@ def _rows_from(rows: Callable[..., Iterator[Row]], **arguments: Any) -> Any:
     import datasets
 
     return datasets.IterableDataset.from_generator(rows, gen_kwargs=arguments)
+
+
+def _with_rows(files: list[Path]) -> list[Path]:
+    """Parquet files but those without a row, which `datasets` cannot read. Raises DataError if none is left."""
+    from pyarrow import parquet
+
+    files = [file for file in files if parquet.read_metadata(file).num_rows]
+    if not files:
+        raise DataError("The Parquet files hold no document. Give another --dataset.")
+    return files
 
 
 def _shared_columns(files: list[Path], choice: CorpusChoice) -> list[str]:
@@ -433,6 +444,8 @@ def _recipe(choice: CorpusChoice, name: str, revision: str) -> CorpusRecipe:
 
 def _local_files(path: Path) -> tuple[str, list[Path]]:
     """The reader for a file, or for a folder's readable files, and those files, sorted."""
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is a pipe or a device, which can be read once. Put its text into a file.")
     candidates = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     seen = [file for file in candidates if not file.name.startswith(".")]
     files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if _ending(file) in MARKUP]

@@ -237,7 +237,7 @@ def nothing_installed() -> Iterator[None]:
             raise OSError("nothing is installed")  # which it takes for a failed installation
         return call(command, *rest, **options)
 
-    subprocess.check_call = refuse
+    subprocess.check_call = refuse  # type: ignore[assignment]
     try:
         yield
     finally:

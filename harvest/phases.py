@@ -181,7 +181,8 @@ def _read(sequencer: Sequencer, corpus: Corpus, reader: TokenReader, control: Co
         read = reader.marked([documents[i] for i in needed], [first + i for i in needed])
         read_of = dict(zip(needed, read, strict=True))
         for i, split in enumerate(splits):
-            ids, roles = read_of.get(i, NOTHING)
+            marked: Marked = read_of.get(i, NOTHING)
+            ids, roles = marked
             if i in read_of and control is not None and control.kind == PERMUTED:
                 number = sequencer.counts["documents_read"]
                 ids = np.asarray(permuted(ids, control.seed, number), np.int32)

@@ -132,7 +132,7 @@ def resolve(
         libraries={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
         control=config.control,
-        chat=template and template.recipe,
+        chat=None if template is None else template.recipe,
     )
     return recipe, capture
 

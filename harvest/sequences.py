@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -101,7 +101,7 @@ class TokenReader:
             return
         for number, document in zip(numbers, documents, strict=True):
             try:
-                yield self.template.read(document)
+                yield self.template.read(cast("list[dict[str, Any]]", document))
             except ValueError as error:
                 raise DataError(
                     f"{self._name}: the chat template refuses document {number} ({error}). Leave that conversation "
@@ -114,7 +114,7 @@ class TokenReader:
         size = 0
         for document in documents:
             if isinstance(document, list):
-                yield _array(document)
+                yield _array(cast("list[int]", document))
                 continue
             if size + len(document) > PIECE_CHARACTERS:
                 yield from map(_array, self._tokenize(texts))
@@ -196,7 +196,7 @@ POSITION_BYTES, TOKEN_BYTES = 4 * 4096, 4
 """Of one hook's activations at a width of 4096 in float32; of a token id."""
 
 
-def is_chat(document: Document) -> bool:
+def is_chat(document: Document) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a document is a conversation."""
     return isinstance(document, list) and bool(document) and isinstance(document[0], dict)
 

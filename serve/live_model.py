@@ -101,6 +101,8 @@ class LiveModel:
         """Raises ConfigError for an unknown one."""
         if name not in self.runs:
             raise ConfigError(unknown("run", name, self.runs))
+        if self.runs[name].loaded.sae.config.reads_neighbours:
+            raise ConfigError(f"{name} has codes of several tokens: it cannot be read or changed token by token.")
         return self.runs[name]
 
     def read(self, name: str, text: str) -> Reading:

@@ -4,9 +4,12 @@ place.
 
 import gzip
 import json
+import os
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tcsae.harvest.documents import CorpusChoice, Document, find_corpus
 from tcsae.shared.base.errors import DataError
@@ -101,3 +104,21 @@ def test_what_cannot_be_read_is_said_with_its_place(write, monkeypatch, name, da
         monkeypatch.setattr(f"tcsae.harvest.{module}.DOCUMENT_CHARACTERS", 32)
     with pytest.raises(DataError, match=says):
         read(write(name, data))
+
+
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        find_corpus(CorpusChoice(name=str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_parquet_files_without_a_row_are_passed_over(tmp_path, n):
+    (tmp_path / "c").mkdir()
+    for name, texts in (("a", []), ("b", ["x"] * n), ("c", [])):
+        parquet.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / "c" / f"{name}.parquet")
+    if n:
+        assert read(str(tmp_path / "c")) == ["x"] * n
+    else:
+        with pytest.raises(DataError, match="hold no document"):
+            read(str(tmp_path / "c"))

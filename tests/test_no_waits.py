@@ -11,8 +11,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import tcsae.harvest.capture as capture_module
@@ -277,6 +282,14 @@ def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> 
         for i in range(4)
     ]
     waited: Counter[str] = Counter()
+    read = torch.Tensor.numpy
+
+    def numpy(self):  # of a real tensor; under fake tensors it would read memory that is none
+        assert not isinstance(self, FakeTensor)
+        with _disable_current_modes():
+            return read(self)
+
+    monkeypatch.setattr(torch.Tensor, "numpy", numpy)
 
     def batches(*_, **__):
         with no_waits(monkeypatch) as counts, _Watch():

@@ -197,7 +197,7 @@ def test_ranks_that_die_at_an_object_store(place, tiny_config, tmp_path, monkeyp
             children.append(subprocess.Popen(program, stdin=subprocess.PIPE, env=told))
             children[-1].stdin.write(pickle.dumps((place, tiny_config, number)))
             children[-1].stdin.close()
-        return [child.wait(120) for child in children]
+        return [child.wait(600) for child in children]
 
     assert start(*deaths) == [9 * bool(number) for number in deaths]
     if all(deaths):

@@ -18,7 +18,7 @@ from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.report.features import feature_pass
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.paper.results import Place
-from tcsae.paper.run import TIMES, _times
+from tcsae.paper.run import TIMES, read_times
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import Store
 
@@ -203,5 +203,5 @@ def test_damaged_lines_of_the_papers_times_are_counted_and_left_out(tmp_path, ca
     good = json.dumps({"key": "table", "stage": "train", "processor_s": 2.5})
     bad = b'{"key": 1', b"[]", bytes(20), good.replace("2.5", '"long"').encode()
     (tmp_path / TIMES).write_bytes(b"\n".join((good.encode(), *bad)))
-    assert _times(place) == [{"key": "table", "stage": "train", "processor_s": 2.5}]
+    assert read_times(place) == [{"key": "table", "stage": "train", "processor_s": 2.5}]
     assert "4 of 5 lines are damaged" in capsys.readouterr().err.replace("\n", " ")

@@ -1,13 +1,20 @@
 """The `train` and `presets` commands."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from tcsae.shared.base.cli import Count, Place, StageCommand
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from tcsae.shared.base.distributed import Ranks
+    from tcsae.shared.store.reader import Store
     from tcsae.train.dry_run import TrainEstimate
+    from tcsae.train.plan import Run
 
 PAPERS = ("logged-", "written-")
 """How the names of the paper's presets begin."""
@@ -60,9 +67,7 @@ CONTROLS = "-shuffled"
 @click.option("--dry-run", is_flag=True, help="Print passes, memory and time, measured on a few steps. Writes nothing.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
 @click.pass_obj
-def train(
-    place: Place, steps: int | None, seed: int | None, tracker: str | None, fresh: bool, device: str, **asked: Any
-) -> None:
+def train(place: Place, **asked: Any) -> None:
     """Train sparse autoencoders from the store, any number in one pass over it.
 
     \b
@@ -82,36 +87,64 @@ def train(
     With `torchrun --nproc-per-node N -m tcsae train ...` the runs are divided among N processes, each run the same as
     trained alone. A single run is trained by all processes, each on its part of every batch.
     """
+    from tcsae.shared.base.errors import ConfigError
+    from tcsae.train.dry_run import estimate
 
+    prepared = prepare(place, asked)
+    store, runs_path, runs, processes, device = prepared
+    if asked["dry_run"]:
+        if processes.parallel:
+            raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
+        show_estimate(estimate(store, runs_path, runs, asked["fresh"], device))
+    elif records := train_prepared(prepared, asked):
+        show(records, place.runs)
+
+
+class Prepared(NamedTuple):
+    """What `train` is about to do."""
+
+    store: "Store"
+    runs_path: "Path"
+    runs: "list[Run]"
+    processes: "Ranks"
+    device: "torch.device"
+
+
+def prepare(place: Place, asked: dict[str, Any]) -> Prepared:
+    """From the command's options to runs. Raises ConfigError, RunError or StoreError."""
     from pathlib import Path
 
     from tcsae.shared.base.device import choose_device, keep_freed_memory, set_precision
     from tcsae.shared.base.distributed import device_of, ranks
-    from tcsae.shared.base.errors import ConfigError
     from tcsae.shared.store.reader import open_store
-    from tcsae.train.dry_run import estimate
     from tcsae.train.plan import Request, plan_runs
-    from tcsae.train.run import train_parallel, train_runs
 
     keep_freed_memory()
     store = open_store(place.store)
-    options = {"data.seed": seed, "steps": steps, "data.positions": ",".join(asked["positions"]) or None}
+    options = {
+        "data.seed": asked["seed"],
+        "steps": asked["steps"],
+        "data.positions": ",".join(asked["positions"]) or None,
+    }
     config_file = Path(asked["config_file"]) if asked["config_file"] else None
     request = Request(
         asked["presets"], asked["settings"], asked["sweeps"], config_file, asked["init_from"], options=options
     )
-    runs, runs_path, processes = plan_runs(store, request), Path(place.runs), ranks()
-    chosen = device_of(processes, choose_device(device))
+    runs, processes = plan_runs(store, request), ranks()
+    chosen = device_of(processes, choose_device(asked["device"]))
     set_precision(asked["precision"], chosen)
-    if asked["dry_run"]:
-        if processes.parallel:
-            raise ConfigError(f"--dry-run in {processes.world} processes: one is enough. Start it without torchrun.")
-        show_estimate(estimate(store, runs_path, runs, fresh, chosen))
-        return
+    return Prepared(store, Path(place.runs), runs, processes, chosen)
+
+
+def train_prepared(prepared: Prepared, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train them; records of the runs that this process is to show."""
+    from tcsae.train.run import train_parallel, train_runs
+
+    store, runs_path, runs, processes, device = prepared
+    fresh, tracker = asked["fresh"], asked["tracker"]
     if not processes.parallel:
-        show(train_runs(store, runs_path, runs, fresh, tracker, chosen), place.runs)
-    elif records := train_parallel(store, runs_path, runs, processes, fresh, tracker, chosen):
-        show(records, place.runs)
+        return train_runs(store, runs_path, runs, fresh, tracker, device)
+    return train_parallel(store, runs_path, runs, processes, fresh, tracker, device)
 
 
 def show(records: list[dict[str, Any]], runs: str) -> None:

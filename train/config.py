@@ -405,7 +405,7 @@ class TrainConfig:
     def _check_segments(self) -> None:
         temporal, length = self.temporal, self.data.segment_length
         alone = temporal.active and temporal.kind in ("t-sae", "topic", "local-topic")
-        if alone and (self.sae.window > 1 or self.sae.predictor != "none" or self.linear.kind != "none"):
+        if alone and (self.sae.reads_neighbours or self.linear.kind != "none"):
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} picks single tokens: it takes sae.window=1, sae.predictor=none and "
                 f"linear.kind=none, and they are {self.sae.window}, {self.sae.predictor!r} and {self.linear.kind!r}."

@@ -56,7 +56,7 @@ class Block(NamedTuple):
     copied: Any = None
     """The event after the copy to a GPU."""
 
-    def index(self, first: int, stop: int) -> Int[Tensor, " n"]:
+    def token_rows(self, first: int, stop: int) -> Int[Tensor, " n"]:
         """Rows of the tokens of segments first..stop-1."""
         if self.rows is None or self.edges is None:
             return _token_rows(self.segments[first:stop])
@@ -268,7 +268,7 @@ class SegmentLoader:
                     texts.append(Text(block.text.tokens[index], block.text.places[index]))
                 ours = (edge - n_taken for edge in (self._part.start, self._part.stop))
                 first, stop = (at + min(max(0, edge), len(taken[-1])) for edge in ours)
-                n_rows += self._gather(block, block.index(first, stop), n_rows)
+                n_rows += self._gather(block, block.token_rows(first, stop), n_rows)
                 n_taken, at = n_taken + len(taken[-1]), at + len(taken[-1])
             self.n_batches_done += 1
             text = Text(*(np.concatenate(parts) for parts in zip(*texts, strict=True))) if texts else None

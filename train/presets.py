@@ -234,7 +234,7 @@ def _shuffled(name: str) -> Preset:
 
 
 def _is_temporal(config: TrainConfig) -> bool:
-    return config.temporal.kind != "difference" or config.sae.window > 1 or config.sae.predictor != "none"
+    return config.temporal.kind != "difference" or config.sae.reads_neighbours
 
 
 TEMPORAL_PRESETS = [name for name in PRESETS if _is_temporal(PRESETS[name].make(8))]

@@ -17,7 +17,9 @@ from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences, to_dict
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.base.trackers import open_tracker
-from tcsae.shared.sae.folder import METRICS, load_record, load_sae
+from tcsae.shared.sae.folder import METRICS, load_record
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.sources import load_sae
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
@@ -242,9 +244,7 @@ class _Pass:
     def _member(self, run: Run, sample: torch.Tensor) -> Member:
         initial = None
         if run.init_from is not None:
-            initial = load_sae(self.runs_path / run.init_from)
-            if differing := differences(initial.config, run.config.sae):
-                raise RunError(f"{run.init_from} is another SAE than {run.name} asks for ({'; '.join(differing)}).")
+            initial = initial_weights(self.runs_path / run.init_from, run)
         linear = fit_linear(self.store, run.config)
         trainer = Trainer(run.config, sample, self.store.sequence_length, initial, linear=linear)
         about = {
@@ -315,6 +315,28 @@ class _Pass:
             tokens += f", less those above data.max_norm={loader.config.max_norm}"
         total = memory_bytes([run.config for run in self.runs]) + 2 * loader.block_bytes()
         say(f"{len(self.runs)} run(s), {tokens}, about {size(total)} of memory, {on}")
+
+
+def initial_weights(path: Path, run: Run) -> SparseAutoencoder:
+    """The SAE that a run starts from: one of ours, or of others below --runs in any format that `tcsae.load_sae` reads.
+
+    Raises RunError if it cannot be trained on as the run asks.
+    """
+    sae = load_sae(path)
+    if differing := differences(sae.config, run.config.sae):
+        settings = to_dict(sae.config)
+        cure = " ".join(f"--set sae.{key}={settings[key]}" for key in (one.partition(":")[0] for one in differing))
+        raise RunError(f"{path.name} is another SAE than {run.name} asks for ({'; '.join(differing)}). Give {cure}.")
+    if type(sae) is not SparseAutoencoder and not sae.metadata.record:
+        raise RunError(f"{path.name} is a {type(sae).__name__}, which is not trained here. Start from another SAE.")
+    norms = sae.W_dec.detach().norm(dim=1)
+    theirs = not sae.metadata.record and sae.config.activation != "gelu"
+    if theirs and run.config.optimizer.unit_decoder and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+        raise RunError(
+            f"{path.name} has decoder rows of norm {norms.min():.3g} to {norms.max():.3g}, which the first step would "
+            "make 1. Set optimizer.unit_decoder=false, or fold them first: tcsae convert --to unit-decoder."
+        )
+    return sae
 
 
 def train_parallel(

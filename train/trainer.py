@@ -261,11 +261,6 @@ class Trainer:
         aux = config.aux_weight * auxk(self.sae, inputs, x, x_hat, batch, self.dead(), k, self._most_dead)
         return aux / residual_variance(x - x_hat, batch) if config.aux_relative else aux
 
-    @property
-    def reads_neighbours(self) -> bool:
-        """Whether a token's code depends on other tokens: then another order is one of the SAE's own input."""
-        return self.config.sae.window > 1 or self.config.sae.predictor != "none"
-
     def _rows(self, batch: Batch) -> Batch:
         """What the SAE reads: tokens (of t-sae's pairs the current ones), what a linear part leaves of them, or windows
         from a position of each segment that is drawn anew every step.
@@ -277,7 +272,7 @@ class Trainer:
         if self.linear is not None:
             return batch._replace(x=self.linear.rest(batch.x))
         window, order = self.config.sae.window, self.config.temporal.order
-        if self.reads_neighbours and order != "text":
+        if self.config.sae.reads_neighbours and order != "text":
             batch = batch._replace(x=batch.x[shuffled(order, batch, self.step_seed())])
         if window == 1:
             return batch
@@ -343,7 +338,7 @@ class Trainer:
             state = state._replace(partner=part(self._encode(inputs, batch).tap, *self.scope))
         if config.contrast.centred and self.positions is not None:
             state = state._replace(position=batch.positions(), means=self.positions.means())
-        if config.order != "text" and not self.reads_neighbours and batch.partners is None:
+        if config.order != "text" and not self.config.sae.reads_neighbours and batch.partners is None:
             tokens = shuffled(config.order, batch, seed)
             code, batch = permuted(code, tokens), batch._replace(x=batch.x[tokens])
             if state.position is not None:

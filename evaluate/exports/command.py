@@ -59,12 +59,12 @@ def export(place: Place, form: str, name: str, out: str | None, **options: Any) 
     target = Path(out) if out is not None else None
     if form in ("neuronpedia", "delphi"):
         from tcsae.evaluate.exports.feature_source import ExportRequest
-        from tcsae.evaluate.exports.run import export_features
+        from tcsae.evaluate.exports.run import FeatureForm, export_features
         from tcsae.shared.store.reader import open_store
 
         request = ExportRequest(name=name, **options)
         target = target or path / f"export-{form}"
-        echo(export_features(open_store(place.store), Path(place.runs), request, form, target))
+        echo(export_features(open_store(place.store), Path(place.runs), request, cast(FeatureForm, form), target))
         return
     folder = export_run(path, cast(Format, form), target)
     echo(f"{name} as {form}: {folder}")

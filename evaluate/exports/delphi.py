@@ -61,7 +61,11 @@ class _Range:
         locations = np.fromfile(self._locations, np.uint32).reshape(-1, 3)
         if locations.max(initial=0) < 1 << 16:
             locations = locations.astype(np.uint16)
-        data = {"locations": locations, "activations": np.fromfile(self._values, np.float16), "tokens": tokens}
+        data: dict[str, np.ndarray] = {
+            "locations": locations,
+            "activations": np.fromfile(self._values, np.float16),
+            "tokens": tokens,
+        }
         write_atomic(folder / f"{self.first}_{self.last}.safetensors", safetensors.numpy.save(data))
 
 

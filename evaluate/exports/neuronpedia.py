@@ -50,7 +50,7 @@ def write_neuronpedia(source: FeatureSource, folder: Path, advance: Callable[[in
     peaks = features.contexts.maximum()
     heights = _histograms(source, peaks, advance)
     alive = features.alive.nonzero().squeeze(1).tolist()
-    directions = source.sae.W_dec.detach() * peaks[:, None]
+    directions = source.sae.directions * peaks[:, None]
     lens = Lenses(source.store, source.part).of(source.part.hook, directions)
     texts = TokenTexts(source.store)
     common = {"model_id": source.model, "layer": source.layer, "sae_set": source.name, "sae_id_suffix": None}
@@ -76,7 +76,7 @@ def _feature(
     latent: int,
 ) -> dict[str, Any]:
     heights, lens = tables
-    row = source.sae.W_dec.detach()[latent]
+    row = source.sae.directions[latent]
     largest = row.abs().topk(min(N_ALIGNED, len(row))).indices.tolist()
     peak = float(features.contexts.maximum()[latent])
     bars = (np.arange(N_BARS) + 0.5) * peak / N_BARS

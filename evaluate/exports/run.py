@@ -18,9 +18,10 @@ CURE = "Free some space, or give another --out."
 NOTHING = "an export is written whole or not at all, nothing of this one is there"
 
 
-def export_features(
-    store: Store, runs_path: Path, request: ExportRequest, form: Literal["neuronpedia", "delphi"], out: Path
-) -> str:
+FeatureForm = Literal["neuronpedia", "delphi"]
+
+
+def export_features(store: Store, runs_path: Path, request: ExportRequest, form: FeatureForm, out: Path) -> str:
     """Write a run's features as `form` into `out`; returns a line on what is there.
 
     An earlier export there is replaced. Raises RunError if there is no such run, if it does not fit the store, or if

@@ -195,8 +195,7 @@ def token_columns(inputs: Inputs, output: Output) -> Float64[Tensor, "n_columns 
     ratio = norm_out / torch.where(norm_in < SMALLEST_NORM, 1.0, norm_in)
     legacy = 1 - squared_error / inputs.squared_deviation
     columns = (squared_in, squared_out, squared_error, product, norm_in, norm_out, cosine, ratio, legacy)
-    none = output.code is None
-    activity = norm_in.new_zeros(4, len(norm_in)) if none else token_activity(output.code)
+    activity = norm_in.new_zeros(4, len(norm_in)) if output.code is None else token_activity(output.code)
     return torch.cat((torch.stack(columns), activity, token_predictions(output)))
 
 

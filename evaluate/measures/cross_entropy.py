@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Float64, Int
+from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import Settings
@@ -58,11 +59,11 @@ class Losses(NamedTuple):
 
 def splice(
     x: Float[Tensor, "batch position d_model"],
-    replaced: Bool[Tensor, "batch position"],
+    replaced: Bool[Tensor, "batch position"] | Bool[ndarray, "batch position"],
     x_hat: Float[Tensor, "n d_model"],
 ) -> Float[Tensor, "batch position d_model"]:
-    """x with `x_hat` at the replaced positions, in row order. The mask is on the CPU, the rest on any one device."""
-    at = to_device(np.flatnonzero(replaced.numpy()), x.device)
+    """x with `x_hat` at the replaced positions, in row order. The mask is the host's, the rest on any one device."""
+    at = to_device(np.flatnonzero(np.asarray(replaced)), x.device)
     spliced = x.clone()
     spliced.view(-1, x.shape[2]).index_copy_(0, at, x_hat)
     return spliced
@@ -74,7 +75,7 @@ def sequence_losses(
     others: Sequence[Float[Tensor, "batch position d_model"]],
     tokens: Int[Tensor, "batch position"],
     counted: Bool[Tensor, "batch position"],
-    has_next: Bool[Tensor, "batch position"],
+    has_next: Bool[Tensor, "batch position"] | Bool[ndarray, "batch position"],
 ) -> list[Losses]:
     """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
 
@@ -83,7 +84,7 @@ def sequence_losses(
     and masks on the CPU; what is returned is where the tail's sums are kept (`sums_on`).
     """
     chosen, device = np.flatnonzero(counted.numpy()), tail.device
-    predicts = to_device(has_next.numpy().ravel()[chosen], device)
+    predicts = to_device(np.asarray(has_next).ravel()[chosen], device)
     targets = to_device(np.roll(tokens.numpy(), -1, 1).ravel()[chosen].astype(np.int64), device)
     at = to_device(chosen, device)
     hidden = [tail.hidden(one).flatten(0, 1).index_select(0, at) for one in (x, *others)]

@@ -1,7 +1,8 @@
 """Measures of codes alone, one file each: `eval` runs every one that is registered here over each SAE's codes.
 
 A measure adds up what it needs batch by batch, at the counted positions, and makes its figures from the sums at the
-end; eval.json has them below "measures", with their definitions, and `eval --details` prints them.
+end; eval.json has them below "measures", with their definitions, and `eval --details` prints them. On a store of
+planted features, what each SAE recovers of them comes beside.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,13 @@ from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
 from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
+from tcsae.evaluate.planted.truth import MODEL, load_truth, truth_path
+from tcsae.shared.base.console import say
 from tcsae.shared.base.device import Readout
-from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.store.reader import Split
 
 
 @runtime_checkable
@@ -59,13 +64,21 @@ class MeasureObserver:
 
     looks_back = False
 
-    def __init__(self, configs: Sequence[SaeConfig]) -> None:
-        """`configs` are of the systems that are measured, the first ones of the pass."""
+    def __init__(self, saes: Sequence[SparseAutoencoder], split: Split) -> None:
+        """`saes` are of the systems that are measured, the first ones of the pass.
+
+        Raises StoreError if the store is planted and its truth is damaged.
+        """
         self._of: list[dict[str, Measure]] = [
-            {name: make(config.d_sae) for name, make in MEASURES.items()}
-            | {name: make(config) for name, make in OF_CONFIG.items()}
-            for config in configs
+            {name: make(one.config.d_sae) for name, make in MEASURES.items()}
+            | {name: make(one.config) for name, make in OF_CONFIG.items()}
+            for one in saes
         ]
+        truth = load_truth(split.store) if split.name == "eval" else None
+        if truth is None and split.store.manifest.recipe.model.name == MODEL:
+            say(f"No truth of the planted features at {truth_path(split.store.location)}: nothing is said of them.")
+        self._tokens = PlantedTokens(truth, split.store.eval.lengths) if truth else None
+        self._planted = [Planted(self._tokens, decoder_rows(one)) for one in saes] if self._tokens else []
 
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         x = Readout(x, "measures").values()
@@ -73,6 +86,8 @@ class MeasureObserver:
             for measure in measures.values():
                 if isinstance(measure, OfPairs):
                     measure.begin(batch, x)
+        if self._tokens:
+            self._tokens.begin(batch)
 
     def see(self, system: int, code: Code) -> None:
         if system >= len(self._of) or not n_latents(code):
@@ -82,6 +97,8 @@ class MeasureObserver:
             code = code.to("cpu")
         for measure in self._of[system].values():
             measure.add(code)
+        if system < len(self._planted):
+            self._planted[system].add(code)
 
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         pass
@@ -92,10 +109,12 @@ class MeasureObserver:
     def add_up(self, part: Part) -> None:
         """Bring the sums of all processes to rank 0."""
         part.add_up([one for measures in self._of for measure in measures.values() for one in measure.sums()])
+        part.add_up([one for planted in self._planted for one in planted.sums()])
 
     def figures(self, system: int) -> dict[str, dict[str, Any]]:
         """{measure: {"figures": ..., "definitions": ...}} of a system."""
-        return {
+        found = {
             name: {"figures": measure.figures(), "definitions": dict(measure.definitions)}
             for name, measure in self._of[system].items()
         }
+        return found | (self._planted[system].figures() if self._planted else {})

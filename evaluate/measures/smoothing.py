@@ -78,7 +78,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def check_smoothing(smoothing: Smoothing, config: SaeConfig) -> None:
     """Raises ConfigError for a smoothing that an SAE of this activation has no meaning for."""
-    if config.window > 1 or config.predictor != "none":
+    if config.reads_neighbours:
         is_what = f"sae.window={config.window}" if config.window > 1 else f"sae.predictor={config.predictor!r}"
         raise ConfigError(
             f"{smoothing} smooths codes of single tokens, and with {is_what} a code is of several. Evaluate it without "

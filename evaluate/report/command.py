@@ -9,6 +9,8 @@ from tcsae.shared.base.cli import Count, Place, StageCommand
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tcsae.evaluate.report.report import Written
+
 SPLIT = click.Choice(("train", "eval"))
 
 
@@ -32,7 +34,7 @@ def report_folder(runs_path: "Path", out: str | None) -> "Path":
 )
 @click.option("--tracker", metavar="NAME", help="Log figures and report to each run's tensorboard or wandb.")
 @click.pass_obj
-def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> None:
+def report(place: Place, tracker: str | None, **asked: Any) -> None:
     """Write the report: one folder of pages that opens from disk, with a browser of every feature.
 
     Made from the store, the SAEs and their evaluations alone, without the language model, a server or a network: open
@@ -44,31 +46,41 @@ def report(place: Place, out: str | None, tracker: str | None, **asked: Any) -> 
     """
     from pathlib import Path
 
-    from tcsae.evaluate.report.report import ReportRequest, folder_bytes, write_report
+    from tcsae.evaluate.report.report import folder_bytes
     from tcsae.shared.base.console import legible, say, size
-    from tcsae.shared.base.device import choose_device
     from tcsae.shared.base.distributed import ranks
     from tcsae.shared.base.trackers import check_tracker, log_results
-    from tcsae.shared.store.reader import open_store
 
-    asked["device"] = str(choose_device(asked["device"]))
     if ranks().rank:
         return  # of several processes the first writes it
     if tracker:
         check_tracker(tracker)
-    runs_path = Path(place.runs)
-    folder = report_folder(runs_path, out)
-    written = write_report(open_store(place.store), runs_path, folder, ReportRequest(**asked))
+    written = write_as_asked(place, asked)
     for one in written.excluded:
         say(f"{one.name}: left out. {one.why}")
     if not written.is_new:
         say("Nothing has changed since it was written. Write it again with --force.")
     for run in written.included if tracker else ():
         figures = {name: value for name, value in run.evaluation["metrics"].items() if value is not None}
-        log_results(str(tracker), runs_path / run.name, figures, folder)
+        log_results(str(tracker), Path(place.runs) / run.name, figures, written.folder)
     n = len(written.included)
-    place_of_report = legible(str(folder / "index.html"))
-    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(folder))}: {place_of_report}")
+    place_of_report = legible(str(written.folder / "index.html"))
+    click.echo(f"Report of {n} SAE{'s' * (n != 1)}, {size(folder_bytes(written.folder))}: {place_of_report}")
+
+
+def write_as_asked(place: Place, asked: dict[str, Any]) -> "Written":
+    """Write the report that the command's options ask for."""
+    from pathlib import Path
+
+    from tcsae.evaluate.report.report import ReportRequest, write_report
+    from tcsae.shared.base.device import choose_device
+    from tcsae.shared.store.reader import open_store
+
+    runs_path = Path(place.runs)
+    folder = report_folder(runs_path, asked["out"])
+    settings = {name: value for name, value in asked.items() if name != "out"}
+    request = ReportRequest(**settings | {"device": str(choose_device(asked["device"]))})
+    return write_report(open_store(place.store), runs_path, folder, request)
 
 
 @click.command(cls=StageCommand)

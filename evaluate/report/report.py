@@ -68,6 +68,7 @@ def write_report(store: Store, runs_path: Path, out: Path, request: ReportReques
     request = request or ReportRequest()
     before = page_files.made_of(out)
     remove_dead_partials(out)
+    store.n_bytes()  # shown at the end: what is missing is named before the work
     included, excluded = choose_runs(store, runs_path, request.names)
     identity = _identity(store, request, included, excluded)
     if before == identity and not request.force:
@@ -158,7 +159,7 @@ class _Report:
     def _sae(self, pages: page_files.Pages, one: Included, part: Excerpt, features: Features) -> None:
         """The pages and data of one SAE."""
         tail, sae, alive = self.lenses.tail(one.hook), one.loaded.sae, features.alive
-        directions = sae.W_dec.detach()[alive] * features.contexts.maximum()[alive, None]
+        directions = sae.directions[alive] * features.contexts.maximum()[alive, None]
         latents = alive.nonzero().squeeze(1).tolist()
         data = feature_data(features, sae, self.lenses.of(one.hook, directions), part.tokens, latents)
         places = decoder_map(sae.W_dec, alive, data.opposite)

@@ -30,8 +30,11 @@ STAGES = {
     "train": "tcsae.train.command:train",
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
+    "probe": "tcsae.evaluate.probing.command:probe",
+    "stability": "tcsae.evaluate.dictionary.command:stability",
     "report": "tcsae.evaluate.report.command:report",
-    "feature": "tcsae.evaluate.report.command:feature",
+    "feature": "tcsae.api.command:feature",
+    "convert": "tcsae.api.command:convert",
     "serve": "tcsae.serve.command:serve",
     "presets": "tcsae.train.command:presets",
     "inspect": "tcsae.shared.commands.store_commands:inspect",
@@ -42,6 +45,8 @@ STAGES = {
     "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
     "methods": "tcsae.paper.command:methods",
+    "synthetic": "tcsae.synthetic.command:synthetic",
+    "planted": "tcsae.synthetic.command:planted",
     "completion": "tcsae.shared.commands.completion:completion",
 }
 SPINS = "10000"

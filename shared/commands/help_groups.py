@@ -61,6 +61,22 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
     },
+    "probe": {
+        "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
+        "What to print": ["--details", "--json"],
+    },
+    "stability": {
+        "What to compare": ["--run"],
+        "What to print": ["--pairs", "--json"],
+    },
+    "synthetic": {
+        "What to plant": ["--size", "--tokens", "--seed", "--still", "--set", "--list"],
+        "How": ["--fresh"],
+    },
+    "planted": {
+        "What to run": ["--quick"],
+        "Folders": ["--work", "--out"],
+    },
     "methods": {
         "What to run": ["--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
@@ -72,9 +88,13 @@ LINES = {
     "import": "Make a store of what another program saved",
     "train": "Train sparse autoencoders from the store",
     "eval": "Score them on the eval split, without the language model",
+    "probe": "Probe latents with labels that text and corpus give",
     "compare": "Compare a run with others on the same documents",
+    "stability": "See what runs' decoders repeat, and what they share",
     "report": "Write pages with results and every feature",
     "feature": "Show one feature in the terminal",
+    "convert": "Make another kind of SAE of a trained one",
+    "serve": "Browse the report live, with the language model",
     "presets": "List the presets of train",
     "inspect": "Show what the store and the runs hold",
     "verify": "Check every byte of the store",
@@ -84,6 +104,8 @@ LINES = {
     "pull": "Bring SAEs or a store from the Hugging Face Hub",
     "paper": "Reproduce the paper and test its claim",
     "methods": "Train every temporal method, print one table",
+    "synthetic": "Plant known features in a store, to see what is found",
+    "planted": "See which planted features are recovered, by whom",
     "completion": "Print the completion script of a shell",
 }
 """At most 57 characters: a line of 80 columns holds them whole."""

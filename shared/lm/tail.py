@@ -77,7 +77,7 @@ def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:
     kind = type(model).__name__
     if model.get_output_embeddings() is None:
         raise TailError(f"No tail: {kind} has no unembedding; use a causal language model.")
-    layers = _layers_name(model)
+    layers = layers_name(model)
     wraps = model.config.get_text_config() is not model.config
     try:
         config = _tail_config(model.config.get_text_config(), start_layer)
@@ -86,7 +86,7 @@ def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:
             tail = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         state = _tail_state(model, layers, start_layer)
         if wraps:
-            state = _text_state(state, layers.rpartition(".")[0], _layers_name(tail).rpartition(".")[0])
+            state = _text_state(state, layers.rpartition(".")[0], layers_name(tail).rpartition(".")[0])
             tail.load_state_dict(state, strict=False, assign=False)
             missing = sorted(tail.state_dict().keys() - state.keys() - _embedding_keys(tail))
             if missing:
@@ -103,7 +103,7 @@ def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:
         # Tied now: of the model's two matrices, this is the one to keep.
         tail.get_output_embeddings().weight.copy_(model.get_output_embeddings().weight)
         for name, module in tail.named_modules():
-            outside = not name.startswith(f"{_layers_name(tail)}.")
+            outside = not name.startswith(f"{layers_name(tail)}.")
             if isinstance(module, nn.Embedding) and outside and module is not tail.get_input_embeddings():
                 module.weight.zero_()  # positions: added before the hook already
     return tail.eval().requires_grad_(False)
@@ -269,7 +269,7 @@ def _valid_positions(lengths: Int[Tensor, " batch"], n_positions: int) -> Bool[T
     return torch.arange(n_positions, device=lengths.device) < lengths[:, None]
 
 
-def _layers_name(model: PreTrainedModel) -> str:
+def layers_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder layers, `gpt_neox.layers` for one: the outermost list with as many entries."""
     n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     text = model.get_decoder()  # of a model of text and images, its language model

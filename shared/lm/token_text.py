@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tcsae.shared.base.console import legible
@@ -20,8 +21,16 @@ class TokenTexts:
     """
 
     def __init__(self, store: Any) -> None:
-        self.path = store.tokenizer_path
+        self.path: Path | str | None = store.tokenizer_path
         self._known: dict[int, str] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "TokenTexts":
+        """By a tokenizer that is loaded already."""
+        texts = cls.__new__(cls)
+        texts.path, texts._known = getattr(tokenizer, "name_or_path", ""), {}
+        texts.__dict__["_tokenizer"] = tokenizer
+        return texts
 
     def __getitem__(self, token: int) -> str:
         if token not in self._known:

@@ -89,6 +89,11 @@ class SaeConfig:
             )
 
     @property
+    def reads_neighbours(self) -> bool:
+        """Whether a token's code depends on other tokens of its sequence (crosscoder, TFA)."""
+        return self.window > 1 or self.predictor != "none"
+
+    @property
     def d_in(self) -> int:
         """Width of what the module reads: the window's activations laid end to end."""
         return self.window * self.d_model

@@ -44,6 +44,13 @@ class SparseAutoencoder(nn.Module):
             self.threshold = nn.Parameter(torch.zeros(config.d_sae))
 
     @property
+    def directions(self) -> Float[Tensor, "d_sae d_model"]:
+        """What each latent adds to the activation of the token that its code stands at: the decoder's row, of a
+        crosscoder that of the window's last position.
+        """
+        return self.W_dec.detach()[:, -self.config.d_model :] / self.input_scale
+
+    @property
     def kind(self) -> Kind:
         return KINDS[self.config.activation]
 

@@ -76,7 +76,9 @@ class SparseCode:
         return SparseCode(values, self.latents, self.offsets, self.d_sae, self._derived, self.per_token, self.parked)
 
     def to(self, device: torch.device | str) -> "SparseCode":
-        """The same code on another device."""
+        """The same code on a device; itself where it is there."""
+        if self.values.device == torch.device(device):
+            return self
         values, latents, offsets = (one.to(device) for one in (self.values, self.latents, self.offsets))
         return SparseCode(values, latents, offsets, self.d_sae, {}, self.per_token, self.parked)
 

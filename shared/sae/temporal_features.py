@@ -66,7 +66,7 @@ class CodeAttention(nn.Module):
         batch, length, d_sae = context.shape
 
         def heads(x: Tensor) -> Tensor:
-            return x.view(batch, length, self.n_heads, -1).transpose(1, 2)
+            return x.view(batch, length, self.n_heads, x.shape[-1] // self.n_heads).transpose(1, 2)  # also of none
 
         k, q, v = heads(self.k_ctx(context)), heads(self.q_target(target)), heads(self.v_ctx(context))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -319,6 +319,15 @@ def is_intact(values: Mapping[str, Any]) -> bool:
     return json_digest({**values, "digest": ""}) == values.get("digest")
 
 
+def is_tail(tail: Any) -> bool:
+    """Whether it is {"layers": n, "max_difference": nats} or {"none": why}."""
+    if not isinstance(tail, Mapping):
+        return False
+    if "none" in tail:
+        return isinstance(tail["none"], str)
+    return type(tail.get("layers")) is int and type(tail.get("max_difference")) in (int, float)
+
+
 def content_digest(checksums: bytes) -> str:
     """The store's content digest from the bytes of its checksum array."""
     return hashlib.sha256(checksums).hexdigest()

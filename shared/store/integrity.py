@@ -337,3 +337,28 @@ def check_layers(tail: Path) -> None:
     claims = [part.get(name) for part in parts if isinstance(part, dict) for name in LAYER_COUNTS]
     if most := max((n for n in claims if isinstance(n, int) and n > n_tensors), default=0):
         raise StoreError(f"{config} claims {most:,} layers; its weights are {n_tensors:,} tensors. Harvest again.")
+
+
+def read_chunk(objects: Objects, key: str, out: ndarray, chunk_bytes: int, digests: Digests) -> None:
+    """Fill `out` (contiguous) with the first bytes of the plain chunk `key`, which holds `chunk_bytes` of numbers.
+
+    Raises StoreError, naming the object, if it is missing, of another size, its checksum does not fit, or it is not the
+    chunk that was written under this key.
+    """
+    whole = out.reshape(-1).view(np.uint8)
+    if len(whole) < chunk_bytes:  # the last chunk of an array is stored whole, too
+        whole = np.empty(chunk_bytes, np.uint8)
+    trailer = bytearray(CRC_BYTES + 1)
+    try:
+        n_read = objects.read_into(key, whole.data, memoryview(trailer))
+    except OSError as error:
+        why = error.strerror or "it is not there"
+        missing = isinstance(error, FileNotFoundError)
+        raise digests.damaged(key, f"cannot be read ({why}): the store is damaged", missing) from error
+    if n_read != chunk_bytes + CRC_BYTES:
+        raise digests.damaged(key, f"is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long")
+    if google_crc32c.value(whole) != int.from_bytes(trailer[:CRC_BYTES], "little"):
+        raise digests.damaged(key, "is damaged: its checksum does not fit")
+    digests.check_chunk(key, whole, bytes(trailer[:CRC_BYTES]))
+    if len(whole) > out.nbytes:
+        out.reshape(-1).view(np.uint8)[:] = whole[: out.nbytes]

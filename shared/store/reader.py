@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -30,6 +29,7 @@ from tcsae.shared.store.format import (
     allowed_dtypes,
     impossible,
     is_intact,
+    is_tail,
     manifest_from_json,
 )
 from tcsae.shared.store.integrity import (
@@ -44,6 +44,7 @@ from tcsae.shared.store.integrity import (
     check_layers,
     checked_folder,
     checksum_rows,
+    read_chunk,
 )
 from tcsae.shared.store.journal import LOCK
 from tcsae.shared.store.places import objects_at
@@ -95,10 +96,8 @@ class Split(SplitItems):
     def roles(self) -> UInt8[ndarray, "n_sequences sequence_length"]:
         """Raises StoreError for a store that has none."""
         if not self.store.manifest.recipe.roles:
-            raise StoreError(
-                f"{self.store.location} does not say whose tokens are whose. Harvest conversations with "
-                "--chat-template and --roles."
-            )
+            how = "Harvest conversations with --chat-template and --roles."
+            raise StoreError(f"{self.store.location} does not say whose tokens are whose. {how}")
         return self.store.values(f"{self.name}/roles")
 
     def read(self, hook: str, start: int, stop: int) -> Float[ndarray, "n sequence_length d_model"]:
@@ -442,20 +441,11 @@ def check_manifest(location: str, values: Mapping[str, Any]) -> Manifest:
         raise _damaged_manifest(location, str(error).rstrip(".")) from error
     _check_names(location, manifest)
     for hook, tail in manifest.tails.items():
-        if not _is_tail(tail):
+        if not is_tail(tail):
             raise _damaged_manifest(location, f"tails.{hook}={tail!r:.100} is neither layers nor why there is none")
     if wrong := impossible(manifest):
         raise _damaged_manifest(location, f"it claims {wrong}")
     return manifest
-
-
-def _is_tail(tail: Any) -> bool:
-    """Whether it is {"layers": n, "max_difference": nats} or {"none": why}."""
-    if not isinstance(tail, Mapping):
-        return False
-    if "none" in tail:
-        return isinstance(tail["none"], str)
-    return type(tail.get("layers")) is int and type(tail.get("max_difference")) in (int, float)
 
 
 def _damaged_manifest(location: str, why: str) -> StoreError:
@@ -482,28 +472,3 @@ def is_plain(array: zarr.Array) -> bool:
     """Whether a chunk's file is its numbers, little-endian, then their crc32c, as it is without a compressor."""
     codecs = [codec["name"] for codec in array.metadata.to_dict()["codecs"]]  # type: ignore[index, call-overload, union-attr]
     return codecs == ["bytes", "crc32c"] and array.dtype.byteorder in "<=|"
-
-
-def read_chunk(objects: Objects, key: str, out: ndarray, chunk_bytes: int, digests: Digests) -> None:
-    """Fill `out` (contiguous) with the first bytes of the plain chunk `key`, which holds `chunk_bytes` of numbers.
-
-    Raises StoreError, naming the object, if it is missing, of another size, its checksum does not fit, or it is not the
-    chunk that was written under this key.
-    """
-    whole = out.reshape(-1).view(np.uint8)
-    if len(whole) < chunk_bytes:  # the last chunk of an array is stored whole, too
-        whole = np.empty(chunk_bytes, np.uint8)
-    trailer = bytearray(CRC_BYTES + 1)
-    try:
-        n_read = objects.read_into(key, whole.data, memoryview(trailer))
-    except OSError as error:
-        why = error.strerror or "it is not there"
-        missing = isinstance(error, FileNotFoundError)
-        raise digests.damaged(key, f"cannot be read ({why}): the store is damaged", missing) from error
-    if n_read != chunk_bytes + CRC_BYTES:
-        raise digests.damaged(key, f"is damaged: it is not {chunk_bytes + CRC_BYTES} bytes long")
-    if google_crc32c.value(whole) != int.from_bytes(trailer[:CRC_BYTES], "little"):
-        raise digests.damaged(key, "is damaged: its checksum does not fit")
-    digests.check_chunk(key, whole, bytes(trailer[:CRC_BYTES]))
-    if len(whole) > out.nbytes:
-        out.reshape(-1).view(np.uint8)[:] = whole[: out.nbytes]

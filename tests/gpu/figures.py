@@ -24,7 +24,7 @@ from tcsae.harvest.language_model import find_model
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.reader import Store
-from tcsae.train.batch import Batch
+from tcsae.train.batch import Batch, Text
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.presets import preset
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes((512, 2304), (16_384, 65_536), 4096, 1024, 512, 2.0, True)
-TINY = Sizes((16,), (64,), 64, 64, 16, 0.01, False)
+TINY = Sizes((16,), (64,), 64, 128, 16, 0.01, False)
 
 HARVEST = ("model", "dtype", "tokens/s", "share of the bare forward", "memory, GB")
 STEP = ("preset", "d_model", "d_sae", "precision", "steps/s", "tokens/s", "MFU", "memory, GB", "waits a step")
@@ -107,7 +107,8 @@ def batches(d_model: int, n: int, device: torch.device, n_batches: int) -> list[
         code.scatter_(1, torch.randint(0, 1024, (n, 24), generator=generator), torch.rand(n, 24, generator=generator))
         x = code @ directions + 0.02 * torch.randn(n, d_model, generator=generator)
         lengths = np.full(n // LENGTH, LENGTH)
-        found.append(Batch(x.to(device), lengths, np.zeros(len(lengths), np.int64), np.arange(len(lengths))))
+        text, documents = Text(np.arange(n) % 97, np.arange(n)), np.arange(len(lengths)) // 2
+        found.append(Batch(x.to(device), lengths, np.zeros(len(lengths), np.int64), documents, text=text))
     return found
 
 

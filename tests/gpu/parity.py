@@ -42,14 +42,17 @@ def rows(device: torch.device, size: "figures.Sizes", folder: Path) -> list[tupl
 def _config(size: "figures.Sizes", name: str):
     width = size.widths[0]
     latents = (f"sae.d_sae={size.latents[0]}", f"sae.k={min(32, size.latents[0] // 8)}")
-    return with_settings(preset(name, width), [*latents, "steps=1000", "data.segment_length=16"])
+    pairs = ("temporal.contrast.gap=2", "temporal.contrast.distance=3")
+    return with_settings(preset(name, width), [*latents, *pairs, "steps=1000", "data.segment_length=16"])
 
 
 def _step(device: torch.device, size: "figures.Sizes", name: str) -> tuple:
     losses = []
     for where in (torch.device("cpu"), device):
         (batch,) = figures.batches(size.widths[0], size.parity_tokens, where, 1)
-        trainer = Trainer(_config(size, name), batch.x)
+        config = _config(size, name)
+        sample = batch.x if config.sae.window == 1 else batch.windows(config.sae.window, 0).x
+        trainer = Trainer(config, sample)
         losses.append(trainer.gradients(batch).losses)
     worst = max(abs(losses[1][key] - value) / max(abs(value), 1e-6) for key, value in losses[0].items())
     return row(f"losses of a step, {name}", worst, LOSSES)

@@ -139,7 +139,8 @@ def sae_bench(folder: Path, about: Any, expected: Any) -> str:  # noqa: ARG001
     sae = SAE.load_from_disk(about["runs"]["topk"])
     # The bridge: SAEBench 0.6.0 asks for what SAELens 6 has moved into the metadata.
     hook = sae.cfg.metadata.hook_name
-    sae.cfg.__dict__.update(hook_name=hook, hook_head_index=None, hook_layer=int(hook.split(".")[1]))
+    moved = {"hook_name": hook, "hook_layer": int(hook.split(".")[1]), "hook_head_index": None}
+    sae.cfg.__dict__.update(moved, architecture_str=sae.cfg.architecture())
     tokens = torch.from_numpy(expected["tokens"]).long()
     kinds = {key: True for key in CoreEvalConfig.__dataclass_fields__ if key.startswith("compute_")}
     batches = {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1}

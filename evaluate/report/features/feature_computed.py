@@ -37,7 +37,7 @@ def computed_feature(store: Store, runs_path: Path, request: FeatureRequest) -> 
     lenses, latents = Lenses(store, part), [request.latent]
     tail = lenses.tail(run.options.hook)
     peak = features.contexts.maximum()[latents, None]
-    lens = lenses.of(run.options.hook, sae.W_dec.detach()[latents] * peak)
+    lens = lenses.of(run.options.hook, sae.directions[latents] * peak)
     data = feature_data(features, sae, lens, part.tokens, latents if features.alive[request.latent] else [])
     texts = TokenTexts(store)
     return ShownFeature(

@@ -1,0 +1,1 @@
+"""The commands as Python functions, SAEs in live models, and what both return."""

@@ -1,0 +1,1 @@
+"""Dictionaries: how much the decoders of runs repeat themselves, and each other."""

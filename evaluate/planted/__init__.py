@@ -1,0 +1,1 @@
+"""What an SAE recovers of planted features, on a store that `tcsae synthetic` wrote."""
