@@ -153,7 +153,7 @@ def server(evaluated, reported, tiny_lm, tmp_path_factory):
     assert "Serving " in line, Path(log.name).read_text()
     yield line.rpartition(": ")[2].strip(), process, evaluated / "runs"
     process.send_signal(signal.SIGINT)
-    process.wait(10)
+    assert process.wait(60) == 130
     log.close()
 
 
@@ -214,7 +214,7 @@ def test_a_text_is_read_and_a_feature_changed_in_the_browser(page):
         next(one.text for one in toy.all_of(page, "#run option") if one.text.startswith("temporal-matryoshka"))
     )
     toy.one_of(page, "#read").click()
-    toy.wait(page, lambda: "".join(one.get_attribute("textContent") for one in toy.all_of(page, ".token")) == TEXT)
+    toy.wait(page, lambda: toy.one_of(page, "#tokens").get_attribute("textContent") == TEXT)
     toy.all_of(page, ".token")[3].click()
     assert toy.one_of(page, "#h-of-token").text.startswith("Features of token 3")
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
