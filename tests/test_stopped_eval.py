@@ -64,7 +64,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 COMMANDS = {
     "eval": (("eval", "--force", "--no-temporal"), one_pass),
     "report": (("report", "--force"), feature_pass),
-    "feature": (("feature", "--run", "run0", "--id", "1"), feature_pass),
+    "feature": (
+        ("feature", "--run", "run0", "--id", "1", "--split", "train"),
+        feature_pass,
+    ),  # the report has it of eval
 }
 
 
