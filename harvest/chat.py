@@ -83,14 +83,14 @@ class ChatTemplate:
 
     def _roles(self, messages: Sequence[Message], text: str, made: Mapping[str, Any]) -> UInt8[ndarray, " n"]:
         starts, stops = np.asarray(made["offset_mapping"], np.int64).reshape(-1, 2).T
-        found = np.zeros(len(starts), np.uint8)
+        role_of_token = np.zeros(len(starts), np.uint8)
         for role, start, stop in self._contents(messages, text):
             overlaps = (starts < stop) & (stops > start)
-            found[overlaps] = 1 + self.recipe.roles.index(role)
+            role_of_token[overlaps] = 1 + self.recipe.roles.index(role)
         if "generation" in self.recipe.spans:
             mask = np.asarray(made["assistant_masks"], bool).reshape(-1)
-            found[mask] = 1 + self.recipe.roles.index(ASSISTANT)
-        return found
+            role_of_token[mask] = 1 + self.recipe.roles.index(ASSISTANT)
+        return role_of_token
 
     def _contents(self, messages: Sequence[Message], text: str) -> Iterator[tuple[str, int, int]]:
         """Where in the rendered text the messages' own texts stand, of the roles that are marked by them."""

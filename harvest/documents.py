@@ -119,8 +119,8 @@ def first_line(error: BaseException) -> str:
 def _cached_commit(name: str, revision: str | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 PYDOCS = "pydocs"

@@ -67,8 +67,8 @@ class LanguageModel:
         """Raises ModelError if sequences of `length` positions do not fit into the model's context."""
         config = self.config().get_text_config()
         limits = [getattr(config, name, None) for name in _CONTEXT_FIELDS]
-        if found := [limit for limit in limits if isinstance(limit, int)]:
-            limit = found[0]
+        if context_lengths := [limit for limit in limits if isinstance(limit, int)]:
+            limit = context_lengths[0]
             if length > limit:
                 raise ModelError(
                     f"A sequence length of {length} is over the context of {self.name}, {limit} positions. "

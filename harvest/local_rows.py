@@ -137,9 +137,9 @@ class _Values:
 
     def next_is(self, character: str) -> bool:
         """Whether that is `character`, which is then left behind."""
-        found = self.peek() == character
-        self._at += found
-        return found
+        is_next = self.peek() == character
+        self._at += is_next
+        return is_next
 
     def value(self) -> Any:
         """The next value. Raises RowError."""
@@ -148,11 +148,11 @@ class _Values:
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                found = self._text[error.pos :][:20] or "the end of the file"
+                excerpt = self._text[error.pos :][:20] or "the end of the file"
                 is_cut = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated string")
                 if is_cut and len(self._text) - self._at <= DOCUMENT_CHARACTERS and self._read_on():
                     continue
-                raise RowError(f"{self._name}: no JSON ({error.msg}: {found!r})") from error
+                raise RowError(f"{self._name}: no JSON ({error.msg}: {excerpt!r})") from error
             return value
 
     def _read_on(self) -> bool:

@@ -300,15 +300,15 @@ class Sequencer:
         tokens = np.asarray(ids, np.int32)
         counts["tokens_read"] += len(tokens)
         pieces = cut(len(tokens), self.recipe)
-        kept = 0
+        n_stored = 0
         for start, stop in pieces:
             if self.is_full(split):
-                counts["tokens_beyond_budget"] += len(tokens) - kept
+                counts["tokens_beyond_budget"] += len(tokens) - n_stored
                 break
-            kept = self._keep(split, Marked(tokens, roles), number, start, stop)
+            n_stored = self._keep(split, Marked(tokens, roles), number, start, stop)
         else:
-            counts["tokens_dropped_short"] += len(tokens) - kept
-            counts["pieces_dropped_short"] += len(tokens) > kept
+            counts["tokens_dropped_short"] += len(tokens) - n_stored
+            counts["pieces_dropped_short"] += len(tokens) > n_stored
         of_split["documents"] += bool(pieces)
         counts["documents_empty"] += not pieces
         if counts["first_full"] is None and self.is_full(split):

@@ -4,7 +4,9 @@ The rules, fixed before any run: all methods see the same number of tokens of th
 active a token where the method has such a number. A method's learning rate is the one of RATES times its preset's that
 has the highest explained variance on the *choose* half of the eval documents, after half of the steps, with a seed that
 the table does not use. The table is of the *report* half, three seeds that set weights and data order, and the paired
-differences to the twin named beside each row. A method's shuffled twin sees each segment's tokens in random order.
+differences to the twin named beside each row. A method's shuffled twin sees each segment's tokens in random order; the
+topic term's sees pairs of any documents. Plain SAEs are what the literature calls stacked SAEs of a window (a code a
+position), the mean over 3 positions its pooled ones.
 """
 
 from dataclasses import replace
@@ -14,6 +16,8 @@ from tcsae.paper.arms import Arm
 
 RATES = (0.5, 1.0, 2.0)
 """Of the preset's own learning rate."""
+T_SAE_RATES = (1.0, 4.0, 13.0)
+"""T-SAE's 3e-4 is for long runs; the others here do best near 4e-3."""
 N_TOKENS = 2_560_000
 """Token visits of a run: 1,250 steps of 2,048."""
 BASIC = ("sae.d_sae=1024", "sae.k=16")
@@ -30,7 +34,9 @@ class Method(NamedTuple):
     batch: int = 2048
     """Tokens of a batch."""
     shuffled: tuple[str, ...] | None = None
-    """What makes its shuffled twin; None: there is nothing to shuffle."""
+    """Settings of its shuffled twin beside the preset NAME-shuffled; None: there is nothing to shuffle."""
+    rates: tuple[float, ...] = RATES
+    """Multiples of the preset's learning rate that are tried; none: it takes no step."""
     twin: str = "TopK"
     """Label of the row that it is compared with."""
     smooth: str = ""
@@ -42,7 +48,8 @@ class Method(NamedTuple):
         return f"{self.label}, {self.smooth}" if self.smooth else self.label
 
 
-SHUFFLED = ("temporal.order=segment",)
+SHUFFLED = ()
+"""The preset NAME-shuffled as it is."""
 METHODS = (
     Method("TopK", "topk", about="The plain SAE: no token knows of another."),
     Method("BatchTopK", "batchtopk", twin="TopK", about="16 active a token on average over a batch."),
@@ -63,7 +70,10 @@ METHODS = (
         )
     ),
     Method(
-        "contrastive", "temporal-topk", shuffled=SHUFFLED, about="Adjacent codes told from other documents' (InfoNCE)."
+        "contrastive",
+        "temporal-topk",
+        shuffled=SHUFFLED,
+        about="Adjacent codes contrasted with other documents' (InfoNCE).",
     ),
     Method(
         "contrastive, position penalty",
@@ -78,27 +88,42 @@ METHODS = (
         "contrastive, same position",
         "temporal-topk-positions",
         shuffled=SHUFFLED,
-        about="Told from other documents' codes at the same position.",
+        about="Against other documents' codes at the same position.",
     ),
     Method(
         "local contrast",
         "local-contrast",
         shuffled=SHUFFLED,
-        about="Adjacent codes told from pairs of the same sequence 16 or more away, with the position penalty.",
+        about="Adjacent codes contrasted with pairs of the same sequence 16 or more away, with the position penalty.",
     ),
     Method(
         "local contrast, batch",
         "local-contrast-batch",
         shuffled=SHUFFLED,
-        about="The same, told from other documents as well.",
+        about="The same, against other documents as well.",
     ),
-    Method("direction", "direction", shuffled=SHUFFLED, about="The next token told from the one before (bilinear)."),
+    Method(
+        "topic",
+        "topic",
+        shuffled=("temporal.order=batch",),
+        about="Far tokens of one document contrasted with those of similar documents, with the position penalty.",
+    ),
+    Method(
+        "local contrast and topic",
+        "local-topic",
+        shuffled=("temporal.order=batch",),
+        about="Half of the weight to each.",
+    ),
+    Method(
+        "direction", "direction", shuffled=SHUFFLED, about="The next token against the one before, by a bilinear score."
+    ),
     Method(
         "T-SAE",
         "t-sae",
         batch=4096,
         twin="matryoshka",
-        shuffled=SHUFFLED,
+        shuffled=("data.n_segments=32",),  # of 128 positions: a pair's two would only change places
+        rates=T_SAE_RATES,
         about="arXiv 2511.05541 as its code trains it, partners one token before.",
     ),
     Method(
@@ -107,6 +132,7 @@ METHODS = (
         batch=32_768,
         twin="matryoshka",
         shuffled=SHUFFLED,
+        rates=T_SAE_RATES,
         about="The same, partners from anywhere before.",
     ),
     Method(
@@ -122,6 +148,13 @@ METHODS = (
         ("sae.d_sae=1024", "sae.k=80"),
         shuffled=SHUFFLED,
         about="One code for a window of 5, with 80 active.",
+    ),
+    Method(
+        "crosscoder, 3 positions, untrained",
+        "crosscoder-3",
+        ("sae.d_sae=1024", "sae.k=48"),
+        rates=(),
+        about="Its first weights: what the window's shape gives alone.",
     ),
     Method(
         "TFA",
@@ -170,9 +203,9 @@ def table_arm(method: Method, rate: float, shuffled: bool = False) -> Arm:
     more = method.shuffled or () if shuffled else ()
     return Arm(
         label=f"{method.name}, shuffled" if shuffled else method.name,
-        preset=method.preset,
+        preset=f"{method.preset}-shuffled" if shuffled else method.preset,
         settings=(*method.settings, rate_setting(rate), *more),
-        n_steps=N_TOKENS // method.batch,
+        n_steps=N_TOKENS // method.batch if method.rates else 0,
         smooth=method.smooth,
         documents="report",
         vary=("init_seed", "data.seed"),

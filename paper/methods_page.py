@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcsae.paper.arms import Arm
-from tcsae.paper.methods import METHODS, N_TOKENS, RATES, Method, table_arm
+from tcsae.paper.methods import METHODS, N_TOKENS, RATES, T_SAE_RATES, Method, table_arm
 from tcsae.paper.page import STYLE, PageContext, rendered
 from tcsae.paper.results import Results, value_of
 from tcsae.paper.sections import difference, markdown, number
@@ -90,6 +90,7 @@ def write_methods(
         picture=PICTURE,
         n_tokens=f"{N_TOKENS:,}",
         multiples=", ".join(f"{one:g}" for one in RATES),
+        t_sae_multiples=", ".join(f"{one:g}" for one in T_SAE_RATES),
     )
     with writing(out, CURE):
         out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcsae.paper.arms import TEXT, Arm
-from tcsae.paper.methods import METHODS, RATES, Method, table_arm, tuning_arm
+from tcsae.paper.methods import METHODS, Method, table_arm, tuning_arm
 from tcsae.paper.methods_page import Chosen, write_methods
 from tcsae.paper.page import PageContext
 from tcsae.paper.results import Place, Results, Source
@@ -34,9 +34,9 @@ def compare_methods(place: Place, out: Path, asked: Source, size: Size, methods:
 
 
 def _tried(method: Method, store: Store) -> list[float]:
-    """The learning rates that are tried."""
+    """The learning rates that are tried; the preset's own where no step is taken."""
     own = preset(method.preset, store.d_model(store.hook())).optimizer.lr
-    return [float(f"{own * multiple:.4g}") for multiple in RATES]
+    return [float(f"{own * multiple:.4g}") for multiple in method.rates or (1.0,)]
 
 
 def _finish(

@@ -33,6 +33,14 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter) -> None:
+    """End on the names of what failed: where messages are long, the last lines of a log show nothing else."""
+    failures = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    for report in failures:
+        terminalreporter.write_line(f"failed: {report.nodeid[:150]}")
+
+
 WORDS = ["the", "a", "model", "stream", "reads", "writes", "each", "token", "of", "one", "sequence", "and", "window"]
 TINY_HOOKS = ("blocks.2.hook_resid_post", "blocks.4.hook_mlp_out", "blocks.1.attn.hook_z")
 

@@ -374,7 +374,7 @@ class SegmentLoader:
 
     def _read_block(self, epoch: int, number: int, memory: ndarray) -> Block:
         per_chunk, length = self.store.sequences_per_chunk, self.store.sequence_length
-        found, n = [], 0
+        segments, n = [], 0
         ranges = [
             (int(c) * per_chunk, min(int(c) * per_chunk + per_chunk, self.store.train.n_sequences))
             for c in self._chunks(epoch, number)
@@ -383,9 +383,9 @@ class SegmentLoader:
         for first, stop in ranges:
             sequence, start, n_positions = self._segments(first, stop)
             rows = (sequence + n) * length + start
-            found.append(np.stack([rows, n_positions, start, self.store.train.documents[first + sequence]], axis=1))
+            segments.append(np.stack([rows, n_positions, start, self.store.train.documents[first + sequence]], axis=1))
             n += stop - first
-        table = np.concatenate(found)
+        table = np.concatenate(segments)
         rng = np.random.default_rng([self.config.seed, epoch, number])
         order = document_order(table[:, 3], self.config.document_segments, rng)
         return Block(torch.from_numpy(memory[:n]).view(n * length, -1), table[order], self._text(ranges))
@@ -416,14 +416,14 @@ class SegmentLoader:
         return memory
 
 
-def document_order(documents: Int[ndarray, " n"], together: int, rng: np.random.Generator) -> Int[ndarray, " n"]:
+def document_order(documents: Int[ndarray, " n"], per_cluster: int, rng: np.random.Generator) -> Int[ndarray, " n"]:
     """A random order of segments in which up to `together` of a document, from all over it, follow each other."""
-    if together == 1:
+    if per_cluster == 1:
         return rng.permutation(len(documents))
     within = np.lexsort((rng.random(len(documents)), documents))
     counts = np.unique(documents, return_counts=True)[1]
     rank, document = positions(counts), np.repeat(np.arange(len(counts)), counts)
-    clusters = np.unique(np.stack([document, rank // together], 1), axis=0, return_inverse=True)[1].ravel()
+    clusters = np.unique(np.stack([document, rank // per_cluster], 1), axis=0, return_inverse=True)[1].ravel()
     return within[np.argsort(rng.permutation(clusters.max(initial=0) + 1)[clusters], kind="stable")]
 
 

@@ -292,10 +292,14 @@ class _Pass:
         for member in self.members:
             member.settle()
             member.checkpoint_between()
-        kept = min(member.steps_on_disk for member in self.members)
+        n_on_disk = min(member.steps_on_disk for member in self.members)
         if stop.number is None:
             stop.number = SIGTERM  # another process received it
-        stop.check(f"step {kept:,} of {last:,} is on disk" if kept else "nothing is on disk, as no checkpoint was due")
+        stop.check(
+            f"step {n_on_disk:,} of {last:,} is on disk"
+            if n_on_disk
+            else "nothing is on disk, as no checkpoint was due"
+        )
 
     def _batches(self, done: int, last: int) -> Iterator[tuple[int, Batch]]:
         """Numbered batches while any run is unfinished."""

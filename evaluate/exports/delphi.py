@@ -83,8 +83,8 @@ def write_delphi(
             f"{source.lengths.max(initial=0)}. Give a shorter --context-length."
         )
     part = source.part
-    kept = np.arange(source.store.sequence_length) < (per_sequence * length)[:, None]
-    tokens = part.tokens[kept].reshape(-1, length).astype(np.int64)
+    in_whole_contexts = np.arange(source.store.sequence_length) < (per_sequence * length)[:, None]
+    tokens = part.tokens[in_whole_contexts].reshape(-1, length).astype(np.int64)
     module = folder / LATENTS / part.hook
     with tempfile.TemporaryDirectory(dir=folder) as spool:
         ranges = [_Range(Path(spool), *edges) for edges in split_edges(source.sae.config.d_sae, N_SPLITS)]

@@ -105,15 +105,15 @@ def _feature(
 def _activations(source: FeatureSource, features: Features, texts: TokenTexts, latent: int) -> Iterator[dict[str, Any]]:
     """The strongest sequences; then of the others some of each interval of the largest activation."""
     collected = features.contexts
-    kept = sorted(collected.kept(latent), key=lambda one: (-float(one.activations.max()), one.sequence))
+    examples = sorted(collected.kept(latent), key=lambda one: (-float(one.activations.max()), one.sequence))
     peak = float(collected.maximum()[latent])
-    for one in kept[:N_TOP]:
+    for one in examples[:N_TOP]:
         yield _activation(source, texts, one, (TOP_BIN[0], peak, TOP_BIN[1]))
     drawn = collected.sample.peak[latent][collected.sample.sequence[latent] >= 0].numpy()
     edges = np.linspace(0, peak, N_INTERVALS + 1)
     for low, high in zip(edges[-2::-1].tolist(), edges[:0:-1].tolist(), strict=True):
         share = float(((drawn > low) & (drawn <= high)).mean()) if len(drawn) else 0.0
-        inside = [one for one in kept[N_TOP:] if low < float(one.activations.max()) <= high]
+        inside = [one for one in examples[N_TOP:] if low < float(one.activations.max()) <= high]
         for one in inside[:PER_INTERVAL]:
             yield _activation(source, texts, one, (low, high, share))
 

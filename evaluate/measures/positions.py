@@ -109,7 +109,7 @@ class Layout:
         documents = self._documents(document.numpy(), run.numpy(), n_before)
         partners, joins = _pairs(documents)
         local = piece - piece[0] if len(piece) else piece
-        kept = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
+        carried_tokens = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
         if documents:
             n_first = len(documents[-1].first)
             self.carried = _Document(documents[-1].number, range(n_first), n_first)
@@ -124,7 +124,7 @@ class Layout:
             position=self.bins[position],
             token=self.rank[batch.tokens[sequence, position].long()],
             standing_in=torch.from_numpy(_permutation(piece.numpy())),
-            kept=kept,
+            kept=carried_tokens,
             n_kept_before=n_before,
             partners=partners,
             joins=joins,

@@ -113,8 +113,8 @@ class MeasureObserver:
 
     def figures(self, system: int) -> dict[str, dict[str, Any]]:
         """{measure: {"figures": ..., "definitions": ...}} of a system."""
-        found = {
+        figures = {
             name: {"figures": measure.figures(), "definitions": dict(measure.definitions)}
             for name, measure in self._of[system].items()
         }
-        return found | (self._planted[system].figures() if self._planted else {})
+        return figures | (self._planted[system].figures() if self._planted else {})

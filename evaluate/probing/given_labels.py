@@ -26,16 +26,16 @@ def corpus_fields(store: Store, documents: Sequence[int]) -> list[dict[str, Any]
     path = cache_path() / f"pydocs-{recipe.revision}.jsonl" if recipe.name == "pydocs" else Path(recipe.name)
     if path.suffix not in (".jsonl", ".json") or not path.is_file() or recipe.seed:
         return None
-    asked, found = set(documents), {}
+    asked, columns_of = set(documents), {}
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file):
                 if number in asked:
                     record = json.loads(line)
-                    found[number] = {key: value for key, value in record.items() if key != recipe.field}
+                    columns_of[number] = {key: value for key, value in record.items() if key != recipe.field}
     except (OSError, ValueError, AttributeError):
         return None  # not the corpus that it was, or not JSON Lines
-    return [found.get(number, {}) for number in documents]
+    return [columns_of.get(number, {}) for number in documents]
 
 
 def field_labels(records: Sequence[Mapping[str, Any]]) -> dict[str, Int[ndarray, " n_documents"]]:
@@ -46,13 +46,13 @@ def field_labels(records: Sequence[Mapping[str, Any]]) -> dict[str, Int[ndarray,
         if key == "source" and any(one and ":" in one for one in values):
             key, values = "package", [one.partition(":")[0] if one else None for one in values]
         columns[key] = values
-    found = {}
+    labels = {}
     for key, values in columns.items():
         counts = Counter(one for one in values if one is not None)
         if 1 < len(counts) <= 4 * MOST_CATEGORIES:
             for value, _ in counts.most_common(MOST_CATEGORIES):
-                found[f"{key}_{value}"] = _is_value(values, value)
-    return found
+                labels[f"{key}_{value}"] = _is_value(values, value)
+    return labels
 
 
 def _is_value(values: Sequence[str | None], value: str) -> Int[ndarray, " n"]:
@@ -88,13 +88,13 @@ def read_labels(path: Path, lengths: Int[ndarray, " n_sequences"], documents: In
     else:
         has = ", ".join(f"{count:,} {unit}" for unit, count in n_rows.items())
         raise DataError(f"{path} has {n:,} rows; the eval split has {has}. Give a row for each, or a column document.")
-    found = {}
+    labels = {}
     for name, values in columns.items():
         for label, one in _labels(path, name, values).items():
-            found[label] = np.where(place >= 0, one[place], UNKNOWN).astype(np.int8)
-    if not found:
+            labels[label] = np.where(place >= 0, one[place], UNKNOWN).astype(np.int8)
+    if not labels:
         raise DataError(f"{path} has no column of labels. Give one of 0 and 1, or of names.")
-    return found
+    return labels
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:

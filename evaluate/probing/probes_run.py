@@ -59,16 +59,16 @@ def probe_runs(
             f"None of {len(asked)} labels has 50 tokens with it and 50 without in each half of the documents"
             f"{f' ({labels})' if labels else ''}. Give other labels, or harvest more tokens."
         )
-    x, found = tokens.x(), {}
+    x, figures = tokens.x(), {}
     with progress("probe", 2 + 2 * len(runs), "codes") as advance:
-        found[X] = probe.of_x(x)
+        figures[X] = probe.of_x(x)
         advance(1)
-        found[X + SMOOTHED] = probe.of_x(tokens.smooth(x))
+        figures[X + SMOOTHED] = probe.of_x(tokens.smooth(x))
         advance(1)
         for loaded in runs:
             code = sparse_code(loaded.sae, x, tokens)
             for smooth in (False, True):
-                found[loaded.run.name + SMOOTHED * smooth] = probe.of_code(code, smooth)
+                figures[loaded.run.name + SMOOTHED * smooth] = probe.of_code(code, smooth)
                 advance(1)
     result = {
         "store": {"location": store.location, "content": store.content},
@@ -80,7 +80,7 @@ def probe_runs(
         "labels": {one.name: {"kind": one.kind, "rate": _rate(one)} for one in probe.labels},
         "left_out": probe.left_out,
         "refused": refused,
-        "figures": found,
+        "figures": figures,
         "seconds": round(time.monotonic() - start[0], 2),
         "processor_seconds": round(time.process_time() - start[1], 2),
     }
@@ -155,8 +155,8 @@ def show(result: dict[str, Any], details: bool) -> None:
     ks = SHOWN
     for key, title in (("auroc", "AUROC"), ("within", "AUROC within equal tokens")):
         rows = []
-        for name, found in result["figures"].items():
-            by_k = {k: means(found, of_kind, k, key) for k in ks}
+        for name, figures in result["figures"].items():
+            by_k = {k: means(figures, of_kind, k, key) for k in ks}
             rows.append([name, *(_digits(by_k[k][kind]) for kind in kinds for k in ks)])
         n = Counter(of_kind.values())
         columns = ("", *(f"{kind} ({n[kind]}) k={k}" if k != ALL else f"{kind} all" for kind in kinds for k in ks))
@@ -184,14 +184,14 @@ def _show_labels(result: dict[str, Any], k: str) -> None:
         table(f"{title}, k = {k}", ("label", "kind", "rate", *names), rows)
 
 
-def show_difference(found: dict[str, Any], labels: dict[str, Any]) -> None:
+def show_difference(figures_of: dict[str, Any], labels: dict[str, Any]) -> None:
     """Means over the labels of each kind."""
-    kept = {name: labels[name]["kind"] for name in next(iter(found.values()))}
-    kinds = list(dict.fromkeys(kept.values()))
-    ks = list(next(iter(next(iter(found.values())).values())))
+    kind_of = {name: labels[name]["kind"] for name in next(iter(figures_of.values()))}
+    kinds = list(dict.fromkeys(kind_of.values()))
+    ks = list(next(iter(next(iter(figures_of.values())).values())))
     rows: list[Sequence[object]] = [
-        [name, *(_digits(means(one, kept, k, "auroc")[kind]) for kind in kinds for k in ks)]
-        for name, one in found.items()
+        [name, *(_digits(means(one, kind_of, k, "auroc")[kind]) for kind in kinds for k in ks)]
+        for name, one in figures_of.items()
     ]
     columns = ("", *(f"{kind} k={k}" for kind in kinds for k in ks))
     table("(code - x) here, minus (code - x) on the null, AUROC", columns, rows)

@@ -198,11 +198,11 @@ class Probe:
         differences = wide.T @ self._contrasts
         ours = wide[self.train] - wide[self.train].mean(0)
         best = discriminant(differences, ours.T @ ours / len(ours))
-        found = {}
+        figures = {}
         for i, label in enumerate(self.labels):
             directions = {"1": differences[:, i], ALL: best[:, i]}
-            found[label.name] = {k: self._score(label, wide @ one) for k, one in directions.items()}
-        return found
+            figures[label.name] = {k: self._score(label, wide @ one) for k, one in directions.items()}
+        return figures
 
     def of_code(self, code: csr_array, smooth: bool) -> Figures:
         """{label: {k: {"auroc", "within"}}} of a code, or of that code smoothed."""
@@ -212,16 +212,16 @@ class Probe:
         scale = np.where((n_on >= MIN_FIRINGS) & (size > 0), size, np.inf)
         differences = (code.T @ (self._contrasts_back if smooth else self._contrasts)) / scale[:, None]
         columns = csc_array(code)
-        found: Figures = {}
+        figures: Figures = {}
         for i, label in enumerate(self.labels):
             order = np.argsort(-abs(differences[:, i]), kind="stable")[: max(self.ks)]
             values = torch.from_numpy(columns[:, order].toarray()).float()
             features = (self.tokens.smooth(values) if smooth else values).double().numpy() / scale[order]
-            found[label.name] = {}
+            figures[label.name] = {}
             for k in self.ks:
                 weights = self._fit(label, features[:, :k]) if k > 1 else np.sign(differences[order[:1], i])
-                found[label.name][str(k)] = self._score(label, features[:, :k] @ weights)
-        return found
+                figures[label.name][str(k)] = self._score(label, features[:, :k] @ weights)
+        return figures
 
     def _fit(self, label: Label, features: Float[ndarray, "n k"]) -> Float[ndarray, " k"]:
         parts = [np.flatnonzero(self.train & (label.values == value)) for value in (0, 1)]
@@ -244,11 +244,11 @@ def sparse_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], tokens: T
     return csr_array((code.values.numpy(), code.latents.numpy(), code.offsets.numpy()), shape=(len(x), code.d_sae))
 
 
-def means(found: Figures, kinds: Mapping[str, str], k: str, key: str) -> dict[str, float | None]:
+def means(figures: Figures, kinds: Mapping[str, str], k: str, key: str) -> dict[str, float | None]:
     """Mean over the labels of each kind of a figure; None where no label has it. `kinds`: of each label."""
     made: dict[str, float | None] = {}
     for kind in dict.fromkeys(kinds.values()):
-        values = [found[name].get(k, {}).get(key) for name, its_kind in kinds.items() if its_kind == kind]
+        values = [figures[name].get(k, {}).get(key) for name, its_kind in kinds.items() if its_kind == kind]
         known = [one for one in values if one is not None]
         made[kind] = float(np.mean(known)) if known else None
     return made

@@ -30,8 +30,8 @@ def _by_pattern(pattern: str, flags: int = re.M) -> Callable[[str], Marks]:
 
     def mark(text: str) -> Marks:
         marks = np.zeros(len(text), bool)
-        for found in compiled.finditer(text):
-            marks[found.start() : found.end()] = True
+        for match in compiled.finditer(text):
+            marks[match.start() : match.end()] = True
         return marks
 
     return mark
@@ -39,7 +39,7 @@ def _by_pattern(pattern: str, flags: int = re.M) -> Callable[[str], Marks]:
 
 def _sentence(text: str) -> Int[ndarray, " n_characters"]:
     """Characters since the sentence began."""
-    starts = [0, *(found.end() for found in re.finditer(r"[.!?][\"')\]]*\s+|\n[ \t]*\n[ \t]*", text))]
+    starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\]]*\s+|\n[ \t]*\n[ \t]*", text))]
     return np.arange(len(text)) - np.repeat(starts, np.diff([*starts, len(text)]))
 
 
@@ -120,7 +120,7 @@ def text_labels(documents: Sequence[Sequence[str]]) -> dict[str, tuple[str, Int[
     A token is what its first character is that is no space. What follows may decide (a closing quote): a label says
     what a reader of the whole text would say.
     """
-    found: dict[str, list[ndarray]] = {}
+    labels: dict[str, list[ndarray]] = {}
     for tokens in documents:
         text = "".join(tokens)
         lengths = np.array([len(one) for one in tokens], np.int64)
@@ -130,8 +130,8 @@ def text_labels(documents: Sequence[Sequence[str]]) -> dict[str, tuple[str, Int[
         marks = {name: mark(text) for name, mark in SPANS.items()}
         marks |= {f"section_{name}": one for name, one in sections(text).items()}
         for name, one in marks.items():
-            found.setdefault(name, []).append(one[at] if len(text) else np.zeros(len(tokens), bool))
+            labels.setdefault(name, []).append(one[at] if len(text) else np.zeros(len(tokens), bool))
         for name, is_so in SHAPES.items():
-            found.setdefault(name, []).append(np.array([is_so(one) for one in tokens], bool))
+            labels.setdefault(name, []).append(np.array([is_so(one) for one in tokens], bool))
     kinds = dict.fromkeys(SHAPES, SHAPE)
-    return {name: (kinds.get(name, SPAN), np.concatenate(parts).astype(np.int8)) for name, parts in found.items()}
+    return {name: (kinds.get(name, SPAN), np.concatenate(parts).astype(np.int8)) for name, parts in labels.items()}

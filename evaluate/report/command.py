@@ -125,10 +125,10 @@ def feature(
     from tcsae.evaluate.report.features.shown_feature import FeatureRequest, feature_of_report
 
     runs_path, request = Path(place.runs), FeatureRequest(name, latent, split, max_tokens)
-    kept = feature_of_report(place.store, runs_path, report_folder(runs_path, kept_in), request)
-    if kept is None:
+    shown = feature_of_report(place.store, runs_path, report_folder(runs_path, kept_in), request)
+    if shown is None:
         from tcsae.evaluate.report.features.feature_computed import computed_feature
         from tcsae.shared.store.reader import open_store
 
-        kept = computed_feature(open_store(place.store), runs_path, request)
-    print_feature(kept, n_contexts)
+        shown = computed_feature(open_store(place.store), runs_path, request)
+    print_feature(shown, n_contexts)

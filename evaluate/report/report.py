@@ -209,8 +209,8 @@ class _Report:
             if a.hook == b.hook:
                 self.stop.check(UNWRITTEN)
                 rows = a.loaded.sae.W_dec, b.loaded.sae.W_dec
-                found = matched_latents(*rows, self.alive[a.number], self.alive[b.number])
-                pages.data(f"compare/{a.number}-{b.number}.js", "pair", f"{a.number}-{b.number}", found)
+                pairs = matched_latents(*rows, self.alive[a.number], self.alive[b.number])
+                pages.data(f"compare/{a.number}-{b.number}.js", "pair", f"{a.number}-{b.number}", pairs)
 
     def _shared(self, pages: page_files.Pages) -> None:
         """What the pages of all SAEs read: the sequences that are shown, and the text of tokens."""

@@ -159,8 +159,8 @@ def layout_of(name: str, group: Group) -> Layout:
     shape = next(iter(outer))
     rows = {"tokens": shape, "mask": shape, "lengths": shape[:1], "documents": shape[:1]}
     for one, lazy in [*hooks.items(), *parts.items()]:
-        wanted = rows.get(one, shape)
-        if (lazy.shape[:-1] if one in hooks else lazy.shape) != wanted:
+        leading_shape = rows.get(one, shape)
+        if (lazy.shape[:-1] if one in hooks else lazy.shape) != leading_shape:
             raise DataError(
                 f"{name}: {one} has shape {list(lazy.shape)}, activations are of {list(shape)} tokens. Give arrays "
                 "that belong together."

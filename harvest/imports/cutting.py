@@ -95,9 +95,9 @@ class Cutter:
         which = np.repeat(np.arange(len(begins)), per_run)
         offset = (np.arange(len(which)) - np.repeat(np.cumsum(per_run) - per_run, per_run)) * self.length
         first, n = begins[which] + offset, np.minimum(lengths[which] - offset, self.length)
-        kept = n >= self.min_length
-        self.counts["tokens_dropped_short"] += int(n[~kept].sum())
-        first, n = first[kept], n[kept]
+        long_enough = n >= self.min_length
+        self.counts["tokens_dropped_short"] += int(n[~long_enough].sum())
+        first, n = first[long_enough], n[long_enough]
         splits = [self._split(tokens, int(one), int(m)) for one, m in zip(first, n, strict=True)]
         for split in ("train", "eval"):
             ours = np.array([one == split for one in splits], bool)

@@ -172,19 +172,19 @@ def open_source(path: Path, form: str) -> Source:
     return VllmStates(path) if form == "vllm" else ArraySource(path, form)
 
 
-def hook_names(found: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
+def hook_names(hooks: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
     """The source's name -> the store's, of those that are taken. Raises ConfigError for names that do not fit."""
     if not asked:
-        names = {one: one for one in found}
-    elif set(asked) <= set(found):
+        names = {one: one for one in hooks}
+    elif set(asked) <= set(hooks):
         names = {one: one for one in asked}
-    elif len(asked) == len(found):
-        names = dict(zip(found, asked, strict=True))
-        if len(found) > 1:
+    elif len(asked) == len(hooks):
+        names = dict(zip(hooks, asked, strict=True))
+        if len(hooks) > 1:
             say(f"Named: {', '.join(f'{one} is {name}' for one, name in names.items())}.")
     else:
         raise ConfigError(
-            f"--hook {' '.join(asked)}: the source has {len(found)}, {', '.join(found)}. Name some of these, or give "
+            f"--hook {' '.join(asked)}: the source has {len(hooks)}, {', '.join(hooks)}. Name some of these, or give "
             "each a name, in this order."
         )
     if bad := [name for name in names.values() if not name or "/" in name]:
@@ -222,8 +222,8 @@ def _length(layout: Layout, request: ImportRequest) -> int:
 def check_counts(store: Store, counts: dict[str, int]) -> dict[str, int]:
     """Raises DataError if a token that was read is neither stored nor counted as left out."""
     stored = {split: int(store.split(split).lengths.sum()) for split in ("train", "eval")}
-    kept = counts["train"] + counts["eval"] + counts["tokens_dropped_short"]
-    if stored != {split: counts[split] for split in stored} or kept != counts["tokens_read"]:
+    n_accounted = counts["train"] + counts["eval"] + counts["tokens_dropped_short"]
+    if stored != {split: counts[split] for split in stored} or n_accounted != counts["tokens_read"]:
         raise DataError(
             f"{store.location}: {counts['tokens_read']:,} tokens were read, {stored['train']:,} + {stored['eval']:,} "
             f"are stored and {counts['tokens_dropped_short']:,} left out. This is a fault of the import: report it."

@@ -1,6 +1,6 @@
 """InfoNCE between adjacent tokens (van den Oord et al. 2018, arXiv:1807.03748).
 
-Told from other documents' pairs, a code has to say what is common to a document; told from far pairs of the same
+Against other documents' pairs, a code has to say what is common to a document; against far pairs of the same
 segment ("local"), only what is common to neighbours, as topic and running means are shared by positives and negatives.
 With a symmetric score that measures locality, not direction: text read backwards scores the same.
 """
@@ -110,12 +110,12 @@ def info_nce(
 
     Pairs with fewer than `min_negatives` in either direction are left out; 0 if all are.
     """
-    kept = torch.ones_like(scores[0])
+    counts = torch.ones_like(scores[0])
     positive = scores.diagonal()
     if negatives is not None:
         fewest = torch.minimum(negatives.sum(1), negatives.sum(0))
-        kept = (fewest >= min_negatives).to(scores.dtype)
+        counts = (fewest >= min_negatives).to(scores.dtype)
         own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(~(negatives | own), -torch.inf)
     losses = (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - positive
-    return kept @ losses / kept.sum().clamp(min=1)
+    return counts @ losses / counts.sum().clamp(min=1)

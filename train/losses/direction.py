@@ -42,11 +42,11 @@ def direction(
     from_t, of_next, of_last = from_all[t], of_all[after], of_all[before]
     scores = from_t @ of_next.T / config.contrast.temperature
     backward = (from_t * of_last).sum(1) / config.contrast.temperature
-    kept = (far.sum(1) + 1 >= config.contrast.min_negatives).to(scores.dtype)
+    counts = (far.sum(1) + 1 >= config.contrast.min_negatives).to(scores.dtype)
     positive = scores.diagonal()
     own = torch.eye(n, dtype=torch.bool, device=scores.device)
     scores = torch.cat([scores.masked_fill(~(far | own), -torch.inf), backward[:, None]], 1)
-    return batch.group.share(kept @ (scores.logsumexp(1) - positive) / kept.sum().clamp(min=1))
+    return batch.group.share(counts @ (scores.logsumexp(1) - positive) / counts.sum().clamp(min=1))
 
 
 def _unit_rows(code: Code, tokens: Int[Tensor, " m"]) -> Code:

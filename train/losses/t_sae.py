@@ -5,7 +5,7 @@ the code is used. Both are encoded, and their BatchTopK taken, apart. On the fir
 
     (CE(S, diagonal) + CE(S^T, diagonal)) / 2,   S = F P^T
 
-Inner products, without norm or temperature, so the strength goes with the square of the activations' scale; told from
+Inner products, without norm or temperature, so the strength goes with the square of the activations' scale; against
 all other pairs of the batch, those of the same document included.
 """
 

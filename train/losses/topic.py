@@ -72,8 +72,8 @@ def topic_pairs(contrast: ContrastConfig, batch: Batch, seed: int) -> TopicPairs
     near = _neighbours(text.tokens, segment, contrast.around)
     fits = np.abs(text.places[candidates] - text.places[anchor, None]) >= contrast.distance
     fits &= ~_share(near[anchor][:, None], near[candidates])
-    chosen, kept = fits.argmax(1), fits.any(1)
-    anchor, partner = anchor[kept], candidates[kept, chosen[kept]]
+    chosen, has_partner = fits.argmax(1), fits.any(1)
+    anchor, partner = anchor[has_partner], candidates[has_partner, chosen[has_partner]]
     similar = _similar_documents(text.tokens, document)
     negatives = similar[document[anchor][:, None], document[partner]]
     negatives &= ~_share(near[anchor][:, None], near[partner][None])
@@ -90,10 +90,10 @@ def _neighbours(tokens: Int[ndarray, " n"], segment: Int[ndarray, " n"], around:
 
 def _share(a: Int[ndarray, "*#shape m"], b: Int[ndarray, "*#shape m"]) -> Bool[ndarray, "..."]:
     """Whether the two have a token in common; shapes broadcast."""
-    found = np.zeros(np.broadcast_shapes(a.shape[:-1], b.shape[:-1]), bool)
+    in_common = np.zeros(np.broadcast_shapes(a.shape[:-1], b.shape[:-1]), bool)
     for i in range(a.shape[-1]):
-        found |= ((a[..., i, None] == b) & (b >= 0)).any(-1)
-    return found
+        in_common |= ((a[..., i, None] == b) & (b >= 0)).any(-1)
+    return in_common
 
 
 def _similar_documents(tokens: Int[ndarray, " n"], document: Int[ndarray, " n"]) -> Bool[ndarray, "d d"]:

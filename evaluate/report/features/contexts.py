@@ -82,12 +82,12 @@ class _Entries:
 
     def rows(self, latent: Int[Tensor, " m"], sequence: Int[Tensor, " m"]) -> Float[Tensor, "m length"]:
         """All activations of m latents in m sequences."""
-        wanted = sequence * self.d_sae + latent
-        first = torch.searchsorted(self.keys, wanted)
-        counts = torch.searchsorted(self.keys, wanted, right=True) - first
-        row = torch.repeat_interleave(torch.arange(len(wanted)), counts)
+        keys = sequence * self.d_sae + latent
+        first = torch.searchsorted(self.keys, keys)
+        counts = torch.searchsorted(self.keys, keys, right=True) - first
+        row = torch.repeat_interleave(torch.arange(len(keys)), counts)
         at = torch.arange(len(row)) + (first - (counts.cumsum(0) - counts))[row]
-        made = torch.zeros(len(wanted), self.length)
+        made = torch.zeros(len(keys), self.length)
         made[row, self.position[at]] = self.values[self.order[at]]
         return made
 
@@ -124,16 +124,16 @@ class ContextCollector:
     def contexts(self, latent: int) -> list[Context]:
         """The strongest first, then one at each of QUANTILES that is not among them."""
         places = [int(at) for at in self.top.score[latent].argsort(descending=True, stable=True)]
-        found = [self._context(self.top, latent, at, None) for at in places if self.top.sequence[latent, at] >= 0]
-        shown = {one.sequence for one in found}
+        contexts = [self._context(self.top, latent, at, None) for at in places if self.top.sequence[latent, at] >= 0]
+        shown = {one.sequence for one in contexts}
         peaks = torch.where(self.sample.score[latent] > EMPTY, self.sample.peak[latent], torch.inf)
         drawn = peaks.argsort(stable=True)[: int(peaks.isfinite().sum())].tolist()
         for quantile in QUANTILES if drawn else ():
             one = self._context(self.sample, latent, drawn[round(quantile * (len(drawn) - 1))], quantile)
             if one.sequence not in shown:
                 shown.add(one.sequence)
-                found.append(one)
-        return found
+                contexts.append(one)
+        return contexts
 
     def kept(self, latent: int) -> list[Context]:
         """All sequences that are kept of a latent, each once."""

@@ -60,6 +60,6 @@ def _pairs(alive: Tensor, opposite: Nearest) -> list[tuple[int, int, float]]:
         return []
     other, likeness = opposite.latents[:, 0], opposite.likeness[:, 0]
     far = (alive & (likeness >= OPPOSITE_FROM)).nonzero().squeeze(1).tolist()
-    found = {tuple(sorted((one, int(other[one])))): -float(likeness[one]) for one in far}
-    ordered = sorted(found.items(), key=lambda pair: (pair[1], pair[0]))[:MAX_PAIRS]
+    cosines = {tuple(sorted((one, int(other[one])))): -float(likeness[one]) for one in far}
+    ordered = sorted(cosines.items(), key=lambda pair: (pair[1], pair[0]))[:MAX_PAIRS]
     return [(a, b, cosine) for (a, b), cosine in ordered]

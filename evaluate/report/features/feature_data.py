@@ -117,8 +117,10 @@ def latent_measures(features: Features, sae: SparseAutoencoder) -> dict[str, np.
         "decoder_cosine": max_cosines(sae.W_dec.detach()).double(),
     }
     assert values.keys() == MEASURES.keys() | OTHER_MEASURES.keys() == LABELS.keys()
-    kept = ("density", "decoder_cosine")
-    return {name: (one if name in kept else one.masked_fill(dead, torch.nan)).numpy() for name, one in values.items()}
+    measured = ("density", "decoder_cosine")
+    return {
+        name: (one if name in measured else one.masked_fill(dead, torch.nan)).numpy() for name, one in values.items()
+    }
 
 
 def token_rarity(tokens: Int[np.ndarray, "n_sequences length"]) -> Float64[np.ndarray, " vocabulary"]:
@@ -155,8 +157,8 @@ def _pairs(nearest: Nearest, latent: int) -> list[list[Any]]:
 
 def _lens(lens: Lens, row: int) -> dict[str, Any]:
     def pairs(tokens: Tensor, changes: Tensor) -> list[list[Any]]:
-        found = zip(tokens[row].tolist(), changes[row].tolist(), strict=True)
-        return [[token, _short(change)] for token, change in found]
+        changed = zip(tokens[row].tolist(), changes[row].tolist(), strict=True)
+        return [[token, _short(change)] for token, change in changed]
 
     low, high = _short(float(lens.lowest[row])), _short(float(lens.highest[row]))
     return {

@@ -130,12 +130,12 @@ def _nearest(
 ) -> tuple[Nearest, Nearest]:
     """Of two likenesses, each given for a block of latents with all."""
     n = min(N_NEAREST, d_sae - 1)
-    found = [Nearest(torch.zeros(d_sae, n, dtype=torch.int64), torch.zeros(d_sae, n)) for _ in range(2)]
+    nearest_of = [Nearest(torch.zeros(d_sae, n, dtype=torch.int64), torch.zeros(d_sae, n)) for _ in range(2)]
     for first in range(0, d_sae, DECODER_BLOCK):
         stop = min(first + DECODER_BLOCK, d_sae)
-        for nearest, likeness in zip(found, likenesses(first, stop), strict=True):
+        for nearest, likeness in zip(nearest_of, likenesses(first, stop), strict=True):
             block = likeness.masked_fill(~alive, -torch.inf)
             block[torch.arange(stop - first), torch.arange(first, stop)] = -torch.inf
             best = block.topk(n, dim=1)
             nearest.latents[first:stop], nearest.likeness[first:stop] = best.indices, best.values.clamp(min=0)
-    return found[0], found[1]
+    return nearest_of[0], nearest_of[1]

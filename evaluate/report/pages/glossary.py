@@ -40,13 +40,13 @@ def _entries(readme: str) -> list[Entry]:
     if not heading:
         return []
     section = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-    found = []
+    entries = []
     for item in re.findall(r"^[-*] (.+?)(?=^[-*] |^\S|\n\n|\Z)", section, flags=re.MULTILINE | re.DOTALL):
         terms, colon, text = _plain(item).partition(": ")
         if colon:
             named = [term.strip() for term in terms.split(",") if term.strip()]
-            found.append(Entry(_slug(named[0]), named, text))
-    return found
+            entries.append(Entry(_slug(named[0]), named, text))
+    return entries
 
 
 def _plain(item: str) -> str:

@@ -136,8 +136,8 @@ def _against_null(row: dict[str, Any]) -> Cell:
 
 
 def _measured(included: Sequence[Included]) -> dict[str, str]:
-    found = {name for one in included for name in temporal_cells(one.evaluation)}
-    return {name: label for name, label in TEMPORAL.items() if name in found}
+    measured = {name for one in included for name in temporal_cells(one.evaluation)}
+    return {name: label for name, label in TEMPORAL.items() if name in measured}
 
 
 def _of_x(included: Sequence[Included]) -> dict[str, Cell]:

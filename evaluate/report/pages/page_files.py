@@ -97,9 +97,9 @@ def _why_not_evaluated(path: Path, store: Store) -> str:
     if not (path / EVALUATION).exists():
         return "Not evaluated on this store"
     try:
-        found = read_object(path / EVALUATION, "")
-        content, weights = found["store"]["content"], found["weights"]
-        if found["definition_version"] != DEFINITION_VERSION:
+        evaluation = read_object(path / EVALUATION, "")
+        content, weights = evaluation["store"]["content"], evaluation["weights"]
+        if evaluation["definition_version"] != DEFINITION_VERSION:
             return "Evaluated by the definitions of another version"
         if content != store.content or weights != file_digest(path / WEIGHTS):
             return "Its evaluation is of other weights, or of another store"

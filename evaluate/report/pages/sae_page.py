@@ -110,18 +110,18 @@ def _rho(one: Included) -> list[dict[str, str]]:
     kinds = (("rho_1", "around the mean of the split"), ("rho_1_within", "around each document's mean"))
     for name, around in kinds:
         named = {"all": "all latents", "first_group": "first group", "frequency_matched": "the rest, as frequent"}
-        sources = {named[group]: found for group, found in temporal["groups"].items() if group in named}
+        sources = {named[group]: source for group, source in temporal["groups"].items() if group in named}
         sources |= {"x itself": temporal["x"]}
         curves, nulls, summaries = [], [], []
-        for label, found in sources.items():
-            curve = [np.nan if value is None else value for value in found["curves"][name]]
-            null = found["measures"][name]["null"]
+        for label, source in sources.items():
+            curve = [np.nan if value is None else value for value in source["curves"][name]]
+            null = source["measures"][name]["null"]
             curves.append(Series(label, range(1, len(curve) + 1), curve))
             if null is not None:
                 nulls.append((null, f"null of {label}"))
                 summaries.append(
-                    f"{label}: {number(found['curves'][name][0])} at lag 1, "
-                    f"{number(found['curves'][name][7])} at lag 8, null {null:.3g}"
+                    f"{label}: {number(source['curves'][name][0])} at lag 1, "
+                    f"{number(source['curves'][name][7])} at lag 8, null {null:.3g}"
                 )
         labels = ("lag, in tokens", "autocorrelation")
         made.append(
@@ -156,7 +156,7 @@ def _notable(data: FeatureData) -> list[dict[str, Any]]:
     for title, name in NOTABLE:
         values = np.where(often, data.measures[name], np.nan)
         best = [int(latent) for latent in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:N_NOTABLE]]
-        found = [(latent, float(values[latent])) for latent in best if np.isfinite(values[latent])]
-        if found:
-            made.append({"title": title, "measure": name, "latents": found})
+        notable = [(latent, float(values[latent])) for latent in best if np.isfinite(values[latent])]
+        if notable:
+            made.append({"title": title, "measure": name, "latents": notable})
     return made
