@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tcsae.evaluate.measures.core import Code
+from tcsae.evaluate.measures.latent_terms import WIDEST, widest
 from tcsae.shared.sae.sparse import SparseCode
 
 DENSE_RATE = 0.1
-WIDEST = 0.01
 
 
 class Concentration:
@@ -45,10 +45,9 @@ class Concentration:
         on, mean, square = self._sums / self._n
         variance = (square - mean.square()).clamp(min=0)
         total = variance.sum()
-        widest = variance.topk(max(1, round(WIDEST * len(variance)))).values.sum()
         varies = bool(total > 0)
         return {
             "n_dense": int((on > DENSE_RATE).sum()),
-            "widest_share": float(widest / total) if varies else None,
+            "widest_share": float(variance[widest(variance)].sum() / total) if varies else None,
             "effective_latents": float(total.square() / variance.square().sum()) if varies else None,
         }

@@ -20,6 +20,8 @@ from tcsae.shared.store.reader import Split
 
 N_GROUPS = 8
 """Documents are dealt into this many groups, in turn; leaving one out at a time gives the intervals."""
+FAR = 8
+"""A lag that is a measure of its own, with an interval."""
 N_LABELS = 128
 """Position bins, and token ids (the most frequent) whose share of variance is measured."""
 

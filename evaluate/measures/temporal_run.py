@@ -14,10 +14,10 @@ from tcsae.evaluate.intervals import jackknife
 from tcsae.evaluate.measures import probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import Code, join_codes, n_latents
-from tcsae.evaluate.measures.positions import N_GROUPS, Layout, View
+from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, Terms, latent_terms, pool, widest
+from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
-    FAR,
     NULL_DEFINITIONS,
     NULLS,
     latent_measures,
@@ -33,6 +33,10 @@ from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
 INTERVAL_RULE = f"95% of value minus null, jackknife over {N_GROUPS} groups of documents (probes: bootstrap over them)"
+WITHOUT_WIDEST = "without_widest"
+"""All latents but the widest (`latent_terms.WIDEST`): whether these make a pooled figure."""
+OF_CODES = ("jaccard", "dwell", "slowness_to_pca")
+"""Measures that x itself has none of."""
 PAIRS_RULE = "pairs within a sequence; documents' means over all of their counted tokens"
 
 
@@ -154,11 +158,13 @@ class TemporalObserver:
         """All measures of a system, as eval.json has them."""
         sums = self.systems[system].sums
         whole = sums.without(None)
-        groups = latent_groups(config, whole.active[0])
+        groups = latent_groups(config, whole.active[0]) | {WITHOUT_WIDEST: ~widest(pool(whole).variance)}
         code = join_codes(self.read[system]) if self.read.get(system) else None
         measured = self._rows(sums, groups, config.k)
         if self.plan and code is not None:
             for name, which in groups.items():
+                if name == WITHOUT_WIDEST:
+                    continue
                 rows, draws = probes.probe(self.plan, probes.widest(code, which))
                 measured[name]["measures"] |= rows
                 if name == "all":
@@ -184,8 +190,7 @@ class TemporalObserver:
         """The same of x itself, as far as they have a meaning there: no latent of it fires."""
         everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
         rows, curves = self._rows(self.x.sums, {"all": everything}, None)["all"].values()
-        no_meaning = ("jaccard", "dwell", "rho_1_median", "rho_1_within_median", "slowness_to_pca")
-        rows = {name: row for name, row in rows.items() if not name.startswith(no_meaning)}
+        rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
         if self.plan:
             rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))[0]
         return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
@@ -196,12 +201,14 @@ class TemporalObserver:
         """Of each group of latents: measures with nulls and intervals, and curves over lags."""
         filled = [group for group in range(N_GROUPS) if sums.n_documents[group]]
         whole = sums.without(None)
-        full = {name: self._figures((whole, whole), (name, which), k, None) for name, which in groups.items()}
+        terms = latent_terms(whole, whole)
+        full = {name: self._figures((whole, terms), (name, which), k, None) for name, which in groups.items()}
         left: dict[str, list[dict[str, _Pair]]] = {name: [] for name in groups}
         for without in filled if len(filled) > 1 else []:
             part = whole.less(sums, without, n_lags=FAR)
+            terms = latent_terms(part, whole)
             for name, which in groups.items():
-                left[name].append(self._figures((part, whole), (name, which), k, without)[0])
+                left[name].append(self._figures((part, terms), (name, which), k, without)[0])
         rows = {}
         for name, (pairs, curves) in full.items():
             rows[name] = {
@@ -212,21 +219,24 @@ class TemporalObserver:
 
     def _figures(
         self,
-        sums: tuple[TemporalSums, TemporalSums],
+        sums: tuple[TemporalSums, Mapping[str, Terms]],
         latents: tuple[str, Bool[Tensor, " d_sae"]],
         k: int | None,
         without: int | None,
     ) -> tuple[dict[str, "_Pair"], dict[str, list[float]]]:
-        """Values and nulls from (the sums without a group, all sums), of the latents of a name; and curves."""
+        """Values and nulls from (the sums without a group, their terms), of the latents of a name; and curves."""
         name, which = latents
-        values, nulls, curves = latent_measures(*sums, which)
-        slow, permuted = values["slowness"], nulls["slowness"]
+        part, terms = sums
+        values, nulls, curves = latent_measures(part, part, which, terms)
         of_x, permuted_x = self._speed(None, without)
-        values["slowness_to_x"], nulls["slowness_to_x"] = slow / of_x, permuted / permuted_x
+        for ending in ("", MEDIAN, MEAN):
+            values[f"slowness_to_x{ending}"] = values[f"slowness{ending}"] / of_x
+            nulls[f"slowness_to_x{ending}"] = nulls[f"slowness{ending}"] / permuted_x
         if k is not None:
             # Permuted components are as slow as permuted x: without memory, both come to one.
             of_pca, _ = self._speed(min(k, len(self.mean)), without)
-            values["slowness_to_pca"], nulls["slowness_to_pca"] = slow / of_pca, permuted / permuted_x
+            values["slowness_to_pca"] = values["slowness"] / of_pca
+            nulls["slowness_to_pca"] = nulls["slowness"] / permuted_x
         if name == "all":
             of_tokens = token_measures(sums[0])
             values, nulls = values | of_tokens.values, nulls | of_tokens.nulls
@@ -240,6 +250,11 @@ class TemporalObserver:
             of_pca = of_x[0] if k is None else self.moments.pca_slowness(k, without)
             self._speeds[k, without] = (of_pca, of_x[1])
         return self._speeds[k, without]
+
+
+def _of_latents(name: str) -> bool:
+    """Whether a measure is of single latents: those of x have no meaning, as any rotation of it is as good."""
+    return name.endswith((MEDIAN, MEAN))
 
 
 class _Pair(NamedTuple):
