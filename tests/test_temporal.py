@@ -147,6 +147,31 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
 
 
 @pytest.mark.parametrize("dense", [True, False])
+def test_the_mean_by_position_is_taken_out(dense):
+    split, skip_first = FakeSplit(2), 1
+    collector = collect(split, skip_first, dense)
+    figures = collector.positions.figures(collector.sums.without(None))
+    f, position, _, document = (np.array(one) for one in zip(*naive_tokens(split, skip_first), strict=True))
+
+    def centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        means = {one: values[labels == one].mean(0) for one in np.unique(labels)}
+        return values - np.array([means[one] for one in labels])
+
+    within = centred(f, document)
+    variance = (centred(within, position) ** 2).mean(0).sum()
+    starts = np.cumsum([0, *np.maximum(split.lengths - skip_first, 0)])
+    for lag in (1, FAR):
+        first = np.concatenate([np.arange(a, max(a, b - lag)) for a, b in itertools.pairwise(starts)])
+        one, other = (centred(within[at], position[first]) for at in (first, first + lag))
+        assert figures[f"rho_{lag}_within"] == pytest.approx((one * other).mean(0).sum() / variance, rel=1e-5)
+        if lag == 1:
+            steps = (centred(f[first + 1] - f[first], position[first]) ** 2).mean(0).sum()
+    g = centred(f, position)
+    assert figures["slowness"] == pytest.approx(steps / (2 * (g**2).mean(0).sum()), rel=1e-5)
+    assert figures["document_share"] == pytest.approx(naive_share(g, document), rel=1e-5)
+
+
+@pytest.mark.parametrize("dense", [True, False])
 def test_whole_codes_are_compared_as_defined(dense):
     split = FakeSplit(3)
     collector = collect(split, 1, dense)
@@ -171,8 +196,14 @@ def test_whole_codes_are_compared_as_defined(dense):
     assert values["jaccard_adjacent"] == pytest.approx(jaccard(adjacent), rel=1e-9)
     assert nulls["jaccard_adjacent"] == pytest.approx(jaccard(partners), rel=1e-9)
     inside = np.array([distance(a, b) for a, b in adjacent])
-    auc = np.mean([(join > inside).mean() + (join == inside).mean() / 2 for join in joins])
-    assert values["boundary_auc"] == pytest.approx(auc, abs=0.01), "up to the width of a bin"
+    restarts = np.array([distance(one[-1], two[0]) for own in in_order for one, two in itertools.pairwise(own)])
+
+    def auc(larger: np.ndarray, smaller: np.ndarray) -> float:
+        return float(np.mean([(one > smaller).mean() + (one == smaller).mean() / 2 for one in larger]))
+
+    assert values["boundary_auc"] == pytest.approx(auc(np.array(joins), inside), abs=0.01), "up to the width of a bin"
+    assert len(restarts) > 10 and values["restart_auc"] == pytest.approx(auc(restarts, inside), abs=0.01)
+    assert values["join_auc"] == pytest.approx(auc(np.array(joins), restarts), abs=0.02)
     assert values["boundary_ratio"] == pytest.approx(np.mean(joins) / inside.mean(), rel=0.02)
     assert values["adjacent_difference"] == pytest.approx(np.mean([(a - b) @ (a - b) for a, b in adjacent]), rel=1e-6)
 
@@ -229,7 +260,7 @@ def test_chunks_and_the_order_of_documents_change_nothing(monkeypatch):
     split.documents = split.documents.max() - split.documents[order]
     for name in ("lengths", "tokens", "code"):
         setattr(split, name, getattr(split, name)[order])
-    across = {"jaccard_corrected", "boundary_auc", "boundary_ratio"}  # compare consecutive documents
+    across = {"jaccard_corrected", "boundary_auc", "join_auc", "boundary_ratio"}  # compare consecutive documents
     for one, other in zip(figures(), before, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - across:

@@ -22,13 +22,14 @@ from tcsae.evaluate.measures.latent_terms import (
 from tcsae.evaluate.measures.positions import FAR, N_LABELS
 from tcsae.evaluate.measures.temporal_sums import N_BINS, N_LAGS, TemporalSums
 
-PERMUTED, PARTNERS, MEMORYLESS, SILENT, HALVED, COMMONEST = (
+PERMUTED, PARTNERS, MEMORYLESS, SILENT, HALVED, COMMONEST, CHANCE = (
     "permuted",
     "partners",
     "memoryless",
     "silent labels",
     "halved",
     "commonest",
+    "chance",
 )
 NULL_DEFINITIONS = {
     PERMUTED: "positions permuted within a document",
@@ -37,6 +38,7 @@ NULL_DEFINITIONS = {
     SILENT: "labels that say nothing: 0, as the share is bias-corrected",
     HALVED: "the same code halved",
     COMMONEST: "always naming the class that most of the tested tokens have",
+    CHANCE: "1/2: a join changes the code no more than the restart of the context does",
 }
 POOLED = {
     "jaccard_adjacent": PARTNERS,
@@ -52,6 +54,8 @@ POOLED = {
     "token_share": PERMUTED,
     "document_share": SILENT,
     "boundary_auc": PERMUTED,
+    "restart_auc": PERMUTED,
+    "join_auc": CHANCE,
     "boundary_ratio": PERMUTED,
     "adjacent_difference": HALVED,
 }
@@ -84,6 +88,10 @@ DEFINITIONS = {
     "document_share": "the same between documents",
     "boundary_auc": "chance that |f - f'|^2 / (|f|^2 + |f'|^2) is larger across a document join (last token, first of "
     "the next document) than between adjacent tokens; null: than between permuted ones",
+    "restart_auc": "the same across a restart, from the last token of a sequence to the first of the next one of the "
+    "same document: there, too, the context begins anew and the position jumps",
+    "join_auc": "chance that it is larger across a document join than across a restart inside a document: what is left "
+    "of boundary_auc once both ends are of one kind; null: 1/2",
     "boundary_ratio": "its mean at joins over its mean inside; null: over its mean between permuted tokens",
     "adjacent_difference": "E|f_t+1 - f_t|^2: the paper's loss at w = 2; halving the code quarters it and moves no "
     "other measure",
@@ -147,7 +155,7 @@ def token_measures(sums: TemporalSums) -> Measures:
     jaccard = sums.jaccard[0, :, 0] / sums.jaccard[0, :, 1]
     adjacent, permuted, partners = jaccard.tolist()
     difference = float(sums.difference[0, 0] / sums.n_pairs[0, 0])
-    inside, mixed, joins = sums.distances[0]
+    inside, mixed, joins, restarts = sums.distances[0]
     centres = (torch.arange(N_BINS) + 0.5) * (2 / N_BINS)
 
     def mean(histogram: Tensor) -> Tensor:
@@ -157,6 +165,8 @@ def token_measures(sums: TemporalSums) -> Measures:
         "jaccard_adjacent": adjacent,
         "jaccard_corrected": (adjacent - partners) / (1 - partners) if partners < 1 else torch.nan,
         "boundary_auc": _auc(joins, inside),
+        "restart_auc": _auc(restarts, inside),
+        "join_auc": _auc(joins, restarts),
         "boundary_ratio": float(mean(joins) / mean(inside)),
         "adjacent_difference": difference,
     }
@@ -164,6 +174,8 @@ def token_measures(sums: TemporalSums) -> Measures:
         "jaccard_adjacent": partners,
         "jaccard_corrected": (permuted - partners) / (1 - partners) if partners < 1 else torch.nan,
         "boundary_auc": _auc(joins, mixed),
+        "restart_auc": _auc(restarts, mixed),
+        "join_auc": 0.5,
         "boundary_ratio": float(mean(joins) / mean(mixed)),
         "adjacent_difference": difference / 4,
     }

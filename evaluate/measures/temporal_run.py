@@ -33,6 +33,7 @@ from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
 INTERVAL_RULE = f"95% of value minus null, jackknife over {N_GROUPS} groups of documents (probes: bootstrap over them)"
+POSITION_REMOVED = ("rho_1_within", f"rho_{FAR}_within", "slowness_to_x", "document_share")
 WITHOUT_WIDEST = "without_widest"
 """All latents but the widest (`latent_terms.WIDEST`): whether these make a pooled figure."""
 OF_CODES = ("jaccard", "dwell", "slowness_to_pca")
@@ -146,9 +147,9 @@ class TemporalObserver:
         """Bring together in rank 0 what all processes have seen; `widths` are the systems' numbers of latents."""
         collectors = [self.x, *(self._collector(i, width) for i, width in enumerate(widths))]
         for each in collectors:
-            each.sums = each.sums.cpu()
+            each.to_cpu()
         self.read = {system: [code.to("cpu") for code in codes] for system, codes in self.read.items()}
-        part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.sums.tensors())])
+        part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.tensors())])
         read = part.gather(self.read)
         self.read = {
             system: [code for one in read for code in one.get(system, [])] for system in range(-1, len(widths))
@@ -161,6 +162,7 @@ class TemporalObserver:
         groups = latent_groups(config, whole.active[0]) | {WITHOUT_WIDEST: ~widest(pool(whole).variance)}
         code = join_codes(self.read[system]) if self.read.get(system) else None
         measured = self._rows(sums, groups, config.k)
+        measured["all"]["position_removed"] = self._position_removed(self.systems[system])
         if self.plan and code is not None:
             for name, which in groups.items():
                 if name == WITHOUT_WIDEST:
@@ -193,7 +195,17 @@ class TemporalObserver:
         rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
         if self.plan:
             rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))[0]
-        return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
+        return {
+            "measures": rows,
+            "curves": {name: curve for name, curve in curves.items() if name in rows},
+            "position_removed": self._position_removed(self.x),
+        }
+
+    def _position_removed(self, collector: Collector) -> dict[str, float | None]:
+        """What is left of measures once the mean by position is taken out, of a code and of x alike."""
+        ours, of_x = (one.positions.figures(one.sums.without(None)) for one in (collector, self.x))
+        ours["slowness_to_x"] = ours["slowness"] / of_x["slowness"] if of_x["slowness"] else torch.nan
+        return {name: _json(ours[name]) for name in POSITION_REMOVED}
 
     def _rows(
         self, sums: TemporalSums, groups: Mapping[str, Bool[Tensor, " d_sae"]], k: int | None
