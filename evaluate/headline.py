@@ -11,7 +11,8 @@ LEGEND = (
 MEDIAN, POOLED, PROBE = "rho_1_within_median", "rho_1_within", "probe_document"
 MAIN = (
     "explained_variance",
-    "ce_loss_with_sae",
+    "ce_loss_increase",
+    "ce_loss_score_mean",
     "kl_div_with_sae",
     "l0",
     "dead_fraction",
@@ -21,7 +22,7 @@ MAIN = (
     "rho_8_within",
     "slowness_to_x",
     "dwell",
-    "boundary_auc",
+    "join_auc",
     "position_share",
     "token_share",
     "document_share",

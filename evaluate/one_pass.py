@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.evaluate.baselines import ConstantOutput
 from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
 from tcsae.evaluate.intervals import Resamplings
-from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
     COLUMNS,
     Code,

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tcsae.evaluate import baselines
 from tcsae.evaluate.batches import Settings, check_counted
 from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.halves import half
-from tcsae.evaluate.measures import baselines
 from tcsae.evaluate.measures.cross_entropy import FOLDER, load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing

@@ -22,6 +22,8 @@ N_GROUPS = 8
 """Documents are dealt into this many groups, in turn; leaving one out at a time gives the intervals."""
 FAR = 8
 """A lag that is a measure of its own, with an interval."""
+LAGS = (1, FAR)
+"""Of the measures without the mean by position."""
 N_LABELS = 128
 """Position bins, and token ids (the most frequent) whose share of variance is measured."""
 

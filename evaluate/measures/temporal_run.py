@@ -15,6 +15,7 @@ from tcsae.evaluate.measures import probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import Code, join_codes, n_latents
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, Terms, latent_terms, pool, widest
+from tcsae.evaluate.measures.position_removed import position_removed
 from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
@@ -33,6 +34,8 @@ from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
 INTERVAL_RULE = f"95% of value minus null, jackknife over {N_GROUPS} groups of documents (probes: bootstrap over them)"
+SMOOTHED = ("mean_pooled", "ema")
+"""Groups that are all latents smoothed, of which there are probes alone."""
 POSITION_REMOVED = ("rho_1_within", f"rho_{FAR}_within", "slowness_to_x", "document_share")
 WITHOUT_WIDEST = "without_widest"
 """All latents but the widest (`latent_terms.WIDEST`): whether these make a pooled figure."""
@@ -193,17 +196,22 @@ class TemporalObserver:
         everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
         rows, curves = self._rows(self.x.sums, {"all": everything}, None)["all"].values()
         rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
+        smoothed = {}
         if self.plan:
-            rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))[0]
+            x = probes.widest(join_codes(self.read[-1]), everything)
+            rows |= probes.probe(self.plan, x)[0]
+            for name, smooth in probes.smoothed(self.plan, x).items():
+                smoothed[name] = {"measures": probes.probe(self.plan, smooth)[0]}
         return {
             "measures": rows,
             "curves": {name: curve for name, curve in curves.items() if name in rows},
             "position_removed": self._position_removed(self.x),
+            "smoothed": smoothed,
         }
 
     def _position_removed(self, collector: Collector) -> dict[str, float | None]:
         """What is left of measures once the mean by position is taken out, of a code and of x alike."""
-        ours, of_x = (one.positions.figures(one.sums.without(None)) for one in (collector, self.x))
+        ours, of_x = (position_removed(one.positions, one.sums.without(None)) for one in (collector, self.x))
         ours["slowness_to_x"] = ours["slowness"] / of_x["slowness"] if of_x["slowness"] else torch.nan
         return {name: _json(ours[name]) for name in POSITION_REMOVED}
 

@@ -27,8 +27,7 @@ from tcsae.evaluate.measures.code_ops import (
     token_sums,
 )
 from tcsae.evaluate.measures.core import Code, join_codes
-from tcsae.evaluate.measures.position_removed import PositionSums
-from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout, View
+from tcsae.evaluate.measures.positions import LAGS, N_GROUPS, N_LABELS, Layout, View
 
 N_LAGS = 32
 N_BINS = 400
@@ -148,6 +147,55 @@ def no_sums(width: int, n_positions: int, device: torch.device | str = "cpu") ->
     for name in ("by_position", "by_token"):  # the largest, and each cell sums few tokens
         made[name] = made[name].float()
     return TemporalSums(**{name: one.to(device) for name, one in made.items()})
+
+
+class PositionSums:
+    """Sums by position (or bin of positions, `View.position`); w = f - m, m the document's mean."""
+
+    def __init__(self, width: int, n_positions: int, device: torch.device | str = "cpu") -> None:
+        self.n = torch.zeros(n_positions, dtype=torch.float64, device=device)
+        self.w = torch.zeros(n_positions, width, device=device)
+        self.n_pairs = self.n.new_zeros(len(LAGS), n_positions)
+        self.pairs = self.w.new_zeros(len(LAGS), 2, n_positions, width)
+        """w of the first and of the second members, by the first one's position."""
+        self.overlap = self.n.new_zeros(n_positions, n_positions)
+        """Sum over documents of c c' / n, c the document's tokens at a position."""
+
+    def add(self, view: View, held: Held, mean: Float64[Tensor, "n_pieces d_sae"]) -> None:
+        """A batch's code, and the means of its documents (or pieces)."""
+        counts = self._add_labels(self.w, view, held, (view.position, view.piece), mean)
+        self.n += counts.sum(0)
+        self.overlap += counts.T @ (counts / counts.sum(1, keepdim=True).clamp(min=1))
+        for i, lag in enumerate(LAGS):
+            first = torch.where(view.to_end >= lag, view.position, -1)
+            second = torch.where(view.from_start >= lag, view.position.roll(lag), -1)
+            for table, labels in zip(self.pairs[i], (first, second), strict=True):
+                counts = self._add_labels(table, view, held, (labels, view.piece), mean)
+            self.n_pairs[i] += counts.sum(0)
+
+    def _add_labels(
+        self,
+        table: Tensor,
+        view: View,
+        held: Held,
+        labels: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        mean: Float64[Tensor, "n_pieces d_sae"],
+    ) -> Float64[Tensor, "n_pieces n_positions"]:
+        """Add w by position; returns how many tokens of each piece have which."""
+        position, piece = labels
+        cells(held, position).add(table, entry_values(held))
+        n_positions, known = len(self.n), position >= 0
+        counts = torch.bincount((piece * n_positions + position)[known], minlength=view.n_pieces * n_positions)
+        counts = counts.view(view.n_pieces, n_positions).double()
+        table -= (counts.T @ mean).to(table.dtype)
+        return counts
+
+    def tensors(self) -> list[Tensor]:
+        return [self.n, self.w, self.n_pairs, self.pairs, self.overlap]
+
+    def to_cpu(self) -> None:
+        """Move the sums, for good."""
+        self.n, self.w, self.n_pairs, self.pairs, self.overlap = (one.cpu() for one in self.tensors())
 
 
 class Collector:
