@@ -7,12 +7,14 @@ from typing import Any
 import click
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.headline import MAIN
-from tcsae.evaluate.intervals import interval, jackknife, point
+from tcsae.evaluate.intervals import interval, jackknife, jackknife_draws, over_seeds, point
+from tcsae.evaluate.measures.temporal_run import WITHOUT_WIDEST
 from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
 from tcsae.evaluate.temporal_tables import show_temporal
 from tcsae.shared.base.console import legible, table
@@ -30,6 +32,52 @@ def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> 
 
     Raises RunError if they are not of one store with the same positions counted, or a file of theirs is missing.
     """
+    check_comparable(one, other)
+    paired = {}
+    rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
+    for name in sorted(rows[0].keys() & rows[1].keys()):
+        a, b = rows[0][name], rows[1][name]
+        paired[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
+    for name, (a, b, left) in _temporal_pairs(one, other).items():
+        known = left is not None
+        bounds = jackknife(a - b, left) if known else None
+        paired[name] = {"a": a, "b": b, "difference": a - b if known else None, "interval": bounds}
+    return paired
+
+
+def seed_differences(
+    runs_path: Path, ones: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """As `differences`, of means over seeds: the first of `ones` is paired with the first of `others`, and so on.
+
+    Intervals are hierarchical: seeds are drawn, and of each the same documents. Raises RunError as `differences`.
+    """
+    draws: list[dict[str, tuple[Any, Any, Tensor]]] = []
+    for one, other in zip(ones, others, strict=True):
+        check_comparable(one, other)
+        check_comparable(ones[0], one)
+        rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
+        names = sorted(rows[0].keys() & rows[1].keys())
+        found = {name: (point(rows[0][name]), point(rows[1][name]), rows[0][name] - rows[1][name]) for name in names}
+        for name, (a, b, left) in _temporal_pairs(one, other).items():
+            if left is not None:
+                found[name] = (a, b, jackknife_draws(a - b, left))
+        draws.append(found)
+    paired = {}
+    for name in [name for name in draws[0] if all(name in found for found in draws)]:
+        a, b, rows = zip(*(found[name] for found in draws), strict=True)
+        n_rows = min(map(len, rows))
+        mean = over_seeds(torch.stack([row[:n_rows] for row in rows]))
+        means = (None if None in values else sum(values) / len(values) for values in (a, b))
+        paired[name] = dict(zip(("a", "b"), means, strict=True)) | {
+            "difference": point(mean),
+            "interval": interval(mean),
+        }
+    return paired
+
+
+def check_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raises RunError unless two evaluations are of one store with the same positions counted."""
     for key in ("store", "options"):
         ours, theirs = (_comparable(evaluation, key) for evaluation in (one, other))
         if ours != theirs:
@@ -37,34 +85,36 @@ def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> 
                 f"{one['name']} and {other['name']} differ in {key} ({ours}, {theirs}), so their documents cannot be "
                 "paired. Give both the same: tcsae eval --force, with --skip-first if that is what differs."
             )
-    paired = {}
-    rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
-    for name in sorted(rows[0].keys() & rows[1].keys()):
-        a, b = rows[0][name], rows[1][name]
-        paired[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
-    return paired | _temporal_differences(one, other)
 
 
-def _temporal_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the measures on all latents, leaving out the same group of documents in both; none if one was not measured."""
+def _temporal_pairs(
+    one: dict[str, Any], other: dict[str, Any]
+) -> dict[str, tuple[float | None, float | None, list[float] | None]]:
+    """(both values, their difference without each group of documents in turn, None where that is unknown) of the
+    measures on all latents, and on all but the widest; none if one was not measured.
+    """
     if not (one.get("temporal") and other.get("temporal")):
         return {}
-    ours, theirs = (evaluation["temporal"]["groups"]["all"]["measures"] for evaluation in (one, other))
-    paired = {}
-    for name in [name for name in ours if name in theirs and "replicates" in ours[name]]:
-        a, b = ours[name]["value"], theirs[name]["value"]
-        replicates = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
-        known = a is not None and b is not None and all(None not in pair for pair in replicates)
-        bounds = jackknife(a - b, [first - second for first, second in replicates]) if known else None
-        paired[name] = {"a": a, "b": b, "difference": a - b if known else None, "interval": bounds}
-    return paired
+    pairs: dict[str, tuple[float | None, float | None, list[float] | None]] = {}
+    for group, ending in (("all", ""), (WITHOUT_WIDEST, f"_{WITHOUT_WIDEST}")):
+        ours, theirs = (evaluation["temporal"]["groups"][group]["measures"] for evaluation in (one, other))
+        for name in [name for name in ours if name in theirs and "replicates" in ours[name]]:
+            a, b = ours[name]["value"], theirs[name]["value"]
+            replicates = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
+            known = a is not None and b is not None and all(None not in pair for pair in replicates)
+            pairs[name + ending] = (a, b, [first - second for first, second in replicates] if known else None)
+    return pairs
 
 
 def difference_table(
-    one: dict[str, Any], other: dict[str, Any], paired: dict[str, dict[str, Any]], details: bool = False
+    one: dict[str, Any],
+    other: dict[str, Any],
+    paired: dict[str, dict[str, Any]],
+    details: bool = False,
+    n_seeds: int = 1,
 ) -> None:
-    """Print `differences`, a star where the interval leaves out zero. Without `details` only `headline.MAIN`, and of
-    these no figures that are equal.
+    """Print `differences`, or `seed_differences` with the first seed's evaluations; a star where the interval leaves
+    out zero. Without `details` only `headline.MAIN`, and of these no figures that are equal.
     """
     rows = []
     for name, figure in paired.items():
@@ -74,7 +124,9 @@ def difference_table(
         star = "*" if interval and not interval[0] <= 0 <= interval[1] else ""
         rows.append([name, figure["a"], figure["b"], figure["difference"], *(interval or (None, None)), star])
     columns = ("", one["name"], other["name"], "difference", "95% from", "to", "")
-    table(f"{one['name']} minus {other['name']}, paired over {one['n_documents']:,} documents", columns, rows)
+    seeds = f" and {n_seeds} seeds" if n_seeds > 1 else ""
+    title = f"{one['name']} minus {other['name']}, paired over {one['n_documents']:,} documents{seeds}"
+    table(title, columns, rows)
     left_out = len(paired) - len(rows)
     click.echo(
         "* The interval leaves out zero."
