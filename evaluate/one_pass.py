@@ -129,7 +129,7 @@ def measure(
     part.add_up((losses, plain))
     if tail is not None and reference is None:
         unigrams = unigram_losses(split, settings.skip_first, n_documents)
-        reference = Reference(n_predictions, n_positions, *(Losses(*one) for one in plain), unigrams)
+        reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
     of_systems = [Losses(*one) for one in losses] if tail is not None else []
     return Measured(*sums.result(), of_systems, reference, resamplings)
 

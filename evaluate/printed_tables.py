@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import safetensors
@@ -27,22 +27,43 @@ from tcsae.shared.sae.folder import reason
 AGAIN = "Evaluate again: tcsae eval --force"
 
 
+class Pair(NamedTuple):
+    """A figure of two SAEs, and their difference on resamplings of the documents, or without each group of them."""
+
+    a: float | None
+    b: float | None
+    draws: Tensor | None = None
+    """The first row is the difference itself."""
+    left: list[float] | None = None
+
+    @property
+    def difference(self) -> float | None:
+        if self.draws is not None:
+            return point(self.draws)
+        return None if self.a is None or self.b is None or self.left is None else self.a - self.b
+
+    def interval(self) -> list[float] | None:
+        if self.draws is not None:
+            return interval(self.draws)
+        return None if self.left is None or self.difference is None else jackknife(self.difference, self.left)
+
+    def rows(self) -> Tensor:
+        """Draws of the difference; NaN alone where it is not known."""
+        if self.draws is not None:
+            return self.draws
+        known = self.left is not None and self.difference is not None
+        return jackknife_draws(self.difference or 0.0, self.left or []) if known else torch.full((1,), torch.nan)
+
+    def shown(self) -> dict[str, Any]:
+        return {"a": self.a, "b": self.b, "difference": self.difference, "interval": self.interval()}
+
+
 def differences(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{figure: {"a", "b", "difference", "interval"}} of two evaluations, resampling the same documents for both.
 
     Raises RunError if they are not of one store with the same positions counted, or a file of theirs is missing.
     """
-    check_comparable(one, other)
-    paired = {}
-    rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
-    for name in sorted(rows[0].keys() & rows[1].keys()):
-        a, b = rows[0][name], rows[1][name]
-        paired[name] = {"a": point(a), "b": point(b), "difference": point(a - b), "interval": interval(a - b)}
-    for name, (a, b, left) in _temporal_pairs(one, other).items():
-        known = left is not None
-        bounds = jackknife(a - b, left) if known else None
-        paired[name] = {"a": a, "b": b, "difference": a - b if known else None, "interval": bounds}
-    return paired
+    return {name: pair.shown() for name, pair in _pairs(runs_path, one, other).items()}
 
 
 def seed_differences(
@@ -52,28 +73,22 @@ def seed_differences(
 
     Intervals are hierarchical: seeds are drawn, and of each the same documents. Raises RunError as `differences`.
     """
-    draws: list[dict[str, tuple[Any, Any, Tensor]]] = []
-    for one, other in zip(ones, others, strict=True):
-        check_comparable(one, other)
+    for one in ones[1:]:
         check_comparable(ones[0], one)
-        rows = [_rows(runs_path, evaluation) for evaluation in (one, other)]
-        names = sorted(rows[0].keys() & rows[1].keys())
-        found = {name: (point(rows[0][name]), point(rows[1][name]), rows[0][name] - rows[1][name]) for name in names}
-        for name, (a, b, left) in _temporal_pairs(one, other).items():
-            if left is not None:
-                found[name] = (a, b, jackknife_draws(a - b, left))
-        draws.append(found)
+    seeds = [_pairs(runs_path, one, other) for one, other in zip(ones, others, strict=True)]
     paired = {}
-    for name in [name for name in draws[0] if all(name in found for found in draws)]:
-        a, b, rows = zip(*(found[name] for found in draws), strict=True)
+    for name in [name for name in seeds[0] if all(name in pairs for pairs in seeds)]:
+        pairs = [one[name] for one in seeds]
+        rows = [pair.rows() for pair in pairs]
         n_rows = min(map(len, rows))
-        mean = over_seeds(torch.stack([row[:n_rows] for row in rows]))
-        means = (None if None in values else sum(values) / len(values) for values in (a, b))
-        paired[name] = dict(zip(("a", "b"), means, strict=True)) | {
-            "difference": point(mean),
-            "interval": interval(mean),
-        }
+        over_all = over_seeds(torch.stack([row[:n_rows].double() for row in rows]))
+        paired[name] = Pair(_mean([pair.a for pair in pairs]), _mean([pair.b for pair in pairs]), over_all).shown()
     return paired
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def check_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -87,22 +102,29 @@ def check_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
             )
 
 
-def _temporal_pairs(
-    one: dict[str, Any], other: dict[str, Any]
-) -> dict[str, tuple[float | None, float | None, list[float] | None]]:
-    """(both values, their difference without each group of documents in turn, None where that is unknown) of the
-    measures on all latents, and on all but the widest; none if one was not measured.
-    """
+def _pairs(runs_path: Path, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Pair]:
+    check_comparable(one, other)
+    ours, theirs = (_rows(runs_path, evaluation) for evaluation in (one, other))
+    pairs = {
+        name: Pair(point(ours[name]), point(theirs[name]), ours[name] - theirs[name])
+        for name in sorted(ours.keys() & theirs.keys())
+    }
+    return pairs | _temporal_pairs(one, other)
+
+
+def _temporal_pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Pair]:
+    """Of the measures on all latents, and on all but the widest; none if one was not measured."""
     if not (one.get("temporal") and other.get("temporal")):
         return {}
-    pairs: dict[str, tuple[float | None, float | None, list[float] | None]] = {}
+    pairs: dict[str, Pair] = {}
     for group, ending in (("all", ""), (WITHOUT_WIDEST, f"_{WITHOUT_WIDEST}")):
         ours, theirs = (evaluation["temporal"]["groups"][group]["measures"] for evaluation in (one, other))
         for name in [name for name in ours if name in theirs and "replicates" in ours[name]]:
             a, b = ours[name]["value"], theirs[name]["value"]
             replicates = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
             known = a is not None and b is not None and all(None not in pair for pair in replicates)
-            pairs[name + ending] = (a, b, [first - second for first, second in replicates] if known else None)
+            left = [first - second for first, second in replicates] if known else None
+            pairs[name + ending] = Pair(a, b, left=left)
     return pairs
 
 

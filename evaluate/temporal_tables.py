@@ -7,6 +7,7 @@ import click
 
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST
 from tcsae.evaluate.measures.probes import DEFINITIONS as PROBES
+from tcsae.evaluate.measures.probes import EMA_DECAY
 from tcsae.evaluate.measures.temporal_figures import SPREAD
 from tcsae.evaluate.measures.temporal_run import SMOOTHED, WITHOUT_WIDEST
 from tcsae.shared.base.console import sparkline, table
@@ -29,7 +30,8 @@ LEGEND = (
     "lags 1 to 32.\n"
     "change/x: relative change, null not taken off (lower is slower; 1 = as fast as the model's activations).\n"
     "Jaccard: chance-corrected. join: AUC of joins of documents against restarts of the context inside one.\n"
-    f"Few latents can make what is pooled by variance: without widest leaves out the widest {WIDEST:.0%}. "
+    f"x smoothed: with a memory of {EMA_DECAY}. Few latents can make what is pooled by variance: without widest leaves "
+    f"out the widest {WIDEST:.0%}.\n"
     "A star: the 95% interval of value minus null leaves out zero."
 )
 BY_LATENT = ("pooled (null)", "median (null)", "mean latent", "without widest", "without position", "x itself")
@@ -45,7 +47,7 @@ def show_temporal(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     if not measured:
         return
     first = measured[0]["temporal"]
-    rows = [_summary("x itself", first["x"])]
+    rows = [_summary("x itself", first["x"]), _summary("x smoothed", first["x"]["smoothed"]["ema"])]
     for one in measured:
         for group, figures in one["temporal"]["groups"].items():
             if "rho_1" in figures["measures"]:

@@ -163,6 +163,8 @@ class Reference(NamedTuple):
 
     n_predictions: Float64[Tensor, " rows"]
     n_positions: Float64[Tensor, " rows"]
+    unigrams: Float64[Tensor, " rows"]
+    """Cross-entropy of the predicted tokens' frequencies (`unigram_losses`)."""
     clean: Losses
     ablation: Losses
     """Zeros at all positions."""
@@ -170,8 +172,6 @@ class Reference(NamedTuple):
     """Zeros at the replaced positions."""
     mean: Losses
     """The mean of the train split at the replaced positions."""
-    unigrams: Float64[Tensor, " rows"]
-    """Cross-entropy of the predicted tokens' frequencies (`unigram_losses`)."""
 
 
 def unigram_losses(split: Split, rules: CountingRules | int, n_documents: int) -> Float64[Tensor, " n_documents"]:
@@ -196,7 +196,7 @@ def resampled(
     per_document = torch.stack((*fixed, *(one for row in rows for one in row)), 1)
     n_predictions, n_positions, unigrams, *columns = resamplings.sums(per_document).unbind(1)
     summed = [Losses(*pair) for pair in zip(columns[::2], columns[1::2], strict=True)]
-    return Reference(n_predictions, n_positions, *summed[:4], unigrams), summed[4:]
+    return Reference(n_predictions, n_positions, unigrams, *summed[:4]), summed[4:]
 
 
 def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[str, Float64[Tensor, " rows"]]:
@@ -256,7 +256,7 @@ def load_reference(runs_path: Path, store: Store, split: str, settings: Settings
         if identity != _identity(store, split, settings) | {"digest": _digest(tensors)}:
             return None
         losses = [Losses(*tensors[name]) for name in LOSSES]
-        return Reference(tensors["n_predictions"], tensors["n_positions"], *losses, tensors["unigrams"])
+        return Reference(*(tensors[name] for name in COUNTS), *losses)
     except (OSError, KeyError, safetensors.SafetensorError):  # worked out again, then replaced
         return None
 

@@ -17,6 +17,7 @@ from tcsae.evaluate.measures.core import Code, join_codes, n_latents
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, Terms, latent_terms, pool, widest
 from tcsae.evaluate.measures.position_removed import position_removed
 from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
+from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
     NULL_DEFINITIONS,
@@ -101,7 +102,8 @@ class TemporalObserver:
         self.mean = mean.float()
         self._mean_there = self.mean.to(self.device)
         self.moments = XMoments(len(mean), self.device)
-        self.x = Collector(len(mean), self.layout, self.device)
+        self.x, self.smooth_x = (Collector(len(mean), self.layout, self.device) for _ in range(2))
+        self._kernel = smoothing_kernel(Smoothing(EMA, probes.EMA_DECAY), split.store.sequence_length).to(self.device)
         self.systems: dict[int, Collector] = {}
         self.read: dict[int, list[Code]] = {}
         self.probe_draws: dict[int, dict[str, Float64[Tensor, " n_rows"]]] = {}
@@ -118,6 +120,7 @@ class TemporalObserver:
         if self.view.n:
             self.moments.add(self.view, centred)
         self.x.add(self.view, centred)
+        self.smooth_x.add(self.view, self._smoothed(centred))
         self.read.setdefault(-1, []).append(centred[self.rows])
 
     def see(self, system: int, code: Code) -> None:
@@ -132,7 +135,14 @@ class TemporalObserver:
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A batch that another process adds up."""
         self.view = self.layout.view(batch).to(self.device)
-        self.x.pass_over(self.view, x - self._mean_there)
+        centred = x - self._mean_there
+        self.x.pass_over(self.view, centred)
+        self.smooth_x.pass_over(self.view, self._smoothed(centred))
+
+    def _smoothed(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """With an exponential memory along each run of counted positions: what any slowness has to beat."""
+        assert self.view is not None
+        return filtered_rows(x, torch.bincount(self.view.sequence.cpu()).tolist(), self._kernel)
 
     def pass_over(self, system: int, code: Code) -> None:
         """A system's code of the batch last looked back at."""
@@ -148,7 +158,7 @@ class TemporalObserver:
     @torch.inference_mode()
     def add_up(self, part: Part, widths: Sequence[int]) -> None:
         """Bring together in rank 0 what all processes have seen; `widths` are the systems' numbers of latents."""
-        collectors = [self.x, *(self._collector(i, width) for i, width in enumerate(widths))]
+        collectors = [self.x, self.smooth_x, *(self._collector(i, width) for i, width in enumerate(widths))]
         for each in collectors:
             each.to_cpu()
         self.read = {system: [code.to("cpu") for code in codes] for system, codes in self.read.items()}
@@ -192,21 +202,24 @@ class TemporalObserver:
 
     @cached_property
     def of_x(self) -> dict[str, Any]:
-        """The same of x itself, as far as they have a meaning there: no latent of it fires."""
-        everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
-        rows, curves = self._rows(self.x.sums, {"all": everything}, None)["all"].values()
-        rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
-        smoothed = {}
+        """The same of x itself; below "smoothed" of x with a memory, and the probes of `probes.smoothed`."""
+        of_x, smoothed = self._of_activations(self.x), {"ema": self._of_activations(self.smooth_x)}
         if self.plan:
-            x = probes.widest(join_codes(self.read[-1]), everything)
-            rows |= probes.probe(self.plan, x)[0]
+            x = probes.widest(join_codes(self.read[-1]), torch.ones(len(self.mean), dtype=torch.bool))
+            of_x["measures"] |= probes.probe(self.plan, x)[0]
             for name, smooth in probes.smoothed(self.plan, x).items():
-                smoothed[name] = {"measures": probes.probe(self.plan, smooth)[0]}
+                smoothed.setdefault(name, {"measures": {}})["measures"] |= probes.probe(self.plan, smooth)[0]
+        return of_x | {"smoothed": smoothed}
+
+    def _of_activations(self, collector: Collector) -> dict[str, Any]:
+        """As far as measures have a meaning there: no dimension of x fires."""
+        everything = torch.ones(len(self.mean), dtype=torch.bool)
+        rows, curves = self._rows(collector.sums, {"all": everything}, None)["all"].values()
+        rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
         return {
             "measures": rows,
             "curves": {name: curve for name, curve in curves.items() if name in rows},
-            "position_removed": self._position_removed(self.x),
-            "smoothed": smoothed,
+            "position_removed": self._position_removed(collector),
         }
 
     def _position_removed(self, collector: Collector) -> dict[str, float | None]:
