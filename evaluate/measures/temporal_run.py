@@ -168,12 +168,16 @@ class TemporalObserver:
             system: [code for one in read for code in one.get(system, [])] for system in range(-1, len(widths))
         }
 
+    def sample(self, system: int) -> Code | None:
+        """A system's code of the tokens that probes read; None where there are none."""
+        return join_codes(self.read[system]) if self.plan and self.read.get(system) else None
+
     def measures(self, system: int, config: SaeConfig) -> dict[str, Any]:
         """All measures of a system, as eval.json has them."""
         sums = self.systems[system].sums
         whole = sums.without(None)
         groups = latent_groups(config, whole.active[0]) | {WITHOUT_WIDEST: ~widest(pool(whole).variance)}
-        code = join_codes(self.read[system]) if self.read.get(system) else None
+        code = self.sample(system)
         measured = self._rows(sums, groups, config.k)
         measured["all"]["position_removed"] = self._position_removed(self.systems[system])
         if self.plan and code is not None:
