@@ -16,6 +16,11 @@ from tcsae.evaluate.measures.latent_terms import Ratio
 from tcsae.evaluate.measures.positions import LAGS
 from tcsae.evaluate.measures.temporal_sums import PositionSums, TemporalSums
 
+RULE = (
+    "once the mean by position is taken out of the code: correlations of f less its document's mean, given the first "
+    "token's position; the others of f less its mean at the position; no interval"
+)
+
 
 def position_removed(positions: PositionSums, sums: TemporalSums) -> dict[str, float]:
     """Measures pooled over latents; `sums` are of all groups of documents added up, with an axis of one."""

@@ -76,18 +76,20 @@ DEFINITIONS = {
     f"k = 1..{N_LAGS}, pooled and median over latents with at least {MIN_FIRINGS} firings",
     "rho_1_within": "the same around the document's own mean",
     f"rho_{FAR}_within": f"the same at k = {FAR}; its null is that of k = 1, as permuted positions know no lag",
-    "slowness": "sum over latents of E(f_t+1 - f_t)^2 / (2 sum of var(f)): 1 for a code without memory",
-    "slowness_to_x": "slowness over that of x itself",
+    "slowness": "sum over latents of E(f_t+1 - f_t)^2 / (2 sum of var(f)): 1 for a code without memory, less where "
+    "documents differ, as its null says",
+    "slowness_to_x": "relative change: slowness over that of x itself; lower is slower, 1 = as fast as x",
     "slowness_to_pca": "slowness over that of x on as many principal components as the SAE has active latents",
     "dwell": "mean length of a latent's runs of firing, over what firing without memory at the same rates gives",
     "dwell_median": "median over latents of (1 - p) / (1 - q): p firing rate, q the chance to fire again",
-    "dwell_mean": "mean of the same",
+    "dwell_mean": "unweighted mean of the same",
     "position_share": "share of the code's variance that lies between absolute positions (at most "
     f"{N_LABELS} bins), pooled over latents; bias-corrected: 1 - (1 - eta^2)(N - 1) / (N - P)",
     "token_share": f"the same between the {N_LABELS} most frequent token ids, over their tokens",
     "document_share": "the same between documents",
     "boundary_auc": "chance that |f - f'|^2 / (|f|^2 + |f'|^2) is larger across a document join (last token, first of "
-    "the next document) than between adjacent tokens; null: than between permuted ones",
+    "the next document) than between adjacent tokens; null: than between permuted ones. Of x it depends on the "
+    "centre: the train mean",
     "restart_auc": "the same across a restart, from the last token of a sequence to the first of the next one of the "
     "same document: there, too, the context begins anew and the position jumps",
     "join_auc": "chance that it is larger across a document join than across a restart inside a document: what is left "
@@ -96,11 +98,11 @@ DEFINITIONS = {
     "adjacent_difference": "E|f_t+1 - f_t|^2: the paper's loss at w = 2; halving the code quarters it and moves no "
     "other measure",
 }
-for _name in SPREAD:
-    for _ending, _what in ((MEDIAN, "median"), (MEAN, "unweighted mean")):
-        DEFINITIONS.setdefault(
-            _name + _ending, f"{_what} over latents with at least {MIN_FIRINGS} firings of each one's {_name}"
-        )
+DEFINITIONS = {
+    f"{name}{ending}": f"{what} over latents with at least {MIN_FIRINGS} firings of each one's {name}"
+    for name in SPREAD
+    for ending, what in ((MEDIAN, "median"), (MEAN, "unweighted mean"))
+} | DEFINITIONS
 
 
 class Measures(NamedTuple):

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.intervals import jackknife
-from tcsae.evaluate.measures import probes, temporal_figures
+from tcsae.evaluate.measures import position_removed, probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import Code, join_codes, n_latents
-from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, Terms, latent_terms, pool, widest
-from tcsae.evaluate.measures.position_removed import position_removed
+from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST, Terms, latent_terms, pool, widest
 from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
 from tcsae.evaluate.measures.temporal_figures import (
@@ -200,6 +199,8 @@ class TemporalObserver:
             },
             "interval_rule": INTERVAL_RULE,
             "pairs": PAIRS_RULE,
+            "group_rule": f"{WITHOUT_WIDEST}: all latents but the {WIDEST:.0%} of largest variance",
+            "position_rule": position_removed.RULE,
             "nulls": NULLS | dict.fromkeys(probes.DEFINITIONS, COMMONEST),
             "null_definitions": NULL_DEFINITIONS,
         }
@@ -228,7 +229,9 @@ class TemporalObserver:
 
     def _position_removed(self, collector: Collector) -> dict[str, float | None]:
         """What is left of measures once the mean by position is taken out, of a code and of x alike."""
-        ours, of_x = (position_removed(one.positions, one.sums.without(None)) for one in (collector, self.x))
+        ours, of_x = (
+            position_removed.position_removed(one.positions, one.sums.without(None)) for one in (collector, self.x)
+        )
         ours["slowness_to_x"] = ours["slowness"] / of_x["slowness"] if of_x["slowness"] else torch.nan
         return {name: _json(ours[name]) for name in POSITION_REMOVED}
 
