@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate import batches
-from tcsae.evaluate.measures import code_ops
-from tcsae.evaluate.measures.position_removed import position_removed
+from tcsae.evaluate.measures import code_ops, position_removed
 from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
@@ -151,7 +150,7 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
 def test_the_mean_by_position_is_taken_out(dense):
     split, skip_first = FakeSplit(2), 1
     collector = collect(split, skip_first, dense)
-    figures = position_removed(collector.positions, collector.sums.without(None))
+    figures = position_removed.figures(collector.positions, collector.sums.without(None))
     f, position, _, document = (np.array(one) for one in zip(*naive_tokens(split, skip_first), strict=True))
 
     def centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:

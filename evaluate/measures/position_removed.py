@@ -22,7 +22,7 @@ RULE = (
 )
 
 
-def position_removed(positions: PositionSums, sums: TemporalSums) -> dict[str, float]:
+def figures(positions: PositionSums, sums: TemporalSums) -> dict[str, float]:
     """Measures pooled over latents; `sums` are of all groups of documents added up, with an axis of one."""
     n, n_pairs = positions.n.sum(), sums.n_pairs[0]
     within = sums.squares[0] - sums.between[0] - _square(positions.w, positions.n)

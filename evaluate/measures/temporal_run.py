@@ -229,9 +229,7 @@ class TemporalObserver:
 
     def _position_removed(self, collector: Collector) -> dict[str, float | None]:
         """What is left of measures once the mean by position is taken out, of a code and of x alike."""
-        ours, of_x = (
-            position_removed.position_removed(one.positions, one.sums.without(None)) for one in (collector, self.x)
-        )
+        ours, of_x = (position_removed.figures(one.positions, one.sums.without(None)) for one in (collector, self.x))
         ours["slowness_to_x"] = ours["slowness"] / of_x["slowness"] if of_x["slowness"] else torch.nan
         return {name: _json(ours[name]) for name in POSITION_REMOVED}
 
