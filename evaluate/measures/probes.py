@@ -32,7 +32,9 @@ MAX_DOCUMENTS, MAX_TOKENS = 128, 128
 GAP = 16
 MIN_TOKENS = 3 * GAP
 MAX_LATENTS = 512
-"""Latents that are read, those of largest variance where there are more: bounds the time."""
+"""Latents that are read, those of largest variance where there are more: bounds the time. Reading all 4,096 of a TopK
+SAE took 15 s a probe in place of 0.3, and named .251 of documents in place of .211 (x itself: .274).
+"""
 SLICE = 512
 """Tokens squared at a time: 1 MB."""
 N_TOKEN_IDS, N_POSITION_BINS = 100, 8
