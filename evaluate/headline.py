@@ -33,6 +33,20 @@ MAIN = (
     "probe_position",
 )
 """Figures of a comparison that are printed without --details: one of each kind."""
+NAMES = {
+    "ce_loss_increase": "delta CE, nats a token",
+    "ce_loss_score_mean": "recovered of the gap to mean ablation",
+    "dead_fraction": "share of latents never on in eval",
+    "jaccard_corrected": "chance-corrected Jaccard",
+    POOLED: "within-document autocorrelation, variance-weighted",
+    MEDIAN: "the same of the median latent",
+    "rho_8_within": "the same at lag 8, variance-weighted",
+    "rho_8_within_without_widest": "the same without the widest 1%",
+    "slowness_to_x": "relative change (lower is slower; 1 = as fast as x)",
+    "slowness_to_x_without_widest": "the same without the widest 1%",
+    "join_auc": "joins of documents against restarts, AUC",
+}
+"""Of figures as a comparison prints them, where the key of eval.json is no name."""
 
 
 def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[object]]:

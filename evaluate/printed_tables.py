@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
-from tcsae.evaluate.headline import MAIN
+from tcsae.evaluate.headline import MAIN, NAMES
 from tcsae.evaluate.intervals import interval, jackknife, jackknife_draws, over_seeds, point
 from tcsae.evaluate.measures.temporal_run import WITHOUT_WIDEST
 from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
@@ -118,7 +118,9 @@ def _temporal_pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Pai
         return {}
     pairs: dict[str, Pair] = {}
     for group, ending in (("all", ""), (WITHOUT_WIDEST, f"_{WITHOUT_WIDEST}")):
-        ours, theirs = (evaluation["temporal"]["groups"][group]["measures"] for evaluation in (one, other))
+        ours, theirs = (
+            evaluation["temporal"]["groups"].get(group, {"measures": {}})["measures"] for evaluation in (one, other)
+        )
         for name in [name for name in ours if name in theirs and "replicates" in ours[name]]:
             a, b = ours[name]["value"], theirs[name]["value"]
             replicates = list(zip(ours[name]["replicates"], theirs[name]["replicates"], strict=True))
@@ -139,12 +141,15 @@ def difference_table(
     out zero. Without `details` only `headline.MAIN`, and of these no figures that are equal.
     """
     rows = []
-    for name, figure in paired.items():
+    for name in sorted(paired, key=lambda name: MAIN.index(name) if name in MAIN else len(MAIN)):
+        figure = paired[name]
         if not details and (name not in MAIN or figure["difference"] in (0, None)):
             continue
         interval = figure["interval"]
         star = "*" if interval and not interval[0] <= 0 <= interval[1] else ""
-        rows.append([name, figure["a"], figure["b"], figure["difference"], *(interval or (None, None)), star])
+        rows.append(
+            [NAMES.get(name, name), figure["a"], figure["b"], figure["difference"], *(interval or (None, None)), star]
+        )
     columns = ("", one["name"], other["name"], "difference", "95% from", "to", "")
     seeds = f" and {n_seeds} seeds" if n_seeds > 1 else ""
     title = f"{one['name']} minus {other['name']}, paired over {one['n_documents']:,} documents{seeds}"
