@@ -1,0 +1,63 @@
+"""The tail on changed activations: what the language model would have said, beside what it says.
+
+The layers after the hook are run on x + delta, one row for each change of one sequence, all rows of a sequence beside
+the same clean one. Attention is causal, so positions before a change are clean, and nothing is left out: the result is
+exact for the stored activations.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tcsae.shared.lm.tail import Tail
+
+BATCH_TOKENS = 4096
+"""Positions that the tail is given at a time, at most (or one sequence)."""
+
+
+class Compared(NamedTuple):
+    """Some positions of some changed rows, with the log-probabilities of the next token."""
+
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    clean: Float[Tensor, "n vocabulary"]
+    patched: Float[Tensor, "n vocabulary"]
+
+    @property
+    def kl(self) -> Float[Tensor, " n"]:
+        """KL(clean || patched) in nats, at least 0."""
+        return (self.clean.exp() * (self.clean - self.patched)).sum(-1).clamp(min=0)
+
+    def ce_change(self, targets: Int[Tensor, " n_targets"]) -> Float[Tensor, " n"]:
+        """Rise of the cross-entropy in nats; 0 where no target follows. `targets` are of the whole sequence."""
+        has_target = self.position < len(targets)
+        chosen = targets.to(self.position.device)[self.position.clamp(max=max(0, len(targets) - 1))][:, None]
+        change = (self.clean.gather(1, chosen) - self.patched.gather(1, chosen)).squeeze(1)
+        return torch.where(has_target, change, 0.0)
+
+
+@torch.inference_mode()
+def compared(
+    tail: Tail,
+    x: Float[Tensor, "length d_model"],
+    deltas: Float[Tensor, "m length d_model"],
+    first: Int[Tensor, " m"],
+    stop: Int[Tensor, " m"],
+) -> Iterator[Compared]:
+    """One sequence with each of m changes alone, compared at positions first..stop-1 of each, a few at a time."""
+    longest = int(stop.max())
+    x = x[:longest].to(tail.device, torch.float32)
+    clean = tail.unembed(tail.hidden(x[None])[0]).log_softmax(-1)
+    per_batch = max(1, BATCH_TOKENS // longest)
+    for start in range(0, len(deltas), per_batch):
+        part = slice(start, start + per_batch)
+        hidden = tail.hidden(x + deltas[part, :longest].to(tail.device))
+        counts = stop[part] - first[part]
+        row = torch.arange(len(counts)).repeat_interleave(counts)
+        position = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row] + first[part][row]
+        row, position = row.to(tail.device), position.to(tail.device)
+        for block, (logits,) in tail.slices(hidden[row, position]):
+            yield Compared(row[block] + start, position[block], clean[position[block]], logits.log_softmax(-1))
