@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tcsae.evaluate import headline, printed_tables
+from tcsae.evaluate.latents.parts import DEFINITIONS as LATENTS
 from tcsae.evaluate.measures.registry import MEASURES
 from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
 
@@ -29,6 +30,7 @@ SHOWN = {
     "eval's measures": list(printed_tables.SUMMARY.values()),
     "eval --details": ["value", "null", "difference", "95% from", "to", "null is"],
     "measures of codes": [name.replace("_", " ") for one in MEASURES.values() for name in one(4).figures()],
+    "latents": [name for part in LATENTS.values() for name in part],
     "compare": list(headline.COLUMNS),
     "train": columns("train/command.py"),
     "train --dry-run": ["run", "latents", "steps", "tokens", "epochs", "ms a step"],

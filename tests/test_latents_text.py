@@ -48,7 +48,7 @@ def sequences(tmp_path_factory):
 
 
 def sae(absorbs: bool) -> SparseAutoencoder:
-    """A latent for each dimension; if it absorbs, that of "a" is off where one of its own ids' is on, which says both."""
+    """A latent for each dimension; if it absorbs, that of "a" is off where that of an id is on, which says both."""
     one = SparseAutoencoder(SaeConfig(d_model=D, d_sae=D, activation="relu"))
     encoder, decoder = torch.eye(D), torch.eye(D)
     if absorbs:
@@ -84,6 +84,7 @@ def test_labels_of_permuted_ids_are_no_latents(sequences):
         frequent = token_labels(sequences.tokens.ids, labels, train)
         of_a[name] = splitting(Coded(sequences, sae(False)), frequent, train)["labels"]["first_letter_a"]
     assert of_a["real"]["label_f1"] == 1 and of_a["null"]["label_f1"] < 0.75
+    assert of_a["real"]["absorption"] == 0 and of_a["null"]["absorption"] is None
 
 
 def test_the_best_threshold_is_the_best():

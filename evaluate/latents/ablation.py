@@ -4,7 +4,7 @@ An ablated latent's contribution, its code times its decoder row, is taken from 
 reconstruct stays (the error term of sparse feature circuits, arXiv:2403.19647): the loss is of the latent alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ DEFINITIONS = {
     "later_share": f"share of the KL of the {LAGS + 1} tokens that lies after the first, ablated at that one alone",
 }
 
-Latents = Sequence[int] | Int[ndarray, " m"]
+Latents = Sequence[int]
 
 
 def ev_lost(coded: Coded) -> Float[ndarray, " d_sae"]:
@@ -53,6 +53,7 @@ class Ablated(NamedTuple):
     ce: Float[ndarray, " n_items"]
     """Nats a prediction."""
     ce_per_firing: Float[ndarray, " n_items"]
+    """NaN for what is never on."""
     kl: Float[ndarray, " n_items"]
     """Nats a counted token."""
     n_sequences: Int[ndarray, " n_items"]
@@ -61,11 +62,9 @@ class Ablated(NamedTuple):
     """Of those, run through the tail."""
 
 
-def ablated(
-    coded: Coded, tail: Tail, items: Sequence[Latents], most: int, advance: Callable[[int], None] = lambda _: None
-) -> Ablated:
+def ablated(coded: Coded, tail: Tail, items: Sequence[Latents], most: int) -> Ablated:
     """Ablate each item on all tokens. At most `most` sequences of an item are run, evenly spaced among those in which
-    it is on: elsewhere nothing changes. `advance` gets the number of changed rows of each sequence.
+    it is on: elsewhere nothing changes.
     """
     sequences = coded.sequences
     sums = np.zeros((3, len(items)))  # cross-entropy, KL, firings
@@ -86,11 +85,10 @@ def ablated(
             for total, values in zip(sums, (block.ce_change(targets), block.kl), strict=False):
                 np.add.at(total, at, values.double().cpu().numpy())
         sums[2, number] += (deltas != 0).any(2).sum(1).numpy()
-        advance(len(here))
     scale = n_sequences / np.maximum(n_seen, 1)
     return Ablated(
         ce=sums[0] * scale / max(1, sequences.n_predictions),
-        ce_per_firing=sums[0] / np.maximum(sums[2], 1),
+        ce_per_firing=np.where(sums[2] > 0, sums[0] / np.maximum(sums[2], 1), np.nan),
         kl=sums[1] * scale / max(1, len(sequences.sequence)),
         n_sequences=n_sequences,
         n_seen=n_seen,

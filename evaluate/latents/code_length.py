@@ -1,8 +1,8 @@
 """Description length: bits that a code takes to send, at next to no more error than it has.
 
-Each latent's values are rounded to multiples of one step (in units of the reconstruction), and sent by an ideal code for
-their frequencies, zero included, latent by latent (MDL-SAEs, arXiv:2410.11179). The step is the one at which rounding
-adds ROUNDING to the squared error; so SAEs of any L0 and any activation are compared in one unit.
+Each latent's values are rounded to multiples of one step (in units of the reconstruction), and sent by an ideal code
+for their frequencies, zero included, latent by latent (MDL-SAEs, arXiv:2410.11179). The step is the one at which
+rounding adds ROUNDING to the squared error; so SAEs of any L0 and any activation are compared in one unit.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def code_length(coded: Coded) -> dict[str, float | None]:
     rounded.data = (sizes * step / np.maximum(norms[added.indices], 1e-12)).astype(added.data.dtype)
     left = coded.error + (added - rounded) @ coded.rows
     error_after = float(np.square(left, dtype=np.float64).sum()) / n
-    shown = csr_array((sizes != 0, added.indices, added.indptr), shape=added.shape)
+    shown = csr_array((sizes != 0, added.indices, added.indptr), shape=added.shape, copy=True)
     shown.eliminate_zeros()
     total, pattern = value_bits(added.indices, sizes, n), pattern_bits(shown)
     return {

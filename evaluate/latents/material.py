@@ -62,7 +62,7 @@ class Sequences:
 
 
 class Coded:
-    """One SAE on the counted tokens: its code, what each entry adds to the reconstruction, and what that leaves of x."""
+    """One SAE on the counted tokens: its code, what entries add to the reconstruction, and what that leaves of x."""
 
     def __init__(self, sequences: Sequences, sae: SparseAutoencoder) -> None:
         self.sequences, self.sae = sequences, sae
@@ -72,8 +72,9 @@ class Coded:
         code = output.code
         assert isinstance(code, SparseCode), "dense codes are refused before"
         values, latents, offsets = (one.numpy() for one in (code.values, code.latents, code.offsets))
-        self.code = csr_array((values, latents, offsets), shape=(len(x), code.d_sae))
-        self.code.eliminate_zeros()
+        on = values != 0  # a top-k that found fewer than k has explicit zeros
+        counts = np.append(0, on.cumsum())[offsets]
+        self.code = csr_array((values[on], latents[on], counts), shape=(len(x), code.d_sae))
         self.code.sort_indices()
         self.error: Float[ndarray, "n d_model"] = (x - output.x_hat).numpy()
         self._gain = self._gain_of(x)
@@ -117,15 +118,13 @@ class Coded:
     def live(self) -> Int[ndarray, " n_live"]:
         return np.flatnonzero(self.n_firings >= MIN_FIRINGS)
 
-    def firing(self, latents: Sequence[int] | Int[ndarray, " m"]) -> Int[ndarray, " n_firing"]:
+    def firing(self, latents: Sequence[int]) -> Int[ndarray, " n_firing"]:
         """Tokens on which any of some latents is on, ascending."""
         columns = [
             self.by_latent.indices[self.by_latent.indptr[one] : self.by_latent.indptr[one + 1]] for one in latents
         ]
         return np.unique(np.concatenate(columns)) if columns else np.zeros(0, np.int64)
 
-    def contribution(
-        self, latents: Sequence[int] | Int[ndarray, " m"], first: int, stop: int
-    ) -> Float[ndarray, "n_tokens d_model"]:
+    def contribution(self, latents: Sequence[int], first: int, stop: int) -> Float[ndarray, "n_tokens d_model"]:
         """What some latents add to the reconstruction of tokens first..stop-1."""
         return self.added[first:stop][:, np.asarray(latents)].toarray() @ self.rows[np.asarray(latents)]

@@ -30,8 +30,8 @@ DEFINITIONS = {
     "auc_ngram": f"the same from the last {N_GRAMS} ids",
     "auc_text": "the same from these and from labels of the text (see `tcsae probe`)",
     "readable": f"share of latents with an auc_text above {NAMED}",
-    "intruder": "share of trials in which the one of five contexts in which the latent is off is the one least like the "
-    "others (words of the last 8 tokens); chance is .2",
+    "intruder": "share of trials in which, of five contexts, the one with the latent off is least like the others "
+    "(words of the last 8 tokens); chance is .2",
 }
 
 

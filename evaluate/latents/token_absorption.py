@@ -23,7 +23,8 @@ GAIN = 0.03
 """F1 that another latent must add to count as part of a split: SAEBench's."""
 ABSORBED = 0.4
 """Share of what is reconstructed along the label's direction that one other latent must carry: SAEBench's."""
-MIN_F1 = 0.5
+MIN_F1, ABOVE_ALWAYS = 0.5, 0.1
+"""F1 from which on a label counts as one that latents stand for, and how far above that of always saying it."""
 
 DEFINITIONS = {
     "labels": "labels of token ids (first letter, leading space, digit) that are frequent enough",
@@ -33,7 +34,7 @@ DEFINITIONS = {
     "splits": "latents that a label is split into: as many as each add that much; mean over labels",
     "absorption": "share of a label's tokens, of those that the probe on x gets right, on which all of these latents "
     f"are off while one other carries {ABSORBED:.0%} or more of what is reconstructed along the probe; mean over "
-    f"labels with a split_f1 of {MIN_F1} or more",
+    f"labels with a split_f1 of {MIN_F1} or more, {ABOVE_ALWAYS} above that of always saying the label",
 }
 
 
@@ -120,8 +121,8 @@ def _of_label(
     n_split = 1
     while n_split < len(f1s) and f1s[n_split] - f1s[n_split - 1] >= GAIN:
         n_split += 1
-    absorbed = None
-    if f1s[n_split - 1] >= MIN_F1 and right.any():
+    absorbed, always = None, f1(np.ones_like(tested), tested)
+    if f1s[n_split - 1] >= max(MIN_F1, always + ABOVE_ALWAYS) and right.any():
         carried = _carried_by_one(coded, np.flatnonzero(test)[right], direction, ranked[:n_split])
         absorbed = float((carried >= ABSORBED).mean())
     return {

@@ -1,0 +1,216 @@
+"""The parts of `tcsae latents`: rows of figures (the SAE's and its nulls') and columns for single latents."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.sparse import csr_array
+
+from tcsae.evaluate.dictionary.cofiring import COFIRING, cofiring, shifted
+from tcsae.evaluate.dictionary.similarity import REDUNDANCY, redundancy
+from tcsae.evaluate.latents import ablation, code_length, predictability, steering, token_absorption
+from tcsae.evaluate.latents.intruder import intruder
+from tcsae.evaluate.latents.material import Coded
+from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, TEXT, TOKENS
+from tcsae.evaluate.latents.shared_inputs import Chosen, SharedInputs
+
+SAE = "SAE"
+"""The row of the SAE itself; the others are what it is compared with."""
+N_RANDOM = 4
+"""Random directions that are steered along."""
+N_NULL = 16
+"""Latents whose firings are shifted for the null of predictability."""
+
+EFFECT_FIGURES = {
+    "ev_lost": ablation.DEFINITIONS["ev_lost"] + "; median over live latents",
+    "harmful": "share of live latents without which explained variance would be higher",
+    "ce_lost": ablation.DEFINITIONS["ce_lost"] + "; median over the latents looked at",
+    "ce_lost_per_firing": ablation.DEFINITIONS["ce_lost_per_firing"] + "; median",
+    "kl_after": f"KL divergence at a token and the {ablation.LAGS} after it, summed, in nats, with a latent that is on "
+    "taken from x at that token alone; median over latents",
+    "kl_after_span": "the same with it taken away wherever it is on at those tokens",
+    "later_share": "share of kl_after that lies after the token itself; median",
+    **{name: text for name, text in steering.DEFINITIONS.items() if name.startswith("steer")},
+}
+DEFINITIONS: dict[str, Mapping[str, str]] = {
+    EFFECTS: EFFECT_FIGURES,
+    BITS: code_length.DEFINITIONS,
+    REPEATS: REDUNDANCY | COFIRING,
+    TOKENS: token_absorption.DEFINITIONS,
+    TEXT: predictability.DEFINITIONS,
+}
+"""{part: {figure: what it is}}."""
+TITLES = {
+    EFFECTS: "What its latents are for: ablated and steered, through the tail",
+    BITS: "How short its code is, in bits a token",
+    REPEATS: "How much of it repeats",
+    TOKENS: "Whether it splits and absorbs what token ids say",
+    TEXT: "Whether text says when its latents fire",
+}
+
+Rows = dict[str, dict[str, float | None]]
+
+
+def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any]:
+    """Ablation and steering; without a tail what reconstruction loses alone."""
+    lost = ablation.ev_lost(coded)
+    live = coded.live
+    figures: dict[str, float | None] = dict.fromkeys(EFFECT_FIGURES)
+    figures["ev_lost"], figures["harmful"] = median(lost[live]), mean(lost[live] < 0)
+    latents = chosen.all
+    share = coded.widths / max(coded.widths.sum(), 1e-30)
+    columns: dict[str, Any] = {
+        "latent": latents.tolist(),
+        "is_sample": [True] * len(chosen.sample) + [False] * len(chosen.widest),
+        "density": (coded.n_firings[latents] / coded.code.shape[0]).tolist(),
+        "width_share": share[latents].tolist(),
+        "ev_lost": lost[latents].tolist(),
+    }
+    if shared.tail is None or not len(latents):
+        return {"rows": {SAE: figures}, "columns": columns, "note": shared.no_tail or "No latent is live."}
+    rows, more = _through_the_tail(shared, coded, chosen)
+    return {"rows": {SAE: figures | rows.pop(SAE), **rows}, "columns": columns | more, "note": None}
+
+
+def _through_the_tail(shared: SharedInputs, coded: Coded, chosen: Chosen) -> tuple[Rows, dict[str, Any]]:
+    sequences, tail, budget = coded.sequences, shared.tail, shared.request.budget
+    assert tail is not None
+    latents, n_sample = chosen.all, len(chosen.sample)
+    items = [*([one] for one in latents.tolist()), chosen.together.tolist()]
+    everywhere = ablation.ablated(coded, tail, items, budget.sequences)
+    kl = ablation.kl_after(coded, tail, items, budget.events, shared.request.seed)
+    later = ablation.later_share(kl[:, 0])
+    rng = np.random.default_rng(shared.request.seed)
+    random = rng.standard_normal((N_RANDOM, coded.rows.shape[1]), np.float32)
+    at = steering.places(sequences, budget.places, shared.request.seed)
+    steered = steering.steered(sequences, tail, np.concatenate([coded.rows[latents], random]), at) if at else None
+    after = np.nansum(kl, -1)
+    after[np.isnan(kl).all(-1)] = np.nan
+    sample = slice(0, n_sample)
+    rows: Rows = {
+        SAE: {
+            "ce_lost": median(everywhere.ce[sample]),
+            "ce_lost_per_firing": median(everywhere.ce_per_firing[sample]),
+            "kl_after": median(after[sample, 0]),
+            "kl_after_span": median(after[sample, 1]),
+            "later_share": median(later[sample]),
+        },
+        "the widest 1% at once": {
+            "ce_lost": float(everywhere.ce[-1]),
+            "ce_lost_per_firing": float(everywhere.ce_per_firing[-1]),
+            "kl_after": number(after[-1, 0]),
+            "kl_after_span": number(after[-1, 1]),
+            "later_share": number(later[-1]),
+        },
+        "random directions": {
+            "kl_after": median(after[sample, 2]),
+            "later_share": median(ablation.later_share(kl[sample, 2])),
+        },
+    }
+    columns: dict[str, Any] = {
+        "ce_lost": everywhere.ce[:-1],
+        "ce_lost_per_firing": everywhere.ce_per_firing[:-1],
+        "kl": everywhere.kl[:-1],
+        "sequences_seen": everywhere.n_seen[:-1],
+        "sequences": everywhere.n_sequences[:-1],
+        "later_share": later[:-1],
+    }
+    columns |= {f"kl_{kind}": kl[:-1, i] for i, kind in enumerate(ablation.KINDS)}
+    if steered is not None:
+        share = ablation.later_share(steered.kl)
+        steer = {"strength": steered.strength, "later_share": share, "side_effect": steered.side_effect}
+        steer["kl"] = steered.kl[:, 0]
+        rows[SAE] |= {f"steer_{name}": median(values[:n_sample]) for name, values in steer.items()}
+        rows["random directions"] |= {f"steer_{name}": median(values[-N_RANDOM:]) for name, values in steer.items()}
+        columns |= {f"steer_{name}": values[:-N_RANDOM] for name, values in steer.items()}
+    columns = {name: plain(values) for name, values in columns.items()}
+    if steered is not None:
+        for i, name in enumerate(("promoted", "promoted_after")):
+            columns[name] = [shared.token_text(one) for one in steered.promoted[:-N_RANDOM, i]]
+    return rows, columns
+
+
+def bits(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any]:  # noqa: ARG001
+    """Description length."""
+    return {"rows": {SAE: code_length.code_length(coded)}, "columns": {}, "note": None}
+
+
+def repeats(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any]:  # noqa: ARG001
+    """Redundancy of decoder and code."""
+    null = cofiring(shifted(coded.code, shared.request.seed))
+    rows = {SAE: redundancy(coded.rows) | cofiring(coded.code), "shifted in time": null}
+    return {"rows": rows, "columns": {}, "note": None}
+
+
+def of_tokens(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any]:  # noqa: ARG001
+    """Splitting and absorption."""
+    if shared.texts is None:
+        return {"rows": {}, "columns": {}, "note": "The store keeps no tokenizer: what its ids spell is not known."}
+    labels, ids = token_absorption.id_labels(shared.texts), shared.sequences.tokens.ids
+    rows, held = {}, {}
+    for name, of_id in ((SAE, labels), ("ids permuted", token_absorption.permuted_ids(labels, shared.request.seed))):
+        frequent = token_absorption.token_labels(ids, of_id, shared.train)
+        measured = token_absorption.splitting(coded, frequent, shared.train)
+        rows[name] = measured["figures"]
+        held[name] = measured["labels"]
+    note = None if held[SAE] else "No label of token ids has enough tokens in each half of the documents."
+    return {"rows": rows, "columns": {}, "labels": held[SAE], "note": note}
+
+
+def of_text(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any]:
+    """Predictability and intruders, of the latents, of the same shifted in time, and of dimensions of x."""
+    documents = shared.sequences.tokens.documents
+    firings = {
+        SAE: csr_array(coded.code[:, chosen.all]),
+        "shifted in time": shifted(csr_array(coded.code[:, chosen.sample[:N_NULL]]), shared.request.seed),
+        "dimensions of x": shared.x_firings,
+    }
+    rows: Rows = {}
+    columns: dict[str, Any] = {"latent": chosen.all.tolist()}
+    for name, on in firings.items():
+        if name in shared.rows_of_x:
+            rows[name] = shared.rows_of_x[name]
+            continue
+        aucs, shares = predictability.predicted(shared.contexts, on), intruder(shared.vectors, on, documents)
+        n = len(chosen.sample) if name == SAE else on.shape[1]
+        few = predictability.Predicted(*(one[:n] for one in aucs))
+        rows[name] = predictability.summary(few) | {"intruder": mean(shares[:n])}
+        if name == SAE:
+            columns |= {f"auc_{key}": plain(values) for key, values in aucs._asdict().items()}
+            columns["intruder"] = plain(shares)
+    shared.rows_of_x["dimensions of x"] = rows["dimensions of x"]
+    return {"rows": rows, "columns": columns, "note": None}
+
+
+WORK: dict[str, Callable[[SharedInputs, Coded, Chosen], dict[str, Any]]] = {
+    EFFECTS: effects,
+    BITS: bits,
+    REPEATS: repeats,
+    TOKENS: of_tokens,
+    TEXT: of_text,
+}
+
+
+def number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def median(values: Float[ndarray, " n"]) -> float | None:
+    """Of those that are known; None without any."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def mean(values: ndarray) -> float | None:
+    """The same of the mean."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def plain(values: ndarray) -> list[Any]:
+    """As JSON has it: None for what is not finite, five digits."""
+    if values.ndim > 1:
+        return [plain(one) for one in values]
+    return [None if not np.isfinite(one) else float(f"{one:.5g}") for one in values.tolist()]

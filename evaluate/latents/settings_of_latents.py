@@ -1,0 +1,53 @@
+"""What is asked of `tcsae latents`, and how much text and how many passes through the tail it may take."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tcsae.shared.base.settings import to_dict
+
+EFFECTS, BITS, REPEATS, TOKENS, TEXT = PARTS = ("effects", "bits", "redundancy", "tokens", "text")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Counts that cost and precision depend on."""
+
+    tokens: int = 100_000
+    """Of the eval split that are looked at, whole documents from the first on."""
+    sample: int = 48
+    """Live latents drawn at random, whose medians stand for all."""
+    widest: int = 16
+    """Latents of the widest contributions, besides."""
+    sequences: int = 16
+    """In which a latent is ablated, at most."""
+    events: int = 8
+    """Tokens at which a latent is ablated alone."""
+    places: int = 8
+    """Tokens at which it is steered."""
+
+
+FULL = Budget()
+QUICK = Budget(tokens=25_000, sample=16, widest=4, sequences=6, events=4, places=4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentsRequest:
+    """What is asked for on the command line."""
+
+    names: Collection[str] = ()
+    """Runs; none: all."""
+    parts: tuple[str, ...] = PARTS
+    latents: tuple[int, ...] = ()
+    """In place of a sample; none: drawn."""
+    budget: Budget = FULL
+    force: bool = False
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What figures depend on besides weights, store and definitions."""
+        return {"latents": list(self.latents), "seed": self.seed} | to_dict(self.budget)
+
+    def with_counts(self, **counts: int | None) -> "LatentsRequest":
+        """The same with some counts of the budget, those that are not None."""
+        return replace(self, budget=replace(self.budget, **{k: v for k, v in counts.items() if v is not None}))
