@@ -143,10 +143,10 @@ def kl_after(
         parts = [_event_deltas(coded, event, items[event.item], rng) for event in events]
         first = torch.tensor([event.position for event in events]).repeat_interleave(len(KINDS))
         stop = (first + LAGS + 1).clamp(max=len(x))
-        item = np.array([event.item for event in events])
+        item_of = np.array([event.item for event in events])
         for block in compared(tail, x, torch.cat(parts), first, stop):
             row, lag = block.row.cpu().numpy(), (block.position - first.to(block.row.device)[block.row]).cpu().numpy()
-            at = item[row // len(KINDS)], row % len(KINDS), lag
+            at = item_of[row // len(KINDS)], row % len(KINDS), lag
             np.add.at(totals[0], at, block.kl.double().cpu().numpy())
             np.add.at(totals[1], at, 1)
     with np.errstate(invalid="ignore"):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tcsae.evaluate.latents.parts import SAE, TITLES
 from tcsae.evaluate.latents.run import MeasuredLatents
+from tcsae.evaluate.latents.settings_of_latents import MEANINGS, SAE, TITLES
 from tcsae.shared.base.console import echo, table
 
 SHOWN = ("density", "ev_lost", "ce_lost", "ce_lost_per_firing", "later_share", "steer_strength", "steer_side_effect")
@@ -37,6 +37,7 @@ def _show_part(part: str, runs: list[dict[str, Any]]) -> None:
         rows_of = {one["name"]: one["parts"][part]["rows"] for one in runs}
         rows = [[figure, *(rows_of[name][row].get(figure) for name, row in columns)] for figure in definitions]
         table(TITLES[part], ("", *heads), [[row[0].replace("_", " "), *row[1:]] for row in rows])
+        echo(MEANINGS[part])
         for name, text in definitions.items():
             echo(f"{name.replace('_', ' ')}: {text}.")
     for one in runs:

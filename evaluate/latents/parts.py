@@ -13,11 +13,9 @@ from tcsae.evaluate.dictionary.similarity import REDUNDANCY, redundancy
 from tcsae.evaluate.latents import ablation, code_length, predictability, steering, token_absorption
 from tcsae.evaluate.latents.intruder import intruder
 from tcsae.evaluate.latents.material import Coded
-from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, TEXT, TOKENS
+from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, SAE, TEXT, TOKENS
 from tcsae.evaluate.latents.shared_inputs import Chosen, SharedInputs
 
-SAE = "SAE"
-"""The row of the SAE itself; the others are what it is compared with."""
 N_RANDOM = 4
 """Random directions that are steered along."""
 N_NULL = 16
@@ -42,14 +40,6 @@ DEFINITIONS: dict[str, Mapping[str, str]] = {
     TEXT: predictability.DEFINITIONS,
 }
 """{part: {figure: what it is}}."""
-TITLES = {
-    EFFECTS: "What its latents are for: ablated and steered, through the tail",
-    BITS: "How short its code is, in bits a token",
-    REPEATS: "How much of it repeats",
-    TOKENS: "Whether it splits and absorbs what token ids say",
-    TEXT: "Whether text says when its latents fire",
-}
-
 Rows = dict[str, dict[str, float | None]]
 
 

@@ -111,5 +111,5 @@ def summary(aucs: Predicted) -> dict[str, float | None]:
     scored = ~np.isnan(aucs.text)
     if not scored.any():
         return dict.fromkeys(("auc_token", "auc_ngram", "auc_text", "readable"))
-    medians = {f"auc_{name}": float(np.median(values[scored])) for name, values in aucs._asdict().items()}
-    return medians | {"readable": float((aucs.text[scored] > NAMED).mean())}
+    figures: dict[str, float | None] = {"readable": float((aucs.text[scored] > NAMED).mean())}
+    return figures | {f"auc_{name}": float(np.median(values[scored])) for name, values in aucs._asdict().items()}

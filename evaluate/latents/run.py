@@ -1,7 +1,7 @@
 """`tcsae latents`: from a store and run folders to figures of their latents and a file in each folder."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,14 +52,18 @@ def measure_latents(store: Store, runs_path: Path, request: LatentsRequest | Non
                 key = options.hook, options.skip_first
                 if key not in shared_of:
                     shared_of[key] = SharedInputs(store, *key, request)
-                held = _measure(shared_of[key], loaded, left, held, lambda: (stop.check(UNWRITTEN), advance(1)))
+                for after_part in _measure(shared_of[key], loaded, left, held):
+                    held = after_part
+                    advance(1)
+                    stop.check(UNWRITTEN)
             measured[loaded.run.name] = held | {"name": loaded.run.name}
     return MeasuredLatents(measured, refused, time.process_time() - start)
 
 
 def _measure(
-    shared: SharedInputs, loaded: Loaded, parts: Sequence[str], held: dict[str, Any], after_part: Any
-) -> dict[str, Any]:
+    shared: SharedInputs, loaded: Loaded, parts: Sequence[str], held: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What the file holds after each part."""
     request = shared.request
     coded = Coded(shared.sequences, loaded.sae)
     chosen = choose_latents(coded, request)
@@ -72,8 +76,7 @@ def _measure(
         parts_so_far = held["parts"] | {part: measured}
         in_order = {name: parts_so_far[name] for name in WORK if name in parts_so_far}
         held = save_latents(loaded.run.path, held | {"parts": in_order})
-        after_part()
-    return held
+        yield held
 
 
 def _begun(store: Store, loaded: Loaded) -> dict[str, Any]:

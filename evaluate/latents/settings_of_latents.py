@@ -7,6 +7,27 @@ from typing import Any
 from tcsae.shared.base.settings import to_dict
 
 EFFECTS, BITS, REPEATS, TOKENS, TEXT = PARTS = ("effects", "bits", "redundancy", "tokens", "text")
+SAE = "SAE"
+"""The row of the SAE itself; the others are what it is compared with."""
+TITLES = {
+    EFFECTS: "What its latents are for: ablated and steered, through the tail",
+    BITS: "How short its code is, in bits a token",
+    REPEATS: "How much of it repeats",
+    TOKENS: "Whether it splits and absorbs what token ids say",
+    TEXT: "Whether text says when its latents fire",
+}
+MEANINGS = {
+    EFFECTS: "Ablated, a latent costs reconstruction and predictions what it is for; steered at equal KL, a direction "
+    "is cleaner the less it costs the text that follows. What random directions do as well says nothing.",
+    BITS: "Fewer bits at the same error are a shorter explanation of x, whatever the L0; below bits x it is shorter "
+    "than principal components are.",
+    REPEATS: "Antipodal pairs, twins and followers are latents that say what another one says.",
+    TOKENS: "A label that is split or absorbed is said by latents that do not mean what they seem to. Near what "
+    "permuted ids give there is no latent for it.",
+    TEXT: "How well a reader could foresee a latent's firing from the text; what dimensions of x reach is no merit of "
+    "the SAE.",
+}
+"""How each part is read, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
