@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_every_part_has_its_rows_and_every_figure_a_definition(store, done):
     assert list(effects["rows"]) == ["SAE", "the widest 1% at once", "random directions"]
     assert effects["rows"]["SAE"].keys() == effects["definitions"].keys()
     columns = effects["columns"]
+    assert 0 < effects["tail_tokens"] < 20_000
     assert {len(column) for column in columns.values()} == {6} and sum(columns["is_sample"]) == 4
     assert all(len(one) == 5 for one in columns["promoted"]) and columns["promoted"][0][0].startswith("⟨")
     assert held["parts"]["tokens"]["rows"] == {} and "keeps no tokenizer" in held["parts"]["tokens"]["note"]
@@ -129,6 +131,16 @@ def test_what_cannot_be_is_one_line(store, runs, arguments, code, says):
     done = command(store, runs, *arguments)
     assert done.exit_code == code and says in " ".join(done.output.split()), done.output
     assert isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.parametrize("most, fewer", [(10**9, False), (2_000, True), (1, True)])
+def test_the_tail_keeps_to_its_budget(store, runs, most, fewer):
+    budget = replace(BUDGET, sequences=8, events=6, places=6, tail_tokens=most)
+    request = LatentsRequest(names=("a",), parts=("effects",), budget=budget)
+    effects = measure_latents(store, runs, request).runs["a"]["parts"]["effects"]
+    full = 10 * toy_eval.LENGTH * (8 + 3 * 6 + 4 * 6)
+    assert (effects["tail_tokens"] < 0.4 * full) == fewer
+    assert effects["tail_tokens"] < max(1.5 * most, 2_500), "at least one sequence, event and place"
 
 
 def test_without_a_tail_reconstruction_is_all_there_is(tmp_path):

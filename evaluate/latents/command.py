@@ -18,6 +18,12 @@ PARTS = ("effects", "bits", "redundancy", "tokens", "text")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Live latents drawn at random. Default: 48.")
 @click.option("--widest", type=click.IntRange(min=0), metavar="N", help="Latents with the widest output. Default: 16.")
 @click.option("--tokens", type=Count(), metavar="N", help="Eval tokens looked at, about. Default: 100K.")
+@click.option(
+    "--tail-tokens",
+    type=Count(),
+    metavar="N",
+    help="Positions the tail is run on for an SAE, at most about. Default: 1M.",
+)
 @click.option("--quick", is_flag=True, help="25K tokens, 16 latents drawn and 4 widest, less of all else.")
 @click.option("--force", is_flag=True, help="Measure again what is measured already.")
 @click.option("--details", is_flag=True, help="Also print every latent looked at, and every label.")

@@ -23,9 +23,11 @@ def show(measured: MeasuredLatents, details: bool) -> None:
             _show_labels(one)
     n = max(part["n_tokens"] for one in runs for part in one["parts"].values())
     seconds = sum(part["processor_seconds"] for one in runs for part in one["parts"].values())
+    through = sum(part.get("tail_tokens", 0) for one in runs for part in one["parts"].values())
     echo(
-        f"{len(runs)} SAE{'s' * (len(runs) != 1)}, {n:,} eval tokens, {measured.processor_s:.1f} s of processor time "
-        f"now ({seconds:.1f} s for the parts shown). Every latent looked at: --details, latents.json."
+        f"{len(runs)} SAE{'s' * (len(runs) != 1)}, {n:,} eval tokens, {through:,} tokens through the tail; "
+        f"{measured.processor_s:.1f} s of processor time now, {seconds:.1f} s for the parts shown. Every latent looked "
+        "at: --details, latents.json."
     )
 
 

@@ -60,14 +60,17 @@ def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
     }
     if shared.tail is None or not len(latents):
         return {"rows": {SAE: figures}, "columns": columns, "note": shared.no_tail or "No latent is live."}
+    before = shared.tail.n_tokens
     rows, more = _through_the_tail(shared, coded, chosen)
-    return {"rows": {SAE: figures | rows.pop(SAE), **rows}, "columns": columns | more, "note": None}
+    rows = {SAE: figures | rows.pop(SAE), **rows}
+    return {"rows": rows, "columns": columns | more, "note": None, "tail_tokens": shared.tail.n_tokens - before}
 
 
 def _through_the_tail(shared: SharedInputs, coded: Coded, chosen: Chosen) -> tuple[Rows, dict[str, Any]]:
-    sequences, tail, budget = coded.sequences, shared.tail, shared.request.budget
+    sequences, tail = coded.sequences, shared.tail
     assert tail is not None
     latents, n_sample = chosen.all, len(chosen.sample)
+    budget = shared.request.budget.within(len(latents) + N_RANDOM, sequences.whole.shape[1])
     items = [*([one] for one in latents.tolist()), chosen.together.tolist()]
     everywhere = ablation.ablated(coded, tail, items, budget.sequences)
     kl = ablation.kl_after(coded, tail, items, budget.events, shared.request.seed)

@@ -14,6 +14,17 @@ from torch import Tensor
 
 from tcsae.shared.lm.tail import Tail
 
+
+class CountingTail(Tail):
+    """A tail that knows how many positions it was given."""
+
+    n_tokens = 0
+
+    def hidden(self, x: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+        self.n_tokens += x.shape[0] * x.shape[1]
+        return super().hidden(x)
+
+
 BATCH_TOKENS = 4096
 """Positions that the tail is given at a time, at most (or one sequence)."""
 

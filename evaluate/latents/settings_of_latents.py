@@ -46,10 +46,23 @@ class Budget:
     """Tokens at which a latent is ablated alone."""
     places: int = 8
     """Tokens at which it is steered."""
+    tail_tokens: int = 1_000_000
+    """Positions that the tail is given for each SAE, about: where they would be more, the three counts above shrink."""
+
+    def within(self, n_latents: int, sequence_length: int) -> "Budget":
+        """The same with fewer sequences, events and places where `tail_tokens` does not allow as many."""
+        cost = self.sequences + EVENT_ROWS * self.events + PLACE_ROWS * self.places
+        share = self.tail_tokens / max(1, n_latents * sequence_length * cost)
+        if share >= 1:
+            return self
+        counts = {name: max(1, int(getattr(self, name) * share)) for name in ("sequences", "events", "places")}
+        return replace(self, **counts)
 
 
+EVENT_ROWS, PLACE_ROWS = 3, 4
+"""Sequences that an event, and a place with its search, take of the tail for each latent."""
 FULL = Budget()
-QUICK = Budget(tokens=25_000, sample=16, widest=4, sequences=6, events=4, places=4)
+QUICK = Budget(tokens=25_000, sample=16, widest=4, sequences=6, events=4, places=4, tail_tokens=150_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

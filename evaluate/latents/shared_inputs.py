@@ -11,11 +11,12 @@ from scipy.sparse import csr_array
 
 from tcsae.evaluate.latents.intruder import context_vectors
 from tcsae.evaluate.latents.material import Coded, Sequences
+from tcsae.evaluate.latents.patched import CountingTail
 from tcsae.evaluate.latents.predictability import Contexts
 from tcsae.evaluate.latents.settings_of_latents import LatentsRequest
 from tcsae.evaluate.probing.suite import choose_tokens, free_labels, halves
 from tcsae.shared.base.errors import ConfigError, NoTailError
-from tcsae.shared.lm.tail import Tail, TailError
+from tcsae.shared.lm.tail import TailError
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.store.reader import Store
 
@@ -63,10 +64,10 @@ class SharedInputs:
         """Rows that are the same for every SAE."""
 
     @cached_property
-    def tail(self) -> Tail | None:
+    def tail(self) -> CountingTail | None:
         """None where the store has none: `no_tail` says why."""
         try:
-            return Tail.load(self.store.tail_path(self.sequences.tokens.hook))
+            return CountingTail.load(self.store.tail_path(self.sequences.tokens.hook))
         except (NoTailError, TailError) as error:
             self.no_tail = str(error)
             return None

@@ -106,19 +106,19 @@ def _search(
     median: float,
 ) -> Float[ndarray, " n"]:
     """Strengths at which the mean KL over the places is STEER_KL. KL grows with the square of a small change."""
-    strength = np.full(len(units), 0.5)
+    strength, left = np.full(len(units), 0.5), np.flatnonzero(units.any(1).numpy())
     for _ in range(STEPS):
-        now = np.zeros(len(units))
+        now, size = np.zeros(len(left)), torch.from_numpy(strength[left] * median).float()[:, None]
         for sequence, position in at:
             x = sequences.activations(sequence)[: position + 1]
-            first = torch.full((len(units),), position)
-            deltas = _added(x, position, units * torch.from_numpy(strength * median).float()[:, None])
-            for block in compared(tail, x, deltas, first, first + 1):
+            first = torch.full((len(left),), position)
+            for block in compared(tail, x, _added(x, position, units[left] * size), first, first + 1):
                 now[block.row.cpu().numpy()] += block.kl.double().cpu().numpy() / len(at)
         ratio = STEER_KL / np.maximum(now, 1e-9)
-        if (abs(np.log(ratio)) < CLOSE).all():
+        strength[left] = (strength[left] * np.sqrt(ratio).clip(0.25, 4)).clip(1e-4, 1e3)
+        left = left[abs(np.log(ratio)) >= CLOSE]
+        if not len(left):
             break
-        strength = (strength * np.sqrt(ratio).clip(0.25, 4)).clip(1e-4, 1e3)
     return strength
 
 

@@ -66,7 +66,16 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "What to print": ["--details", "--json"],
     },
     "latents": {
-        "What to measure": ["--run", "--part", "--latents", "--sample", "--widest", "--tokens", "--quick"],
+        "What to measure": [
+            "--run",
+            "--part",
+            "--latents",
+            "--sample",
+            "--widest",
+            "--tokens",
+            "--tail-tokens",
+            "--quick",
+        ],
         "What to print": ["--details", "--json"],
         "How": ["--force"],
     },
