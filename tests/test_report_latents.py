@@ -44,7 +44,7 @@ def test_single_latents_lead_to_their_features(reported):
     held = json.loads((runs / "a" / LATENTS).read_text())["parts"]["effects"]["columns"]
     page = (folder / "runs" / "a" / "index.html").read_text()
     assert all(f'href="features.html#latent={latent}"' in page for latent in held["latent"])
-    assert "What are single latents for?" in page
+    assert "What are single latents for?" in page and "KL after an ablation" in page
     assert "What are single latents for?" not in (folder / "runs" / "b" / "index.html").read_text()
 
 

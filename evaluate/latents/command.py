@@ -61,12 +61,16 @@ def latents(
     from tcsae.evaluate.latents.run import measure_latents
     from tcsae.evaluate.latents.settings_of_latents import FULL, QUICK, LatentsRequest
     from tcsae.shared.base.console import say
+    from tcsae.shared.base.distributed import ranks
     from tcsae.shared.store.reader import open_store
 
+    numbers = latent_numbers(latents)
+    if ranks().rank:
+        return  # of several processes the first measures
     request = LatentsRequest(
         names=names,
         parts=tuple(one for one in PARTS if not parts or one in parts),
-        latents=latent_numbers(latents),
+        latents=numbers,
         budget=QUICK if quick else FULL,
         force=asked.pop("force"),
     ).with_counts(**asked)
