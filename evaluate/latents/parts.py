@@ -13,9 +13,10 @@ from tcsae.evaluate.dictionary.similarity import REDUNDANCY, redundancy
 from tcsae.evaluate.latents import ablation, code_length, predictability, steering, token_absorption
 from tcsae.evaluate.latents.intruder import intruder
 from tcsae.evaluate.latents.material import Coded
-from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, SAE, TEXT, TOKENS
+from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, SAE, TEXT, TOKENS, Budget
 from tcsae.evaluate.latents.shared_inputs import Chosen, SharedInputs
 
+TOGETHER, RANDOM = "the widest 1% at once", "random directions"
 N_RANDOM = 4
 """Random directions that are steered along."""
 N_NULL = 16
@@ -40,6 +41,7 @@ DEFINITIONS: dict[str, Mapping[str, str]] = {
     TEXT: predictability.DEFINITIONS,
 }
 """{part: {figure: what it is}}."""
+
 Rows = dict[str, dict[str, float | None]]
 
 
@@ -67,61 +69,72 @@ def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
 
 
 def _through_the_tail(shared: SharedInputs, coded: Coded, chosen: Chosen) -> tuple[Rows, dict[str, Any]]:
-    sequences, tail = coded.sequences, shared.tail
-    assert tail is not None
-    latents, n_sample = chosen.all, len(chosen.sample)
-    budget = shared.request.budget.within(len(latents) + N_RANDOM, sequences.whole.shape[1])
-    items = [*([one] for one in latents.tolist()), chosen.together.tolist()]
-    everywhere = ablation.ablated(coded, tail, items, budget.sequences)
-    kl = ablation.kl_after(coded, tail, items, budget.events, shared.request.seed)
-    later = ablation.later_share(kl[:, 0])
-    rng = np.random.default_rng(shared.request.seed)
-    random = rng.standard_normal((N_RANDOM, coded.rows.shape[1]), np.float32)
-    at = steering.places(sequences, budget.places, shared.request.seed)
-    steered = steering.steered(sequences, tail, np.concatenate([coded.rows[latents], random]), at) if at else None
-    after = np.nansum(kl, -1)
+    """Rows and columns of ablation and of steering."""
+    n_latents, length = len(chosen.all), coded.sequences.whole.shape[1]
+    budget = shared.request.budget.within(n_latents + N_RANDOM, length)
+    rows, columns = _ablation(shared, coded, chosen, budget)
+    of_steering, more = _steering(shared, coded, chosen, budget)
+    for name, figures in of_steering.items():
+        rows[name] |= figures
+    return rows, columns | more
+
+
+def _ablation(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget) -> tuple[Rows, dict[str, Any]]:
+    assert shared.tail is not None
+    items = [*([one] for one in chosen.all.tolist()), chosen.together.tolist()]
+    everywhere = ablation.ablated(coded, shared.tail, items, budget.sequences)
+    kl = ablation.kl_after(coded, shared.tail, items, budget.events, shared.request.seed)
+    later, after = ablation.later_share(kl), np.nansum(kl, -1)
     after[np.isnan(kl).all(-1)] = np.nan
-    sample = slice(0, n_sample)
+    one, span, random = (ablation.KINDS.index(kind) for kind in (ablation.ONE, ablation.SPAN, ablation.RANDOM))
+
+    def figures(which: slice) -> dict[str, float | None]:
+        return {
+            "ce_lost": median(everywhere.ce[which]),
+            "ce_lost_per_firing": median(everywhere.ce_per_firing[which]),
+            "kl_after": median(after[which, one]),
+            "kl_after_span": median(after[which, span]),
+            "later_share": median(later[which, one]),
+        }
+
+    sample, together = slice(0, len(chosen.sample)), slice(len(items) - 1, None)
+    null = {"kl_after": median(after[sample, random]), "later_share": median(later[sample, random])}
+    columns = {
+        "ce_lost": everywhere.ce,
+        "ce_lost_per_firing": everywhere.ce_per_firing,
+        "kl": everywhere.kl,
+        "sequences_seen": everywhere.n_seen,
+        "sequences": everywhere.n_sequences,
+        "later_share": later[:, one],
+        **{f"kl_{kind}": kl[:, i] for i, kind in enumerate(ablation.KINDS)},
+    }
+    rows: Rows = {SAE: figures(sample), TOGETHER: figures(together), RANDOM: null}
+    return rows, {name: plain(values[:-1]) for name, values in columns.items()}
+
+
+def _steering(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget) -> tuple[Rows, dict[str, Any]]:
+    """Nothing where no sequence is long enough."""
+    seed, latents = shared.request.seed, chosen.all
+    at = steering.places(coded.sequences, budget.places, seed)
+    if not at:
+        return {}, {}
+    assert shared.tail is not None
+    random = np.random.default_rng(seed).standard_normal((N_RANDOM, coded.rows.shape[1]), np.float32)
+    directions = np.concatenate([coded.rows[latents], random])
+    steered = steering.steered(coded.sequences, shared.tail, directions, at)
+    figures = {
+        "steer_strength": steered.strength,
+        "steer_later_share": ablation.later_share(steered.kl),
+        "steer_side_effect": steered.side_effect,
+        "steer_kl": steered.kl[:, 0],
+    }
     rows: Rows = {
-        SAE: {
-            "ce_lost": median(everywhere.ce[sample]),
-            "ce_lost_per_firing": median(everywhere.ce_per_firing[sample]),
-            "kl_after": median(after[sample, 0]),
-            "kl_after_span": median(after[sample, 1]),
-            "later_share": median(later[sample]),
-        },
-        "the widest 1% at once": {
-            "ce_lost": float(everywhere.ce[-1]),
-            "ce_lost_per_firing": float(everywhere.ce_per_firing[-1]),
-            "kl_after": number(after[-1, 0]),
-            "kl_after_span": number(after[-1, 1]),
-            "later_share": number(later[-1]),
-        },
-        "random directions": {
-            "kl_after": median(after[sample, 2]),
-            "later_share": median(ablation.later_share(kl[sample, 2])),
-        },
+        SAE: {name: median(values[: len(chosen.sample)]) for name, values in figures.items()},
+        RANDOM: {name: median(values[len(latents) :]) for name, values in figures.items()},
     }
-    columns: dict[str, Any] = {
-        "ce_lost": everywhere.ce[:-1],
-        "ce_lost_per_firing": everywhere.ce_per_firing[:-1],
-        "kl": everywhere.kl[:-1],
-        "sequences_seen": everywhere.n_seen[:-1],
-        "sequences": everywhere.n_sequences[:-1],
-        "later_share": later[:-1],
-    }
-    columns |= {f"kl_{kind}": kl[:-1, i] for i, kind in enumerate(ablation.KINDS)}
-    if steered is not None:
-        share = ablation.later_share(steered.kl)
-        steer = {"strength": steered.strength, "later_share": share, "side_effect": steered.side_effect}
-        steer["kl"] = steered.kl[:, 0]
-        rows[SAE] |= {f"steer_{name}": median(values[:n_sample]) for name, values in steer.items()}
-        rows["random directions"] |= {f"steer_{name}": median(values[-N_RANDOM:]) for name, values in steer.items()}
-        columns |= {f"steer_{name}": values[:-N_RANDOM] for name, values in steer.items()}
-    columns = {name: plain(values) for name, values in columns.items()}
-    if steered is not None:
-        for i, name in enumerate(("promoted", "promoted_after")):
-            columns[name] = [shared.token_text(one) for one in steered.promoted[:-N_RANDOM, i]]
+    columns: dict[str, Any] = {name: plain(values[: len(latents)]) for name, values in figures.items()}
+    for i, name in enumerate(("promoted", "promoted_after")):
+        columns[name] = [shared.token_text(one) for one in steered.promoted[: len(latents), i]]
     return rows, columns
 
 
@@ -186,10 +199,6 @@ WORK: dict[str, Callable[[SharedInputs, Coded, Chosen], dict[str, Any]]] = {
 }
 
 
-def number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def median(values: Float[ndarray, " n"]) -> float | None:
     """Of those that are known; None without any."""
     known = values[np.isfinite(values)]
@@ -204,6 +213,8 @@ def mean(values: ndarray) -> float | None:
 
 def plain(values: ndarray) -> list[Any]:
     """As JSON has it: None for what is not finite, five digits."""
+    if values.dtype.kind == "i":
+        return values.tolist()
     if values.ndim > 1:
         return [plain(one) for one in values]
     return [None if not np.isfinite(one) else float(f"{one:.5g}") for one in values.tolist()]

@@ -4,7 +4,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
 from scipy.sparse import csr_array
@@ -16,7 +15,7 @@ from tcsae.evaluate.latents.predictability import Contexts
 from tcsae.evaluate.latents.settings_of_latents import LatentsRequest
 from tcsae.evaluate.probing.suite import choose_tokens, free_labels, halves
 from tcsae.shared.base.errors import ConfigError, NoTailError
-from tcsae.shared.lm.tail import TailError
+from tcsae.shared.lm.tail import Tail, TailError
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.store.reader import Store
 
@@ -67,7 +66,7 @@ class SharedInputs:
     def tail(self) -> CountingTail | None:
         """None where the store has none: `no_tail` says why."""
         try:
-            return CountingTail.load(self.store.tail_path(self.sequences.tokens.hook))
+            return CountingTail(Tail.load(self.store.tail_path(self.sequences.tokens.hook)).model)
         except (NoTailError, TailError) as error:
             self.no_tail = str(error)
             return None
@@ -107,7 +106,10 @@ class SharedInputs:
         limit = columns.kthvalue(max(1, int((1 - X_RATE) * len(columns))), 0).values
         return csr_array((columns > limit).numpy())
 
-    def token_text(self, ids: Int[torch.Tensor, " n"] | Int[ndarray, " n"]) -> list[str]:
+    @cached_property
+    def _any_texts(self) -> TokenTexts:
+        return TokenTexts(self.store)
+
+    def token_text(self, ids: Int[ndarray, " n"]) -> list[str]:
         """What ids spell, whether they occur here or not."""
-        texts = TokenTexts(self.store)
-        return [texts[int(one)] for one in ids]
+        return [self._any_texts[one] for one in ids.tolist()]
