@@ -8,7 +8,7 @@ from scipy.sparse import coo_array, csr_array, triu
 DENSE = 0.1
 MIN_FIRINGS, MIN_JOINT = 25, 10
 TWIN, FOLLOWS = 0.5, 0.9
-MAX_PRODUCTS = 2e8
+MAX_PRODUCTS = 5e7
 """Pairs of firings that are counted, at most: of more, evenly spaced tokens."""
 
 COFIRING = {

@@ -56,7 +56,9 @@ def code_length(coded: Coded) -> dict[str, float | None]:
 def value_bits(latents: Int[ndarray, " n_entries"], sizes: Int[ndarray, " n_entries"], n_tokens: int) -> float:
     """Sum over latents of the entropy of its values over all tokens, those without an entry being 0; bits a token."""
     on = sizes != 0
-    _, counts = np.unique(np.stack([latents[on], sizes[on]]), axis=1, return_counts=True)
+    low = int(sizes.min(initial=0))
+    keys = latents[on].astype(np.int64) * (int(sizes.max(initial=0)) - low + 1) + sizes[on] - low
+    counts = np.unique(keys, return_counts=True)[1]
     silent = n_tokens - np.bincount(latents[on])
     return float(_bits(counts, n_tokens).sum() + _bits(silent, n_tokens).sum())
 

@@ -15,8 +15,8 @@ PARTS = ("effects", "bits", "redundancy", "tokens", "text")
     "--part", "parts", multiple=True, type=click.Choice(PARTS), help="One part alone; repeatable. Default: all five."
 )
 @click.option("--latents", metavar="IDS", help="These latents, as in 3,17,99, in place of drawn and widest ones.")
-@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Live latents drawn at random. Default: 48.")
-@click.option("--widest", type=click.IntRange(min=0), metavar="N", help="Latents with the widest output. Default: 16.")
+@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Live latents drawn at random. Default: 32.")
+@click.option("--widest", type=click.IntRange(min=0), metavar="N", help="Latents with the widest output. Default: 8.")
 @click.option("--tokens", type=Count(), metavar="N", help="Eval tokens looked at, about. Default: 100K.")
 @click.option(
     "--tail-tokens",

@@ -29,25 +29,47 @@ BATCH_TOKENS = 4096
 """Positions that the tail is given at a time, at most (or one sequence)."""
 
 
+class Clean(NamedTuple):
+    """What the language model says of a sequence as it is."""
+
+    log_probs: Float[Tensor, "length vocabulary"]
+    probs: Float[Tensor, "length vocabulary"]
+    negative_entropy: Float[Tensor, " length"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "length vocabulary"]) -> "Clean":
+        log_probs = logits.log_softmax(-1)
+        probs = log_probs.exp()
+        return cls(log_probs, probs, (probs * log_probs).sum(-1))
+
+
 class Compared(NamedTuple):
-    """Some positions of some changed rows, with the log-probabilities of the next token."""
+    """Some positions of some changed rows, with the logits of the next token."""
 
     row: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
-    clean: Float[Tensor, "n vocabulary"]
-    patched: Float[Tensor, "n vocabulary"]
+    clean: Clean
+    logits: Float[Tensor, "n vocabulary"]
+    log_total: Float[Tensor, " n"]
+    """log sum e^logits."""
 
     @property
     def kl(self) -> Float[Tensor, " n"]:
-        """KL(clean || patched) in nats, at least 0."""
-        return (self.clean.exp() * (self.clean - self.patched)).sum(-1).clamp(min=0)
+        """KL(clean || changed) in nats, at least 0: sum p log p - sum p l + log sum e^l."""
+        product = torch.linalg.vecdot(self.clean.probs[self.position], self.logits)
+        return (self.clean.negative_entropy[self.position] - product + self.log_total).clamp(min=0)
 
     def ce_change(self, targets: Int[Tensor, " n_targets"]) -> Float[Tensor, " n"]:
         """Rise of the cross-entropy in nats; 0 where no target follows. `targets` are of the whole sequence."""
         has_target = self.position < len(targets)
-        chosen = targets.to(self.position.device)[self.position.clamp(max=max(0, len(targets) - 1))][:, None]
-        change = (self.clean.gather(1, chosen) - self.patched.gather(1, chosen)).squeeze(1)
-        return torch.where(has_target, change, 0.0)
+        chosen = targets.to(self.position.device)[self.position.clamp(max=max(0, len(targets) - 1))]
+        after = self.logits.gather(1, chosen[:, None]).squeeze(1) - self.log_total
+        return torch.where(has_target, self.clean.log_probs[self.position, chosen] - after, 0.0)
+
+    @property
+    def gain(self) -> Float[Tensor, "n vocabulary"]:
+        """Rise of each token's probability."""
+        return (self.logits - self.log_total[:, None]).exp() - self.clean.probs[self.position]
 
 
 @torch.inference_mode()
@@ -61,7 +83,7 @@ def compared(
     """One sequence with each of m changes alone, compared at positions first..stop-1 of each, a few at a time."""
     longest = int(stop.max())
     x = x[:longest].to(tail.device, torch.float32)
-    clean = tail.unembed(tail.hidden(x[None])[0]).log_softmax(-1)
+    clean = Clean.of(tail.unembed(tail.hidden(x[None])[0]))
     per_batch = max(1, BATCH_TOKENS // longest)
     for start in range(0, len(deltas), per_batch):
         part = slice(start, start + per_batch)
@@ -71,4 +93,4 @@ def compared(
         position = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row] + first[part][row]
         row, position = row.to(tail.device), position.to(tail.device)
         for block, (logits,) in tail.slices(hidden[row, position]):
-            yield Compared(row[block] + start, position[block], clean[position[block]], logits.log_softmax(-1))
+            yield Compared(row[block] + start, position[block], clean, logits, logits.logsumexp(-1))

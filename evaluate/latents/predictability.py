@@ -21,7 +21,7 @@ PRIOR = 2.0
 """Tokens that the shorter context's rate counts as."""
 MIN_EACH = 10
 """Firings, and tokens without one, that each half must have for a latent to be scored."""
-MAX_FIT = 4096
+MAX_FIT = 2048
 NAMED = 0.9
 
 DEFINITIONS = {
@@ -56,7 +56,9 @@ class Contexts:
             number = np.unique(number * (int(ids.max(initial=0)) + 2) + ids + 1, return_inverse=True)[1]
             self.grams.append(number)
         self.before = np.unique(ids_before(sequences, 1), return_inverse=True)[1]
-        self.labels = np.stack([np.maximum(one, 0) for one in labels], 1) if labels else np.zeros((len(train), 0))
+        self.labels = np.zeros((len(train), 0), np.float32)
+        if labels:
+            self.labels = np.stack([np.maximum(one, 0) for one in labels], 1).astype(np.float32)
 
 
 def ids_before(sequences: Sequences, back: int) -> Int[ndarray, " n"]:
@@ -82,15 +84,16 @@ def _of_latent(contexts: Contexts, fires: Bool[ndarray, " n"]) -> tuple[float, f
     prior = np.full(len(fires), base)
     rates = [prior := gram_rates(gram, fires, train, prior) for gram in contexts.grams]
     before = gram_rates(contexts.before, fires, train, np.full(len(fires), base))
-    logits = [np.log(one / (1 - one)) for one in (*rates, before)]
-    features = np.concatenate([np.stack(logits, 1), contexts.labels], 1)
+    logits = np.stack([np.log(one / (1 - one)) for one in (*rates, before)], 1)
     parts = [np.flatnonzero(train & (fires == value)) for value in (False, True)]
     at = np.concatenate([one[:: -(-len(one) // MAX_FIT)] for one in parts])
-    centre, spread = features[at].mean(0), np.maximum(features[at].std(0), 1e-6)
-    weights = logistic((features[at] - centre) / spread, fires[at])
-    scores = ((features - centre) / spread) @ weights
-    truth = fires[~train]
-    return tuple(auroc(one[~train], truth) for one in (rates[0], rates[-1], scores))  # type: ignore[return-value]
+    features = np.concatenate([logits[at], contexts.labels[at]], 1)
+    spread = np.maximum(features.std(0), 1e-6)
+    weights = logistic((features - features.mean(0)) / spread, fires[at]) / spread
+    n, tested = logits.shape[1], ~train
+    scores = logits[tested] @ weights[:n] + contexts.labels[tested] @ weights[n:]
+    truth = fires[tested]
+    return auroc(rates[0][tested], truth), auroc(rates[-1][tested], truth), auroc(scores, truth)
 
 
 def gram_rates(

@@ -36,15 +36,15 @@ class Budget:
 
     tokens: int = 100_000
     """Of the eval split that are looked at, whole documents from the first on."""
-    sample: int = 48
+    sample: int = 32
     """Live latents drawn at random, whose medians stand for all."""
-    widest: int = 16
+    widest: int = 8
     """Latents of the widest contributions, besides."""
-    sequences: int = 16
+    sequences: int = 12
     """In which a latent is ablated, at most."""
-    events: int = 8
+    events: int = 6
     """Tokens at which a latent is ablated alone."""
-    places: int = 8
+    places: int = 6
     """Tokens at which it is steered."""
     tail_tokens: int = 1_000_000
     """Positions that the tail is given for each SAE, about: where they would be more, the three counts above shrink."""

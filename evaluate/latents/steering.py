@@ -86,7 +86,7 @@ def steered(
             np.add.at(side, row, change)
             np.add.at(n_side, row, (lag > 0) & (block.position.cpu().numpy() < len(targets)))
             after = (block.position > position).long()
-            gain.view(2 * n, -1).index_add_(0, after * n + block.row, block.patched.exp() - block.clean.exp())
+            gain.view(2 * n, -1).index_add_(0, after * n + block.row, block.gain)
     with np.errstate(invalid="ignore"):
         promoted = gain.topk(min(N_PROMOTED, tail.vocabulary)).indices.transpose(0, 1).cpu().numpy()
         moved = norms[:, 0] > 1e-12

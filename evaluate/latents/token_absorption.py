@@ -17,7 +17,7 @@ from tcsae.evaluate.probing.scores import discriminant, logistic
 
 MIN_EACH, MIN_IDS = 100, 4
 """Tokens with a label in each half, and different ids with it."""
-MAX_FIT = 4096
+MAX_FIT = 2048
 MAX_LATENTS = 6
 GAIN = 0.03
 """F1 that another latent must add to count as part of a split: SAEBench's."""
