@@ -62,7 +62,7 @@ class Budget:
 EVENT_ROWS, PLACE_ROWS = 3, 4
 """Sequences that an event, and a place with its search, take of the tail for each latent."""
 FULL = Budget()
-QUICK = Budget(tokens=25_000, sample=16, widest=4, sequences=6, events=4, places=4, tail_tokens=150_000)
+QUICK = Budget(tokens=25_000, sample=16, widest=4, sequences=4, events=3, places=3, tail_tokens=150_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
