@@ -4,14 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import toy_eval
 from click.testing import CliRunner
 
 from tcsae.evaluate.latents.latents_file import LATENTS, load_latents
+from tcsae.evaluate.latents.parts import intervals
 from tcsae.evaluate.latents.run import measure_latents
 from tcsae.evaluate.latents.settings_of_latents import PARTS, Budget, LatentsRequest
+from tcsae.evaluate.latents.shared_inputs import Chosen
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import WEIGHTS
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
@@ -63,6 +66,20 @@ def test_every_part_has_its_rows_and_every_figure_a_definition(store, done):
     assert all(len(one) == 5 for one in columns["promoted"]) and columns["promoted"][0][0].startswith("⟨")
     assert held["parts"]["tokens"]["rows"] == {} and "keeps no tokenizer" in held["parts"]["tokens"]["note"]
     assert "NaN" not in (runs / "a" / LATENTS).read_text()
+
+
+def test_intervals_are_over_the_latents_drawn():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    columns = {"ce_lost": [*values[:-1].tolist(), None], "auc_text": (0.9 + 0.1 * values).tolist()}
+    every = Chosen(np.arange(400), np.arange(0), np.arange(1))
+    found = intervals(columns, every)
+    low, high = found["ce_lost"]
+    assert low < np.median(values[:-1]) < high and high - low == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.25)
+    share = (values > 0).mean()
+    assert found["readable"] == pytest.approx([share - 0.049, share + 0.049], abs=0.015) and "kl_after" not in found
+    assert intervals(columns, every._replace(are_drawn=False)) == {}
+    assert intervals(columns, every._replace(sample=np.arange(7))) == {}
 
 
 def test_what_is_done_is_not_done_again(store, runs):

@@ -36,15 +36,25 @@ def _show_part(part: str, runs: list[dict[str, Any]]) -> None:
     columns = [(one["name"], row) for one in runs for row in one["parts"][part]["rows"]]
     if columns:
         heads = [name if row == SAE else f"{name}: {row}" for name, row in columns]
-        rows_of = {one["name"]: one["parts"][part]["rows"] for one in runs}
-        rows = [[figure, *(rows_of[name][row].get(figure) for name, row in columns)] for figure in definitions]
+        part_of = {one["name"]: one["parts"][part] for one in runs}
+        rows = [[figure, *(_cell(part_of[name], row, figure) for name, row in columns)] for figure in definitions]
         table(TITLES[part], ("", *heads), [[row[0].replace("_", " "), *row[1:]] for row in rows])
         echo(MEANINGS[part])
+        if any(one["parts"][part].get("intervals") for one in runs):
+            echo("In brackets: 95% intervals over resampled latents, of those drawn.")
         for name, text in definitions.items():
             echo(f"{name.replace('_', ' ')}: {text}.")
     for one in runs:
         if note := one["parts"][part]["note"]:
             echo(f"{one['name']}: {note}")
+
+
+def _cell(part: dict[str, Any], row: str, figure: str) -> object:
+    """A figure, that of the SAE with its 95% interval over the latents drawn."""
+    value, bounds = part["rows"][row].get(figure), part.get("intervals", {}).get(figure)
+    if row != SAE or bounds is None or value is None:
+        return value
+    return f"{value:.4g} [{bounds[0]:.2g}, {bounds[1]:.2g}]"
 
 
 def _show_latents(one: dict[str, Any]) -> None:

@@ -41,6 +41,10 @@ DEFINITIONS: dict[str, Mapping[str, str]] = {
     TEXT: predictability.DEFINITIONS,
 }
 """{part: {figure: what it is}}."""
+MEANS = ("intruder", "readable")
+OF_DRAWN = (*EFFECT_FIGURES, *predictability.DEFINITIONS)
+"""Figures over the latents drawn; ev_lost is over all live ones, and has no column here."""
+MIN_LATENTS, N_DRAWS = 8, 1000
 
 Rows = dict[str, dict[str, float | None]]
 
@@ -64,8 +68,13 @@ def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
         return {"rows": {SAE: figures}, "columns": columns, "note": shared.no_tail or "No latent is live."}
     before = shared.tail.n_tokens
     rows, more = _through_the_tail(shared, coded, chosen)
-    rows = {SAE: figures | rows.pop(SAE), **rows}
-    return {"rows": rows, "columns": columns | more, "note": None, "tail_tokens": shared.tail.n_tokens - before}
+    return {
+        "rows": {SAE: figures | rows.pop(SAE), **rows},
+        "intervals": intervals(more, chosen),
+        "columns": columns | more,
+        "note": None,
+        "tail_tokens": shared.tail.n_tokens - before,
+    }
 
 
 def _through_the_tail(shared: SharedInputs, coded: Coded, chosen: Chosen) -> tuple[Rows, dict[str, Any]]:
@@ -106,6 +115,8 @@ def _ablation(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget
         "sequences_seen": everywhere.n_seen,
         "sequences": everywhere.n_sequences,
         "later_share": later[:, one],
+        "kl_after": after[:, one],
+        "kl_after_span": after[:, span],
         **{f"kl_{kind}": kl[:, i] for i, kind in enumerate(ablation.KINDS)},
     }
     rows: Rows = {SAE: figures(sample), TOGETHER: figures(together), RANDOM: null}
@@ -187,7 +198,7 @@ def of_text(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
             columns |= {f"auc_{key}": plain(values) for key, values in aucs._asdict().items()}
             columns["intruder"] = plain(shares)
     shared.rows_of_x["dimensions of x"] = rows["dimensions of x"]
-    return {"rows": rows, "columns": columns, "note": None}
+    return {"rows": rows, "intervals": intervals(columns, chosen), "columns": columns, "note": None}
 
 
 WORK: dict[str, Callable[[SharedInputs, Coded, Chosen], dict[str, Any]]] = {
@@ -197,6 +208,25 @@ WORK: dict[str, Callable[[SharedInputs, Coded, Chosen], dict[str, Any]]] = {
     TOKENS: of_tokens,
     TEXT: of_text,
 }
+
+
+def intervals(columns: Mapping[str, Any], chosen: Chosen) -> dict[str, list[float]]:
+    """95% intervals over resampled latents of the figures that are medians or shares of the latents drawn.
+
+    None of them where latents are given, or fewer than MIN_LATENTS are known.
+    """
+    drawn = {name: np.array(columns[name][: len(chosen.sample)], np.float64) for name in OF_DRAWN if name in columns}
+    if "auc_text" in drawn:
+        text = drawn["auc_text"]
+        drawn["readable"] = np.where(np.isnan(text), np.nan, text > predictability.NAMED)
+    bounds = {}
+    for name, values in drawn.items():
+        known = values[np.isfinite(values)]
+        if chosen.are_drawn and len(known) >= MIN_LATENTS:
+            draws = known[np.random.default_rng(0).integers(0, len(known), (N_DRAWS, len(known)))]
+            figures = draws.mean(1) if name in MEANS else np.median(draws, 1)
+            bounds[name] = [float(f"{one:.5g}") for one in np.quantile(figures, [0.025, 0.975])]
+    return bounds
 
 
 def median(values: Float[ndarray, " n"]) -> float | None:

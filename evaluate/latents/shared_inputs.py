@@ -32,6 +32,8 @@ class Chosen(NamedTuple):
     """Others, with the widest contributions; none where latents are given."""
     together: Int[ndarray, " n_together"]
     """The widest hundredth of the live ones, to be ablated at once."""
+    are_drawn: bool = True
+    """Whether the sample is one."""
 
     @property
     def all(self) -> Int[ndarray, " n"]:
@@ -46,7 +48,7 @@ def choose_latents(coded: Coded, request: LatentsRequest) -> Chosen:
     by_width = live[np.argsort(-coded.widths[live], kind="stable")]
     together = by_width[: -(-len(live) // 100)]
     if request.latents:
-        return Chosen(np.array(request.latents, np.int64), by_width[:0], together)
+        return Chosen(np.array(request.latents, np.int64), by_width[:0], together, are_drawn=False)
     rng = np.random.default_rng(request.seed)
     sample = np.sort(rng.permutation(live)[: budget.sample])
     return Chosen(sample, by_width[~np.isin(by_width, sample)][: budget.widest], together)

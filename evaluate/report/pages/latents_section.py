@@ -44,7 +44,12 @@ def latents_tables(included: Sequence[Included]) -> list[dict[str, Any]]:
             continue
         definitions = of_run[having[0].number][part]["definitions"]
         rows = [
-            {"run": one, "label": "" if name == SAE else name, "values": [figures.get(key) for key in definitions]}
+            {
+                "run": one,
+                "label": "" if name == SAE else name,
+                "values": {key: figures.get(key) for key in definitions},
+                "intervals": of_run[one.number][part].get("intervals", {}) if name == SAE else {},
+            }
             for one in having
             for name, figures in of_run[one.number][part]["rows"].items()
         ]
