@@ -87,6 +87,13 @@ def test_labels_of_permuted_ids_are_no_latents(sequences):
     assert of_a["real"]["absorption"] == 0 and of_a["null"]["absorption"] is None
 
 
+def test_rare_labels_are_none(sequences):
+    train = train_half(sequences) & False
+    labels = token_labels(sequences.tokens.ids, id_labels(TEXTS), train)
+    measured = splitting(Coded(sequences, sae(False)), labels, train)
+    assert labels == [] and measured["labels"] == {} and measured["figures"]["label_f1"] is None
+
+
 def test_the_best_threshold_is_the_best():
     rng = np.random.default_rng(1)
     scores, truth = rng.integers(0, 6, 50).astype(float), rng.random(50) < 0.4

@@ -4,6 +4,7 @@ An ablated latent's contribution, its code times its decoder row, is taken from 
 reconstruct stays (the error term of sparse feature circuits, arXiv:2403.19647): the loss is of the latent alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -119,6 +120,10 @@ def evenly(values: Int[ndarray, " n"], most: int) -> Int[ndarray, " m"]:
     return values[((np.arange(most) + 0.5) * len(values) / most).astype(np.int64)]
 
 
+EVENTS_AT_ONCE = 16
+"""Of one sequence: each takes three sequences of memory."""
+
+
 class Event(NamedTuple):
     """A token on which an item is on, and that is followed by another of its sequence."""
 
@@ -134,21 +139,20 @@ def kl_after(
     sequences = coded.sequences
     totals = np.zeros((2, len(items), len(KINDS), LAGS + 1))  # sums, numbers
     rng = np.random.default_rng(seed)
-    of_sequence: dict[int, list[Event]] = {}
-    for item, latents in enumerate(items):
-        for event in _events(coded, item, latents, n_events):
-            of_sequence.setdefault(event.sequence, []).append(event)
-    for sequence, events in sorted(of_sequence.items()):
-        x = sequences.activations(sequence)
-        parts = [_event_deltas(coded, event, items[event.item], rng) for event in events]
-        first = torch.tensor([event.position for event in events]).repeat_interleave(len(KINDS))
-        stop = (first + LAGS + 1).clamp(max=len(x))
-        item_of = np.array([event.item for event in events])
-        for block in compared(tail, x, torch.cat(parts), first, stop):
-            row, lag = block.row.cpu().numpy(), (block.position - first.to(block.row.device)[block.row]).cpu().numpy()
-            at = item_of[row // len(KINDS)], row % len(KINDS), lag
-            np.add.at(totals[0], at, block.kl.double().cpu().numpy())
-            np.add.at(totals[1], at, 1)
+    events = [event for item, latents in enumerate(items) for event in _events(coded, item, latents, n_events)]
+    events.sort(key=lambda event: event.sequence)
+    for sequence, grouped in itertools.groupby(events, key=lambda event: event.sequence):
+        here, x = list(grouped), sequences.activations(sequence)
+        for start in range(0, len(here), EVENTS_AT_ONCE):
+            part = here[start : start + EVENTS_AT_ONCE]
+            deltas = torch.cat([_event_deltas(coded, event, items[event.item], rng) for event in part])
+            first = torch.tensor([event.position for event in part]).repeat_interleave(len(KINDS))
+            item_of = np.array([event.item for event in part])
+            for block in compared(tail, x, deltas, first, (first + LAGS + 1).clamp(max=len(x))):
+                row, position = block.row.cpu().numpy(), block.position.cpu().numpy()
+                at = item_of[row // len(KINDS)], row % len(KINDS), position - first.numpy()[row]
+                np.add.at(totals[0], at, block.kl.double().cpu().numpy())
+                np.add.at(totals[1], at, 1)
     with np.errstate(invalid="ignore"):
         return totals[0] / totals[1]
 

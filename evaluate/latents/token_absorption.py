@@ -83,6 +83,8 @@ def token_labels(
 
 def splitting(coded: Coded, labels: list[TokenLabel], train: Bool[ndarray, " n"]) -> dict[str, Any]:
     """{"figures": of DEFINITIONS, "labels": {label: its own}}."""
+    if not labels:
+        return {"figures": dict.fromkeys(DEFINITIONS) | {"labels": 0}, "labels": {}}
     x = coded.sequences.x.double().numpy()
     centred = x[train] - x[train].mean(0)
     covariance = centred.T @ centred / max(1, len(centred))
