@@ -4,7 +4,7 @@ As SAEBench measures them on first letters (arXiv:2409.14507), on the store's ow
 are chosen on half of the documents, everything else is counted on the other half.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,17 +81,26 @@ def token_labels(
     return frequent
 
 
+class ProbedLabel(NamedTuple):
+    """A label with what stands for it in x and in the code."""
+
+    values: Int[ndarray, " n"]
+    direction: Float[ndarray, " d_model"]
+    """Fisher's discriminant, of the training half."""
+    scores: Float[ndarray, " n"]
+    """x along it."""
+    ranked: Int[ndarray, " k"]
+    """The latents that say most of it, of the training half."""
+    features: Float[ndarray, "n k"]
+    """Their values, in units of their means where they are on."""
+
+
 def splitting(coded: Coded, labels: list[TokenLabel], train: Bool[ndarray, " n"]) -> dict[str, Any]:
     """{"figures": of DEFINITIONS, "labels": {label: its own}}."""
     if not labels:
         return {"figures": dict.fromkeys(DEFINITIONS) | {"labels": 0}, "labels": {}}
-    x = coded.sequences.x.double().numpy()
-    centred = x[train] - x[train].mean(0)
-    covariance = centred.T @ centred / max(1, len(centred))
-    n_on = np.maximum(np.bincount(coded.code.indices, minlength=coded.code.shape[1]), 1)
-    scale = np.maximum(np.asarray(coded.code.sum(0)).ravel() / n_on, 1e-12)
-    columns = csc_array(coded.code)
-    of_label = {one.name: _of_label(coded, columns, scale, x, covariance, one, train) for one in labels}
+    probed = zip(labels, _probed(coded, labels, train), strict=True)
+    of_label = {label.name: _of_label(coded, one, train) for label, one in probed}
     figures: dict[str, float | None] = {"labels": len(labels)}
     for name in DEFINITIONS.keys() - {"labels"}:
         known = [one[name] for one in of_label.values() if one[name] is not None]
@@ -99,38 +108,47 @@ def splitting(coded: Coded, labels: list[TokenLabel], train: Bool[ndarray, " n"]
     return {"figures": {name: figures[name] for name in DEFINITIONS}, "labels": of_label}
 
 
-def _of_label(
-    coded: Coded,
-    columns: csc_array,
-    scale: Float[ndarray, " d_sae"],
-    x: Float[ndarray, "n d_model"],
-    covariance: Float[ndarray, "d_model d_model"],
-    label: TokenLabel,
-    train: Bool[ndarray, " n"],
-) -> dict[str, Any]:
-    fit, test = train & (label.values >= 0), ~train & (label.values >= 0)
-    truth, tested = label.values[fit] == 1, label.values[test] == 1
-    contrast = np.zeros(len(train))
-    contrast[fit] = np.where(truth, 1 / truth.sum(), -1 / (~truth).sum())
-    direction = discriminant((x.T @ contrast)[:, None], covariance)[:, 0]
-    scores = x @ direction
-    threshold = best_threshold(scores[fit], truth)
+def _probed(coded: Coded, labels: list[TokenLabel], train: Bool[ndarray, " n"]) -> Iterator[ProbedLabel]:
+    """All labels at once where that is a product of matrices."""
+    contrasts = np.zeros((len(train), len(labels)))
+    for i, label in enumerate(labels):
+        for value, sign in ((1, 1.0), (0, -1.0)):
+            which = train & (label.values == value)
+            contrasts[which, i] = sign / which.sum()
+    x, columns = coded.sequences.x.double().numpy(), csc_array(coded.code)
+    centred = x[train] - x[train].mean(0)
+    directions = discriminant(x.T @ contrasts, centred.T @ centred / len(centred))
+    scores = x @ directions
+    n_on = np.maximum(np.diff(columns.indptr), 1)
+    scale = np.maximum(np.asarray(columns.sum(0)).ravel() / n_on, 1e-12)
+    differences = (columns.T @ contrasts) / scale[:, None]
+    for i, label in enumerate(labels):
+        ranked = np.argsort(-differences[:, i], kind="stable")[:MAX_LATENTS]
+        features = columns[:, ranked].toarray() / scale[ranked]
+        yield ProbedLabel(label.values, directions[:, i], scores[:, i], ranked, features)
+
+
+def _of_label(coded: Coded, label: ProbedLabel, train: Bool[ndarray, " n"]) -> dict[str, Any]:
+    values, direction, scores, ranked, features = label
+    fit, test = train & (values >= 0), ~train & (values >= 0)
+    tested = values[test] == 1
+    threshold = best_threshold(scores[fit], values[fit] == 1)
     right = (scores[test] > threshold) & tested
-    differences = (columns.T @ contrast) / scale
-    ranked = np.argsort(-differences, kind="stable")[:MAX_LATENTS]
-    features = columns[:, ranked].toarray() / scale[ranked]
-    f1s = [_sparse_f1(features[:, :k], label.values == 1, fit, test) for k in range(1, len(ranked) + 1)]
-    n_split = 1
-    while n_split < len(f1s) and f1s[n_split] - f1s[n_split - 1] >= GAIN:
-        n_split += 1
+    f1s = [_sparse_f1(features[:, :1], values == 1, fit, test)]
+    for k in range(2, len(ranked) + 1):
+        more = _sparse_f1(features[:, :k], values == 1, fit, test)
+        if more - f1s[-1] < GAIN:
+            break
+        f1s.append(more)
+    n_split = len(f1s)
     absorbed, always = None, f1(np.ones_like(tested), tested)
-    if f1s[n_split - 1] >= max(MIN_F1, always + ABOVE_ALWAYS) and right.any():
+    if f1s[-1] >= max(MIN_F1, always + ABOVE_ALWAYS) and right.any():
         carried = _carried_by_one(coded, np.flatnonzero(test)[right], direction, ranked[:n_split])
         absorbed = float((carried >= ABSORBED).mean())
     return {
         "x_f1": f1(scores[test] > threshold, tested),
         "label_f1": f1s[0],
-        "split_f1": f1s[n_split - 1],
+        "split_f1": f1s[-1],
         "splits": n_split,
         "absorption": absorbed,
         "latents": ranked[:n_split].tolist(),
