@@ -62,6 +62,7 @@ def test_every_part_has_its_rows_and_every_figure_a_definition(store, done):
     assert effects["rows"]["SAE"].keys() == effects["definitions"].keys()
     columns = effects["columns"]
     assert 0 < effects["tail_tokens"] < 20_000
+    assert len(effects["kl_by_lag"]) == 5 and {len(one) for one in effects["kl_by_lag"].values()} == {17}
     assert {len(column) for column in columns.values()} == {6} and sum(columns["is_sample"]) == 4
     assert all(len(one) == 5 for one in columns["promoted"]) and columns["promoted"][0][0].startswith("⟨")
     assert held["parts"]["tokens"]["rows"] == {} and "keeps no tokenizer" in held["parts"]["tokens"]["note"]

@@ -67,28 +67,34 @@ def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
     if shared.tail is None or not len(latents):
         return {"rows": {SAE: figures}, "columns": columns, "note": shared.no_tail or "No latent is live."}
     before = shared.tail.n_tokens
-    rows, more = _through_the_tail(shared, coded, chosen)
+    rows, more, curves = _through_the_tail(shared, coded, chosen)
     return {
         "rows": {SAE: figures | rows.pop(SAE), **rows},
         "intervals": intervals(more, chosen),
         "columns": columns | more,
+        "kl_by_lag": curves,
         "note": None,
         "tail_tokens": shared.tail.n_tokens - before,
     }
 
 
-def _through_the_tail(shared: SharedInputs, coded: Coded, chosen: Chosen) -> tuple[Rows, dict[str, Any]]:
-    """Rows and columns of ablation and of steering."""
+def _through_the_tail(
+    shared: SharedInputs, coded: Coded, chosen: Chosen
+) -> tuple[Rows, dict[str, Any], dict[str, list[float | None]]]:
+    """Rows and columns of ablation and of steering, and curves of ablation."""
     n_latents, length = len(chosen.all), coded.sequences.whole.shape[1]
     budget = shared.request.budget.within(n_latents + N_RANDOM, length)
-    rows, columns = _ablation(shared, coded, chosen, budget)
+    rows, columns, curves = _ablation(shared, coded, chosen, budget)
     of_steering, more = _steering(shared, coded, chosen, budget)
     for name, figures in of_steering.items():
         rows[name] |= figures
-    return rows, columns | more
+    return rows, columns | more, curves
 
 
-def _ablation(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget) -> tuple[Rows, dict[str, Any]]:
+def _ablation(
+    shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget
+) -> tuple[Rows, dict[str, Any], dict[str, list[float | None]]]:
+    """Rows, columns, and the KL at each lag after an ablation."""
     assert shared.tail is not None
     items = [*([one] for one in chosen.all.tolist()), chosen.together.tolist()]
     everywhere = ablation.ablated(coded, shared.tail, items, budget.sequences)
@@ -120,7 +126,22 @@ def _ablation(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget
         **{f"kl_{kind}": kl[:, i] for i, kind in enumerate(ablation.KINDS)},
     }
     rows: Rows = {SAE: figures(sample), TOGETHER: figures(together), RANDOM: null}
-    return rows, {name: plain(values[:-1]) for name, values in columns.items()}
+    curves = {
+        name: _median_curve(kl[which, i])
+        for name, (which, i) in {
+            "one latent, at one token": (sample, one),
+            "one latent, at all of them": (sample, span),
+            "the widest 1%, at one token": (together, one),
+            "the widest 1%, at all of them": (together, span),
+            "a random direction, at one token": (sample, random),
+        }.items()
+    }
+    return rows, {name: plain(values[:-1]) for name, values in columns.items()}, curves
+
+
+def _median_curve(kl: Float[ndarray, "n_items lags_plus_1"]) -> list[float | None]:
+    """Median over items at each lag, to five digits."""
+    return [None if (middle := median(one)) is None else float(f"{middle:.5g}") for one in kl.T]
 
 
 def _steering(shared: SharedInputs, coded: Coded, chosen: Chosen, budget: Budget) -> tuple[Rows, dict[str, Any]]:

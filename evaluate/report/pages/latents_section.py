@@ -21,11 +21,6 @@ OF_LATENT = (
 )
 OF_TEXT = ("auc_token", "auc_text", "intruder")
 N_WORDS = 4
-KINDS = {
-    "kl_one_token": "at one token",
-    "kl_span": "at all of them",
-    "kl_random_direction": "a random direction at one",
-}
 
 
 def measured_parts(one: Included) -> dict[str, Any]:
@@ -78,22 +73,17 @@ def latents_looked_at(one: Included) -> dict[str, Any]:
     key = "ce_lost_per_firing" if "ce_lost_per_firing" in names else "ev_lost"
     rows.sort(key=lambda row: -(row["values"][names.index(key)] or 0))
     labels = {name: name.replace("_", " ") for name in (*names, *text_names)}
-    return {"columns": labels, "rows": rows, "promoted": "promoted" in effects, "figures": _kl_by_lag(effects)}
+    return {"columns": labels, "rows": rows, "promoted": "promoted" in effects, "figures": _kl_by_lag(parts[EFFECTS])}
 
 
 def _kl_by_lag(effects: dict[str, Any]) -> list[dict[str, str]]:
-    """Curves over the tokens after an ablation, medians over the latents drawn at random; none without a tail."""
+    """Curves over the tokens after an ablation; none without a tail."""
     curves, summaries = [], []
-    for name, label in KINDS.items():
-        if name not in effects:
-            continue
-        pairs = zip(effects[name], effects["is_sample"], strict=True)
-        drawn = np.array([kl for kl, is_sample in pairs if is_sample], np.float64)  # None becomes NaN
-        known = [one[np.isfinite(one) & (one > 0)] for one in drawn.T]
-        medians = [float(np.median(one)) if len(one) else np.nan for one in known]
-        if np.isfinite(medians).any():
-            curves.append(Series(label, range(len(medians)), np.log10(medians).tolist()))
-            summaries.append(f"{label}: {number(medians[0])} at the token, {number(medians[1])} at the next")
+    for label, values in effects.get("kl_by_lag", {}).items():
+        known = [value or np.nan for value in values]  # of 0 there is no logarithm
+        if np.isfinite(known).any():
+            curves.append(Series(label, range(len(known)), np.log10(known).tolist()))
+            summaries.append(f"{label}: {number(values[0])} at the token, {number(values[1])} at the next")
     if not curves:
         return []
     svg = lines(curves, ("tokens after the ablation", "log10 of KL, in nats"))
