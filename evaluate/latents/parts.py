@@ -25,10 +25,11 @@ N_NULL = 16
 EFFECT_FIGURES = {
     "ev_lost": ablation.DEFINITIONS["ev_lost"] + "; median over live latents",
     "harmful": "share of live latents without which explained variance would be higher",
-    "ce_lost": ablation.DEFINITIONS["ce_lost"] + "; median over the latents looked at",
+    "ce_lost": ablation.DEFINITIONS["ce_lost"] + "; from some of the sequences in which it is on, "
+    "scaled up to all (sequences_seen); median over the latents drawn",
     "ce_lost_per_firing": ablation.DEFINITIONS["ce_lost_per_firing"] + "; median",
     "kl_after": f"KL divergence at a token and the {ablation.LAGS} after it, summed, in nats, with a latent that is on "
-    "taken from x at that token alone; median over latents",
+    "taken from x at that token alone; median over the latents drawn",
     "kl_after_span": "the same with it taken away wherever it is on at those tokens",
     "later_share": "share of kl_after that lies after the token itself; median",
     **{name: text for name, text in steering.DEFINITIONS.items() if name.startswith("steer")},
