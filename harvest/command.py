@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.base.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand, device_option
 
 if TYPE_CHECKING:
     from tcsae.harvest.cost import Plan
@@ -115,13 +115,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What the model computes in; the halves on a GPU only.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where the model runs; auto: the first of the others that is there.",
-)
+@device_option("the model runs")
 @click.option("--batch-size", default=32, show_default=True, help="Sequences in one forward pass.")
 @click.option(
     "--eval-every",

@@ -37,7 +37,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--positions",
             "--init-from",
         ],
-        "How": ["--device", "--tracker", "--dry-run", "--fresh"],
+        "How": ["--device", "--precision", "--tracker", "--dry-run", "--fresh"],
     },
     "eval": {
         "What to score": [
@@ -51,7 +51,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--splice",
         ],
         "What to print": ["--details", "--compare", "--with", "--json"],
-        "How": ["--force"],
+        "How": ["--device", "--precision", "--force"],
     },
     "compare": {
         "What to compare": ["--run", "--with"],
@@ -60,6 +60,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "paper": {
         "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
     "probe": {
         "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
@@ -76,10 +77,12 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "planted": {
         "What to run": ["--quick"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
     "methods": {
         "What to run": ["--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
 }
 
