@@ -284,11 +284,18 @@ def print_summary(store: "Store") -> None:
             tail.get("none") or f"tail saved (layers: {tail['layers']}, off by {tail['max_difference']:g} nats at most)"
         )
         echo(f"  {hook}: {size(parts.get(f'activations {hook}', 0))}, width {store.d_model(hook)}; {after}")
-    echo(
-        f"  read {counts['documents_read']:,} documents; left out {counts['documents_skipped']:,} of a full split, "
-        f"{counts['documents_empty']:,} without a sequence, {counts['tokens_dropped_short']:,} tokens in short ends, "
-        f"{counts['tokens_beyond_budget']:,} beyond the asked"
-    )
+    echo(f"  {counts['documents_read']:,} documents read; {', '.join(_left_out(counts)) or 'all of them stored'}")
+
+
+def _left_out(counts: Mapping[str, Any]) -> list[str]:
+    """What of the text is not stored, and why; nothing of what is 0."""
+    reasons = {
+        "documents_skipped": "documents came after their split had all its tokens",
+        "documents_empty": "documents are too short for a sequence",
+        "tokens_beyond_budget": "tokens came after their split had all of its own",
+        "tokens_dropped_short": "tokens are ends of documents too short for a sequence",
+    }
+    return [f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name]]
 
 
 def _print_control(recipe: "Recipe") -> None:

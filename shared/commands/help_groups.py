@@ -77,7 +77,6 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "planted": {
         "What to run": ["--quick"],
         "Folders": ["--work", "--out"],
-        "How": ["--device"],
     },
     "methods": {
         "What to run": ["--quick", "--model", "--dataset", "--tokens"],
