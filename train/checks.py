@@ -31,12 +31,12 @@ def memory_bytes(configs: Sequence[TrainConfig]) -> int:
     )
     batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
     pairs = max((_n_pairs(config) ** 2 for config in configs), default=0)
-    attention = 12 * codes if any(config.sae.predictor != "none" for config in configs) else 0
+    attention = 12 * codes if any(config.sae.attends for config in configs) else 0
     return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs + attention)
 
 
 def _n_weights(sae: SaeConfig) -> int:
-    if sae.predictor == "none":
+    if not sae.attends:
         return 2 * sae.d_sae * sae.d_in + 3 * sae.d_sae
     return sae.d_sae * sae.d_model + sae.n_layers * 2 * (sae.d_sae**2 // sae.bottleneck + sae.d_sae**2)
 

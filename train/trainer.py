@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from tcsae.shared.base.device import Readout, static_shapes, sum_dtype
 from tcsae.shared.sae.activations import Encoded, Encoder
+from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
 from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, permuted
+from tcsae.shared.sae.sequences import SequenceAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_sae
 from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of
@@ -227,7 +228,7 @@ class Trainer:
         given, batch = batch, self._rows(batch)
         x, n_rows = batch.x * self.scale, max(1, batch.n_whole)
         inputs, scaling = self._encoder_input(x)
-        if isinstance(self.sae, TemporalFeatureAutoencoder):
+        if isinstance(self.sae, SequenceAutoencoder):
             encoded, x_hat = self.sae.train_pass(x, batch.lengths)
             x_hats = [x_hat]
         else:

@@ -25,7 +25,7 @@ from tcsae.shared.sae.ops import (
     attach_entries,
     through_threshold,
 )
-from tcsae.shared.sae.sparse import SparseCode, positive_code, threshold_code, topk_code
+from tcsae.shared.sae.sparse import SparseCode, batchtopk_code, positive_code, threshold_code, topk_code
 
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
@@ -37,10 +37,10 @@ class Encoder(NamedTuple):
     centred: Float[Tensor, "n d_model"]
     weights: EncoderWeights
     k: int
-    threshold: Float[Tensor, " d_sae"] | None
-    bandwidth: float
+    threshold: Float[Tensor, " d_sae"] | None = None
+    bandwidth: float = 0.0
     """Width of the kernel through which thresholds learn."""
-    batchtopk: Callable[[Float[Tensor, "n d_sae"], int], SparseCode]
+    batchtopk: Callable[[Float[Tensor, "n d_sae"], int], SparseCode] = batchtopk_code
     """The n * k largest positive entries of the whole batch, of which this process may have a part."""
 
     @torch.no_grad()

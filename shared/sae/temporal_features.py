@@ -27,13 +27,11 @@ from torch.nn import functional as F
 
 from tcsae.shared.sae.activations import Encoded, encoded
 from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
-from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.ops import decode_code
-from tcsae.shared.sae.sparse import SparseCode, join_codes, select_topk
+from tcsae.shared.sae.sequences import SequenceAutoencoder
+from tcsae.shared.sae.sparse import SparseCode, select_topk
 
 SMALL = 1e-6
-SEQUENCES_PER_PART = 16
-"""Sequences that are encoded at a time in inference: dense codes of 16 * 128 * 4096 entries are 32 MB."""
 
 
 class CodeAttention(nn.Module):
@@ -73,11 +71,8 @@ class CodeAttention(nn.Module):
         return self.c_proj(out.transpose(1, 2).reshape(batch, length, d_sae))
 
 
-class TemporalFeatureAutoencoder(SparseAutoencoder):
-    """An SAE whose `encode` (the novel code) and `forward` take whole sequences [batch, position, d_model].
-
-    `decode` takes the sum of both codes; from the novel code alone the predicted part is missing.
-    """
+class TemporalFeatureAutoencoder(SequenceAutoencoder):
+    """Its `encode`, too, takes whole sequences [batch, position, d_model]."""
 
     def __init__(self, config: SaeConfig, input_scale: float = 1.0) -> None:
         nn.Module.__init__(self)
@@ -184,26 +179,3 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
 def _valid(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> Bool[Tensor, "n_sequences longest"]:
     """Where the padded form of sequences laid end to end has a token."""
     return torch.from_numpy(np.arange(max(lengths.max(initial=0), 1)) < lengths[:, None]).to(device)
-
-
-@torch.no_grad()
-def read_out(
-    sae: TemporalFeatureAutoencoder, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
-) -> tuple[Float[Tensor, "n d_model"], SparseCode, Float[Tensor, "n d_sae"]]:
-    """(reconstruction, novel code, predicted code) of every token of sequences laid end to end, in the data's units."""
-    ends = np.cumsum(lengths)
-    x_hats, novels, predicteds = [], [], []
-    for first in range(0, max(len(lengths), 1), SEQUENCES_PER_PART):
-        part = lengths[first : first + SEQUENCES_PER_PART]
-        stop = int(ends[min(first + SEQUENCES_PER_PART, len(ends)) - 1]) if len(ends) else 0
-        rows = x[stop - int(part.sum()) : stop]
-        novel, predicted = sae.codes(rows, part)
-        x_hats.append(sae.decode_sparse(novel) + predicted @ sae.W_dec / sae.input_scale)
-        novels.append(novel)
-        predicteds.append(predicted)
-    return torch.cat(x_hats), join_codes(novels), torch.cat(predicteds)
-
-
-def new_sae(config: SaeConfig) -> SparseAutoencoder:
-    """An SAE of this kind, all weights zero but a predictor's."""
-    return SparseAutoencoder(config) if config.predictor == "none" else TemporalFeatureAutoencoder(config)
