@@ -19,11 +19,11 @@ from tcsae.evaluate.measures.smoothing import (
     stay_above,
     stay_topk,
 )
-from tcsae.shared.sae import sequences
+from tcsae.shared.sae import whole_sequences
 from tcsae.shared.sae.crosscoder import read_out
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.sequences import SequenceAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 BATCH_CODE_ENTRIES = 8 << 20
 """Of a dense code or of pre-activations, at most: 32 MB."""
@@ -61,7 +61,7 @@ class WholeSequenceOutput:
         self.sae = sae
 
     def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
-        return Output(*sequences.read_out(self.sae, x, sequence_lengths(sequence)))
+        return Output(*whole_sequences.read_out(self.sae, x, sequence_lengths(sequence)))
 
 
 class SmoothedOutput:
@@ -136,7 +136,7 @@ def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: In
     if (there := sae.W_dec.device) != x.device:
         return sae_code(sae, x.to(there), sequence.to(there)).to(x.device)
     if isinstance(sae, SequenceAutoencoder):
-        return sequences.read_out(sae, x, sequence_lengths(sequence))[1]
+        return whole_sequences.read_out(sae, x, sequence_lengths(sequence))[1]
     if sae.config.window > 1:
         return read_out(sae, x, sequence_lengths(sequence))[1]
     return join_codes([code for _, code in code_parts(sae, x)])

@@ -16,8 +16,8 @@ from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.persistent import PersistentAutoencoder, TimeOrder, run_states
-from tcsae.shared.sae.sequences import read_out
 from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.sae.whole_sequences import read_out
 from tcsae.train.trainer import Trainer
 
 D, D_SAE, K = 6, 24, 3

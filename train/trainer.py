@@ -16,8 +16,8 @@ from tcsae.shared.sae.activations import Encoded, Encoder
 from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
 from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, permuted
-from tcsae.shared.sae.sequences import SequenceAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 from tcsae.train.batch import Batch, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of

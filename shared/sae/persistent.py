@@ -24,8 +24,8 @@ from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.activations import Encoded, Encoder, encoded
 from tcsae.shared.sae.layout import SaeConfig
 from tcsae.shared.sae.ops import EncoderWeights, decode_code
-from tcsae.shared.sae.sequences import SequenceAutoencoder
 from tcsae.shared.sae.sparse import SparseCode
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 
 class PersistentAutoencoder(SequenceAutoencoder):

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from tcsae.shared.sae.activations import Encoded, encoded
 from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
 from tcsae.shared.sae.ops import decode_code
-from tcsae.shared.sae.sequences import SequenceAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, select_topk
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 SMALL = 1e-6
 
