@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tcsae.shared.base.device import to_device
+from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.activations import Encoded, encoded
 from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
 from tcsae.shared.sae.ops import decode_code
@@ -157,15 +159,16 @@ class TemporalFeatureAutoencoder(SequenceAutoencoder):
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
     ) -> tuple[SparseCode, Float[Tensor, "n d_sae"]]:
         """(novel, predicted) codes of sequences laid end to end, with gradients."""
-        valid = _valid(lengths, x.device)
+        shape, at = _padded(lengths, x.device)
         r = x * self.input_scale - self.b_dec
-        predicted, left = self.predicted(r.new_zeros(*valid.shape, x.shape[1]).index_put((valid,), r))
-        pre = left[valid] @ self.W_enc
+        padded = r.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, at, r)
+        predicted, left = self.predicted(padded.view(*shape, -1))
+        pre = left.flatten(0, 1)[at] @ self.W_enc
         with torch.no_grad():
             latents = select_topk(pre, self.config.k)[1]
         offsets = torch.arange(0, latents.numel() + 1, self.config.k, device=x.device)
         values = pre.gather(1, latents).relu().flatten()
-        return SparseCode(values, latents.flatten(), offsets, self.config.d_sae), predicted[valid]
+        return SparseCode(values, latents.flatten(), offsets, self.config.d_sae), predicted.flatten(0, 1)[at]
 
     def train_pass(
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
@@ -176,6 +179,8 @@ class TemporalFeatureAutoencoder(SequenceAutoencoder):
         return encoded(novel), x_hat / self.input_scale
 
 
-def _valid(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> Bool[Tensor, "n_sequences longest"]:
-    """Where the padded form of sequences laid end to end has a token."""
-    return torch.from_numpy(np.arange(max(lengths.max(initial=0), 1)) < lengths[:, None]).to(device)
+def _padded(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> tuple[tuple[int, int], Int[Tensor, " n"]]:
+    """(sequences, positions) of the padded form of sequences laid end to end, and where each token stands in it."""
+    longest = max(int(lengths.max(initial=0)), 1)
+    first = longest * np.repeat(np.arange(len(lengths)), lengths)
+    return (len(lengths), longest), to_device(first + positions(lengths), device)
