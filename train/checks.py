@@ -76,6 +76,20 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_compile(configs: Sequence[TrainConfig], world: int) -> None:
+    """Raises ConfigError for what --compile cannot make one graph."""
+    for config in configs:
+        what, why = "", ""
+        if config.sae.predictor != "none":
+            what, why = f"sae.predictor={config.sae.predictor!r}", "its passes over sequences follow their lengths"
+        elif config.temporal.budget:
+            what, why = f"temporal.budget={config.temporal.budget:g}", "it takes gradients in the middle of a step"
+        elif world > 1:
+            what, why = f"{world} processes", "they meet in the middle of a step"
+        if what:
+            raise ConfigError(f"--compile with {what}: {why}, which is no single graph. Leave --compile away.")
+
+
 def check_parallel(config: TrainConfig, world: int, device: torch.device | str = "cpu") -> None:
     """Raises ConfigError for what several processes cannot train together."""
     if torch.device(device).type == "mps":

@@ -43,10 +43,9 @@ class Encoder(NamedTuple):
     batchtopk: Callable[[Float[Tensor, "n d_sae"], int], SparseCode] = batchtopk_code
     """The n * k largest positive entries of the whole batch, of which this process may have a part."""
 
-    @torch.no_grad()
     def pre(self) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, without a gradient: `attach` gives one to the entries that are selected."""
-        with matmuls(self.centred.device):
+        with torch.no_grad(), matmuls(self.centred.device):
             pre = torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T)
         return pre.to(self.centred.dtype)
 
@@ -158,7 +157,7 @@ def _train_dense(kind: Dense) -> Callable[[Encoder], Encoded]:
             dense = torch.empty_like(pre) if kind == "gelu" else pre
             active, total = activate(kind, pre, encoder.weights.b_enc, dense)
         # On a GPU the count would have to be waited for, and a matrix is fast.
-        if kind == "relu" and pre.device.type == "cpu" and active.n_active < SPARSE_DENSITY * pre.numel():
+        if kind == "relu" and not static_shapes(pre) and active.n_active < SPARSE_DENSITY * pre.numel():
             code = encoder.attach(positive_code(dense))
             return Encoded(code, code, code.values.sum(), active)
         matrix, tap, size = attach_dense(kind, dense, pre, total, encoder.centred, encoder.weights)

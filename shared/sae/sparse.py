@@ -6,7 +6,7 @@ training keeps to static shapes: as many entries whatever their values, those wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class SparseCode:
     def by_latent(self) -> "LatentOrder":
         """The entries sorted by latent, then by token."""
         if "by_latent" not in self._derived:
-            self._derived["by_latent"] = LatentOrder(self)
+            self._derived["by_latent"] = _latent_order(self)
         return self._derived["by_latent"]
 
     def detached(self) -> "SparseCode":
@@ -130,18 +130,14 @@ class SparseCode:
         return SparseCode(self.values.index_select(0, at), self.latents[at] - first, offsets, stop - first)
 
 
-class LatentOrder:
+class LatentOrder(NamedTuple):
     """The entries of a code sorted by latent, computed once and used for every weight's gradient."""
 
-    def __init__(self, code: SparseCode) -> None:
-        self.order = torch.argsort(code.latents, stable=True)
-        if static_shapes(code.latents):  # a bincount would read the largest latent
-            edges = torch.arange(code.d_sae + 1, device=code.latents.device)
-            self._edges = torch.searchsorted(code.latents[self.order], edges)
-        else:
-            counts = torch.bincount(code.latents, minlength=code.d_sae)
-            self._edges = F.pad(counts.cumsum(0), (1, 0))
-        self.tokens = code.rows[self.order]
+    order: Int[Tensor, " n_entries"]
+    tokens: Int[Tensor, " n_entries"]
+    """Token of each entry, in that order."""
+    edges: Int[Tensor, " d_sae_plus_1"]
+    """Where each latent's entries begin."""
 
     def weighted_rows(
         self, values: Float[Tensor, " n_entries"], rows: Float[Tensor, "n d_model"]
@@ -150,11 +146,22 @@ class LatentOrder:
         return F.embedding_bag(
             self.tokens,
             rows,
-            self._edges,
+            self.edges,
             per_sample_weights=values[self.order],
             mode="sum",
             include_last_offset=True,
         )
+
+
+def _latent_order(code: SparseCode) -> LatentOrder:
+    order = torch.argsort(code.latents, stable=True)
+    if static_shapes(code.latents):  # a bincount would read the largest latent
+        every = torch.arange(code.d_sae + 1, device=code.latents.device)
+        edges = torch.searchsorted(code.latents[order], every)
+    else:
+        counts = torch.bincount(code.latents, minlength=code.d_sae)
+        edges = F.pad(counts.cumsum(0), (1, 0))
+    return LatentOrder(order, code.rows[order], edges)
 
 
 def join_codes(parts: Sequence[SparseCode]) -> SparseCode:
