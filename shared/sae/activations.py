@@ -35,8 +35,8 @@ from tcsae.shared.sae.sparse import (
     topk_code,
 )
 
-BLOCK_ENTRIES = 1 << 20
-"""Pre-activations at a time, where few of them are taken: 4 MB."""
+BLOCK_ENTRIES = 1 << 21
+"""Pre-activations at a time, where few of them are taken: 8 MB."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
 DENSITY_TOKENS = 32
