@@ -39,8 +39,6 @@ BLOCK_ENTRIES = 1 << 21
 """Pre-activations at a time, where few of them are taken: 8 MB."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
-DENSITY_TOKENS = 32
-"""Of a batch, to estimate that share from."""
 
 
 class Encoder(NamedTuple):
@@ -61,18 +59,16 @@ class Encoder(NamedTuple):
             pre = torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T)
         return pre.to(self.centred.dtype)
 
-    @torch.no_grad()
-    def select(self, of: Callable[[Float[Tensor, "n d_sae"]], SparseCode]) -> SparseCode:
-        """What `of` selects of the pre-activations, without a gradient; on a CPU by rows whose pre-activations stay in
-        cache and are never written out.
-        """
+    def topk(self) -> SparseCode:
+        """`topk_code` of the pre-activations, without a gradient; on a CPU by blocks of rows that stay in cache."""
         if static_shapes(self.centred):
-            return of(self.pre())
+            return topk_code(self.pre(), self.k)
         W, b_enc, _ = self.weights
         n_rows = max(ROWS, BLOCK_ENTRIES // len(W))
         block = self.centred.new_empty(min(n_rows, len(self.centred)), len(W))
-        split = self.centred.split(n_rows)
-        return join_codes([of(torch.addmm(b_enc, rows, W.T, out=block[: len(rows)])) for rows in split])
+        with torch.no_grad():
+            pres = (torch.addmm(b_enc, rows, W.T, out=block[: len(rows)]) for rows in self.centred.split(n_rows))
+            return join_codes([topk_code(pre, self.k) for pre in pres])
 
     def attach(self, code: SparseCode) -> SparseCode:
         """A selection of pre-activations with a gradient to the encoder and both biases."""
@@ -121,7 +117,7 @@ def _topk_dense(pre: Tensor, k: int, _threshold: Tensor | None) -> Tensor:
 
 
 def _topk_train(encoder: Encoder) -> Encoded:
-    code = encoder.attach(encoder.select(lambda pre: topk_code(pre, encoder.k)))
+    code = encoder.attach(encoder.topk())
     return encoded(code.with_values(code.values.relu()))  # what is no longer positive has no gradient
 
 
@@ -145,8 +141,7 @@ def _jumprelu_train(encoder: Encoder) -> Encoded:
     assert encoder.threshold is not None
     if static_shapes(encoder.centred):
         return _jumprelu_matrix(encoder, encoder.threshold)
-    limit, margin = encoder.threshold.detach(), encoder.bandwidth / 2
-    near = encoder.attach(encoder.select(lambda pre: threshold_code(pre, limit, margin)))
+    near = encoder.attach(threshold_code(encoder.pre(), encoder.threshold.detach(), encoder.bandwidth / 2))
     threshold = encoder.threshold.index_select(0, near.latents)
     code = near.with_values(through_threshold(near.values, threshold, encoder.bandwidth))
     return encoded(code, above_threshold(near.values, threshold, encoder.bandwidth).sum())
@@ -174,27 +169,18 @@ def _gelu_entries(pre: Tensor, _k: int, _threshold: Tensor | None) -> SparseCode
     return SparseCode(dense.flatten(), latents, offsets, pre.shape[1])
 
 
-def _is_sparse(encoder: Encoder) -> bool:
-    """Whether few latents are above 0 at a few of the tokens. On a GPU the answer would have to be waited for, and a
-    matrix is fast.
-    """
-    if static_shapes(encoder.centred):
-        return False
-    some = encoder.centred[:: max(1, len(encoder.centred) // DENSITY_TOKENS)]
-    pre = encoder._replace(centred=some).pre()
-    return int((pre > 0).sum()) < SPARSE_DENSITY * pre.numel()
-
-
 def _train_dense(kind: Dense) -> Callable[[Encoder], Encoded]:
     def train(encoder: Encoder) -> Encoded:
-        if kind == "relu" and _is_sparse(encoder):
-            return encoded(encoder.attach(encoder.select(positive_code)))
         with torch.no_grad():
             with matmuls(encoder.centred.device):
                 pre = encoder.centred @ encoder.weights.W_enc_rows.T
             pre = pre.to(encoder.centred.dtype)
             dense = torch.empty_like(pre) if kind == "gelu" else pre
             active, total = activate(kind, pre, encoder.weights.b_enc, dense)
+        # On a GPU the count would have to be waited for, and a matrix is fast.
+        if kind == "relu" and not static_shapes(pre) and active.n_active < SPARSE_DENSITY * pre.numel():
+            code = encoder.attach(positive_code(dense))
+            return Encoded(code, code, code.values.sum(), active)
         matrix, tap, size = attach_dense(kind, dense, pre, total, encoder.centred, encoder.weights)
         return Encoded(matrix, tap, size, active)
 

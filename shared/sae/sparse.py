@@ -22,6 +22,8 @@ MOST_REACHING = 4
 """Times k: more entries of a row than that are searched as they are."""
 ROWS = 128
 """Rows of a slice that stays in cache."""
+CACHED, READS, PANEL = 1 << 20, 32, 64
+"""Numbers of rows beyond which, and readings of each from which on, panels of so many columns are faster."""
 SAMPLE = 65_536
 """Entries that a batch's lower bound is estimated from."""
 
@@ -146,14 +148,7 @@ class LatentOrder(NamedTuple):
         self, values: Float[Tensor, " n_entries"], rows: Float[Tensor, "n d_model"]
     ) -> Float[Tensor, "d_sae d_model"]:
         """For each latent, the sum over its entries of value times the token's row."""
-        return F.embedding_bag(
-            self.tokens,
-            rows,
-            self.edges,
-            per_sample_weights=values[self.order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        return _weighted_sums(rows, self.tokens, self.edges, values[self.order])
 
 
 def _latent_order(code: SparseCode) -> LatentOrder:
@@ -286,10 +281,26 @@ def decode(
     code: SparseCode, W_dec: Float[Tensor, "d_sae d_model"], b_dec: Float[Tensor, " d_model"] | None
 ) -> Float[Tensor, "n_tokens d_model"]:
     """The reconstruction sum_j f_j W_dec[j] + b_dec (if any), reading only the rows of active latents."""
-    out = F.embedding_bag(
-        code.columns, W_dec, code.offsets, per_sample_weights=code.values, mode="sum", include_last_offset=True
-    )
+    out = _weighted_sums(W_dec, code.columns, code.offsets, code.values)
     return out if b_dec is None else out.add_(b_dec)
+
+
+def _weighted_sums(
+    rows: Float[Tensor, "n d_model"],
+    at: Int[Tensor, " n_entries"],
+    edges: Int[Tensor, " n_bags_plus_1"],
+    weights: Float[Tensor, " n_entries"],
+) -> Float[Tensor, "n_bags d_model"]:
+    """For each bag, the sum over its entries of weight times row. On a CPU, rows that are read many times over are read
+    in panels of columns that stay in cache.
+    """
+
+    def sums(part: Tensor) -> Tensor:
+        return F.embedding_bag(at, part, edges, per_sample_weights=weights, mode="sum", include_last_offset=True)
+
+    if static_shapes(rows) or rows.numel() <= CACHED or len(at) < READS * len(rows):
+        return sums(rows)
+    return torch.cat([sums(panel.contiguous()) for panel in rows.split(PANEL, dim=1)], dim=1)
 
 
 def _places(x: Float[Tensor, "n d"], bound: float | Tensor) -> Int[Tensor, " n_above"]:
