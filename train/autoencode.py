@@ -95,7 +95,7 @@ def without_radial(W: Float[Tensor, "n d"], grad: Float[Tensor, "n d"]) -> None:
     grad.addcmul_(W, (grad * W).sum(1)[:, None], value=-1)
 
 
-def norm_rows(W: Float[Tensor, "n d"], halted: Float[Tensor, "1"] | None) -> None:
+def norm_rows(W: Float[Tensor, "n d"], halted: Float[Tensor, ""] | None) -> None:
     """Bring rows back to norm 1, in place; where an update was masked they are so to the last bit already."""
     norm = W.norm(dim=1, keepdim=True)
     W.div_(norm if halted is None else torch.where(halted > 0, 1.0, norm))
