@@ -66,7 +66,8 @@ class DataConfig:
         _at_most("data.seed", self.seed, MAX_SEED)
         for name in self.exclude_tokens:
             if name != SPECIAL and not name.isdecimal():
-                raise ConfigError(f"data.exclude_tokens={name!r}: give token ids with commas between, or {SPECIAL}.")
+                given = ",".join(self.exclude_tokens)
+                raise ConfigError(f"data.exclude_tokens={given!r}: give token ids with commas between, or {SPECIAL}.")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigError(f"data.max_norm={self.max_norm}: must be above 0, or none.")
 

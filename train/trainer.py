@@ -17,7 +17,13 @@ from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.ops import Code, part, permuted
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
-from tcsae.train.autoencode import (
+from tcsae.train.batch import Batch, shuffled
+from tcsae.train.config import TrainConfig
+from tcsae.train.guard import DeviceGuard, judged, verdict_of
+from tcsae.train.losses import temporal_term
+from tcsae.train.losses.auxk import auxk
+from tcsae.train.losses.position import PositionPenalty
+from tcsae.train.losses.reconstruction import (
     Autoencoded,
     BatchTopk,
     Recipe,
@@ -28,12 +34,6 @@ from tcsae.train.autoencode import (
     prefix_error,
     without_radial,
 )
-from tcsae.train.batch import Batch, shuffled
-from tcsae.train.config import TrainConfig
-from tcsae.train.guard import DeviceGuard, judged, verdict_of
-from tcsae.train.losses import temporal_term
-from tcsae.train.losses.auxk import auxk
-from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.losses.state import BilinearHead, TermState
 from tcsae.train.losses.t_sae import next_threshold, paired, residual_variance
 from tcsae.train.start.first_weights import initial_sae

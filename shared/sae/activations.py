@@ -63,12 +63,8 @@ class Encoder(NamedTuple):
         """`topk_code` of the pre-activations, without a gradient; on a CPU by blocks of rows that stay in cache."""
         if static_shapes(self.centred):
             return topk_code(self.pre(), self.k)
-        W, b_enc, _ = self.weights
-        n_rows = max(ROWS, BLOCK_ENTRIES // len(W))
-        block = self.centred.new_empty(min(n_rows, len(self.centred)), len(W))
-        with torch.no_grad():
-            pres = (torch.addmm(b_enc, rows, W.T, out=block[: len(rows)]) for rows in self.centred.split(n_rows))
-            return join_codes([topk_code(pre, self.k) for pre in pres])
+        blocks = self.centred.split(max(ROWS, BLOCK_ENTRIES // len(self.weights.b_enc)))
+        return join_codes([topk_code(self._replace(centred=rows).pre(), self.k) for rows in blocks])
 
     def attach(self, code: SparseCode) -> SparseCode:
         """A selection of pre-activations with a gradient to the encoder and both biases."""

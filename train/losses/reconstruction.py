@@ -1,4 +1,4 @@
-"""From a step's rows to code and reconstructions: tensors in, tensors out, so that --compile can make it one graph.
+"""From a step's rows to code, reconstructions and their error: tensors alone, so that --compile can make it one graph.
 
 What is drawn or counted on the host (pairs of the temporal terms, the dead of AuxK, the guard) stays outside.
 """
