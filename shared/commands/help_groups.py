@@ -66,6 +66,20 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
         "What to print": ["--details", "--json"],
     },
+    "latents": {
+        "What to measure": [
+            "--run",
+            "--part",
+            "--latents",
+            "--sample",
+            "--widest",
+            "--tokens",
+            "--tail-tokens",
+            "--quick",
+        ],
+        "What to print": ["--details", "--json"],
+        "How": ["--force"],
+    },
     "stability": {
         "What to compare": ["--run"],
         "What to print": ["--pairs", "--json"],
@@ -91,6 +105,7 @@ LINES = {
     "train": "Train sparse autoencoders from the store",
     "eval": "Score them on the eval split, without the language model",
     "probe": "Probe latents with labels that text and corpus give",
+    "latents": "Measure latents: use, redundancy, what text says",
     "compare": "Compare a run with others on the same documents",
     "stability": "See what runs' decoders repeat, and what they share",
     "report": "Write pages with results and every feature",
