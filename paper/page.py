@@ -303,8 +303,6 @@ def rendered(template: str, **values: Any) -> str:
 def _about(results: Results, keys: Sequence[str], made: PageContext) -> dict[str, Any]:
     store = made.stores[TEXT]
     recipe, counts = store.manifest.recipe, store.manifest.counts
-    spent = {stage: sum(one["processor_s"] for one in made.times if one["stage"] == stage) for stage in STAGES}
-    whole = sum(spent.values())
     return {
         "command": made.command,
         "quick": made.quick,
@@ -317,14 +315,24 @@ def _about(results: Results, keys: Sequence[str], made: PageContext) -> dict[str
         "eval_tokens": f"{counts['eval']['tokens']:,}",
         "documents": f"{counts['eval']['documents']:,}",
         "squared_norm": f"{squared_norm(store):.1f}",
+        **machine(made),
+        "budget": _budget(results, keys, made),
+        "predictions": _predictions(results, keys),
+    }
+
+
+def machine(made: PageContext) -> dict[str, Any]:
+    """What it ran on, and the processor time of its stages in minutes ("" where none was noted)."""
+    spent = {stage: sum(one["processor_s"] for one in made.times if one["stage"] == stage) for stage in STAGES}
+    whole = sum(spent.values())
+    return {
         "cores": os.cpu_count(),
         "torch": importlib.metadata.version("torch"),
         "minutes": _minutes(whole),
+        "harvesting": _minutes(spent["harvest"]),
         "training": _minutes(spent["train"]),
         "evaluating": _minutes(spent["eval"]),
         "whole": _minutes(whole / 2),
-        "budget": _budget(results, keys, made),
-        "predictions": _predictions(results, keys),
     }
 
 

@@ -46,6 +46,10 @@ class Source:
     model: str
     dataset: str
     n_tokens: int
+    hooks: tuple[str, ...] = HarvestConfig().hooks
+    codec: str = HarvestConfig().codec
+    given: str = ""
+    """What of it was asked for on the command line, as it was written there."""
 
 
 def open_or_make(place: Place, name: str, asked: Source) -> Store:
@@ -55,7 +59,10 @@ def open_or_make(place: Place, name: str, asked: Source) -> Store:
         return _moments(location)
     control = None if name == TEXT else ControlRecipe(kind=name)
     model, corpus = ModelChoice(name=asked.model), CorpusChoice(name=asked.dataset)
-    return harvest(location, HarvestConfig(model=model, corpus=corpus, n_tokens=asked.n_tokens, control=control))
+    config = HarvestConfig(
+        model=model, corpus=corpus, n_tokens=asked.n_tokens, hooks=asked.hooks, codec=asked.codec, control=control
+    )
+    return harvest(location, config)
 
 
 def squared_norm(store: Store) -> float:

@@ -162,8 +162,7 @@ def _page(place: Place, out: Path, asked: Source, size: Size) -> Path:
     results = Results({}, {})
     stores: dict[str, Store] = {}
     complete = [key for key in KEYS if all(load_arm(place, arm, size, stores, results) for arm in arms_of(key))]
-    given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
-    made = PageContext(f"tcsae paper{size.name}{given}", bool(size.name), stores, read_times(place))
+    made = PageContext(f"tcsae paper{size.name}{asked.given}", bool(size.name), stores, read_times(place))
     return write_page(out, results, complete, made)
 
 
