@@ -91,7 +91,9 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     warmup_steps: int = 1000
-    """Linear from 0; at most a twentieth of the run."""
+    """Linear from 0; at most `warmup_share` of the run."""
+    warmup_share: float = 0.05
+    """1: the warm-up takes its steps, whatever the run's length."""
     decay: Literal["linear", "cosine", "none"] = "linear"
     """linear: to 0 over the last fifth of the run. cosine: to 0 from the end of the warm-up on."""
     clip_norm: float = 1.0
@@ -101,6 +103,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.warmup_share <= 1:
+            raise ConfigError(f"optimizer.warmup_share={self.warmup_share}: must lie in 0..1, a share of the run.")
         _positive("optimizer.lr", self.lr)
         _positive("optimizer.clip_norm", self.clip_norm)
         for name in ("beta1", "beta2"):
@@ -109,7 +113,7 @@ class OptimizerConfig:
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Rate of 0-based `step` in a run of `steps`."""
-        warmup = min(self.warmup_steps, max(1, steps // 20))
+        warmup = min(self.warmup_steps, max(1, int(self.warmup_share * steps)))
         if step < warmup:
             return self.lr * (step + 1) / warmup
         if self.decay == "cosine":
@@ -303,6 +307,9 @@ class GuardConfig:
 
     explode: float = 100.0
     """A loss above so many times its running mean is an instability, as is one that is not finite."""
+    correlation: float = 0.0
+    """If above 0, so is a fall of the code's adjacent correlation by more than this below its running mean, as read
+    with the lines of metrics.jsonl; weights have moved by then."""
     action: Literal["end", "restore"] = "end"
     """end: the run ends where it is. restore: weights and optimiser of the last checkpoint come back, and training goes
     on with the next batch; the third time, the run ends."""
@@ -317,6 +324,7 @@ class GuardConfig:
         _at_least("guard.checkpoint_steps", self.checkpoint_steps, 0)
         _at_least("guard.keep", self.keep, 1)
         _positive("guard.checkpoint_minutes", self.checkpoint_minutes)
+        _at_least("guard.correlation", self.correlation, 0)
         if not self.explode > 1:
             raise ConfigError(f"guard.explode={self.explode}: must be above 1.")
 
@@ -325,9 +333,10 @@ class GuardConfig:
 class InitConfig:
     """The SAE before its first step."""
 
-    weights: Literal["transpose", "xavier", "zero"] = "transpose"
+    weights: Literal["transpose", "xavier", "uniform", "zero"] = "transpose"
     """transpose: random unit decoder rows, the encoder their transpose. xavier: Xavier-normal encoder and decoder,
-    decoder rows then set to norm 1. zero: nothing but zeros."""
+    decoder rows then set to norm 1. uniform: as torch.nn.Linear draws its weights, decoder rows then set to norm 1.
+    zero: nothing but zeros."""
     b_dec: Literal["mean", "median", "zero"] = "mean"
     """Of a sample of the data; median is the geometric one."""
     input_scale: Literal["unit", "none"] = "unit"

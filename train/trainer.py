@@ -99,6 +99,8 @@ class Progress:
     n_left_out: int = 0
     """Tokens that data.max_norm left out."""
     mean_loss: float = 0.0
+    mean_correlation: float | None = None
+    """Running mean of the code's adjacent correlation, where guard.correlation watches it."""
     n_restored: int = 0
     ended: str = ""
     """Why the run ended before its last step, if it did."""
