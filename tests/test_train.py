@@ -211,7 +211,7 @@ def test_paper_presets_are_the_paper_s():
 
 
 def test_each_run_of_the_paper_adds_to_the_one_before_what_it_says():
-    """Sections 5, 6: no temporal term in run 0, Xavier and clipping from run 2 on, the decay and lambda_2 = .01 in 3."""
+    """Sections 5, 6: no temporal term in run 0, Xavier and clipping from run 2 on, decay and lambda_2 = .01 in 3."""
     added = {
         ("0", "1"): {"temporal"},
         ("1", "2"): {"init", "optimizer", "guard"},
