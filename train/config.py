@@ -146,7 +146,7 @@ class ContrastConfig:
     rank: int = 64
     """Of direction's bilinear score."""
     distance: int = 64
-    """Positions between the two tokens of a topic pair, at least."""
+    """Positions between the two tokens of a topic pair, or of one under temporal.order=document, at least."""
     around: int = 4
     """Tokens on either side of each of a topic pair's two, of which none may occur around both."""
 
@@ -176,10 +176,10 @@ class TemporalConfig:
     window: int = 3
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
-    order: Literal["text", "segment", "batch"] = "text"
+    order: Literal["text", "segment", "document", "batch"] = "text"
     """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA). As controls:
-    shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
-    documents)."""
+    shuffled within each segment (its pairs are near, but not adjacent), pairs of one document contrast.distance
+    positions apart or more (what is left is topic), or shuffled over the batch (pairs of any documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
@@ -238,12 +238,14 @@ class TemporalConfig:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the term takes token ids."""
-        return self.active and self.kind in ("topic", "local-topic")
+        """Whether the term takes token ids or their places in the document."""
+        return self.active and (self.kind in ("topic", "local-topic") or self.order == "document")
 
 
 CONTRASTIVE = ("contrastive", "local", "direction", "topic", "local-topic", "t-sae")
 """Kinds that compare pairs with pairs."""
+SINGLE_TOKENS = ("t-sae", "topic", "local-topic")
+"""Kinds that pick the two tokens of a pair themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -413,11 +415,17 @@ class TrainConfig:
 
     def _check_segments(self) -> None:
         temporal, length = self.temporal, self.data.segment_length
-        alone = temporal.active and temporal.kind in ("t-sae", "topic", "local-topic")
+        alone = temporal.active and temporal.kind in SINGLE_TOKENS
         if alone and (self.sae.reads_neighbours or self.linear.kind != "none"):
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} picks single tokens: it takes sae.window=1, sae.predictor=none and "
                 f"linear.kind=none, and they are {self.sae.window}, {self.sae.predictor!r} and {self.linear.kind!r}."
+            )
+        if temporal.order == "document" and (self.sae.reads_neighbours or temporal.kind in SINGLE_TOKENS):
+            raise ConfigError(
+                "temporal.order='document' is for terms over adjacent tokens of a code that reads single ones: "
+                f"temporal.kind={temporal.kind!r}, sae.window={self.sae.window} and sae.predictor="
+                f"{self.sae.predictor!r} are not such. Set temporal.order=segment or batch."
             )
         if not temporal.active or length >= temporal.n_positions:
             return
