@@ -166,11 +166,10 @@ def _where(where: dict[str, Any], model: str, dataset: str, n_tokens: int) -> "t
 
     device = str(device_of(ranks(), choose_device(where["device"])))
     context = click.get_current_context()
-    asked = {"model": model, "dataset": dataset}
     given = [
         f" --{name} {value}"
-        for name, value in asked.items()
+        for name, value in (("model", model), ("dataset", dataset))
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
     ]
-    source = Source(**asked, n_tokens=n_tokens, given="".join(given))
+    source = Source(model=model, dataset=dataset, n_tokens=n_tokens, given="".join(given))
     return Place(Path(where["work"]), device), Path(where["out"]), source

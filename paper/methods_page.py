@@ -9,8 +9,8 @@ import numpy as np
 
 from tcsae.paper.arms import Arm
 from tcsae.paper.methods import METHODS, RATES, T_SAE_RATES, Method, table_arm
-from tcsae.paper.page import STYLE, PageContext, machine, rendered
-from tcsae.paper.results import Results, value_of
+from tcsae.paper.page import STYLE, PageContext, finite, machine, rendered
+from tcsae.paper.results import Results, X, value_of
 from tcsae.paper.sections import difference, markdown, number
 from tcsae.shared.base.files import whole_file, write_atomic, write_json
 from tcsae.shared.sae.folder import writing
@@ -77,9 +77,6 @@ class Chosen(NamedTuple):
 def figure(evaluation: Mapping[str, Any], name: str) -> float:
     """A column's figure of one evaluation; NaN where it was not measured."""
     metrics = evaluation["metrics"]
-    if name == "delta_ce":
-        pair = [metrics.get(f"ce_loss_{one}_sae") for one in ("with", "without")]
-        return math.nan if None in pair else pair[0] - pair[1]
     if name == "alive":
         return evaluation["sae"]["d_sae"] * (1 - metrics["dead_fraction"])
     if name == "l0_total":
@@ -165,9 +162,7 @@ def _of_x(name: str) -> str:
 
 def _mean_of_x(results: Results, arm: Arm, name: str) -> float:
     """A temporal figure of x in the evaluations of an arm; NaN for what only a code has."""
-    values = [(one["temporal"].get("x") or {"measures": {}})["measures"].get(name) for one in results.evaluations[arm]]
-    known = [one["value"] for one in values if one and one["value"] is not None]
-    return float(np.mean(known)) if known else math.nan
+    return float(np.mean([value_of(one, name, X) for one in results.evaluations[arm]]))
 
 
 def _cell(results: Results, arm: Arm, twin: Arm, column: str, digits: int) -> str:
@@ -239,14 +234,10 @@ def _data(
             "preset": arm.preset,
             "rate": chosen[name].rate,
             "runs": [one["name"] for one in evaluations],
-            "values": {column: [_finite(figure(one, column)) for one in evaluations] for column in columns},
+            "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
         }
         if twin != arm:
             row["minus"] = twins[name]
             row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
         rows.append(row)
     return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -3,7 +3,8 @@
 Nothing is chosen here: every preset as it ships (4,096 latents, 32 active a token), three seeds that set weights and
 data order, figures of the *report* half of the eval documents. The rule was written before any run:
 
-- A form may cost BUDGET nats of cross-entropy over its twin, TopK: the mean over seeds, at every layer.
+- A form may cost BUDGET nats of cross-entropy (2% of perplexity) over its twin, TopK: the mean over seeds, at every
+  layer.
 - What it is for is codes that last. The figure is the chance-corrected Jaccard index of adjacent tokens' active
   latents: each active latent counts once, so that a few wide ones cannot make it. Over the twin it has to gain
   SMALLEST or more, in every seed and at every layer. Less is no difference that a reader of features would see.
@@ -25,15 +26,13 @@ import numpy as np
 from tcsae.paper.methods import Method
 from tcsae.paper.methods_page import COLUMNS, Arms, Column, MethodsPage, mean
 from tcsae.paper.methods_run import compare_methods
-from tcsae.paper.results import Place, Results, Source
+from tcsae.paper.results import BUDGET, Place, Results, Source
 from tcsae.paper.run import Size
 from tcsae.paper.sections import markdown, number
 from tcsae.paper.smollm2 import NAME, smollm2
 from tcsae.shared.base.distributed import ranks, wait_for_all
 from tcsae.train.presets import DEFAULT
 
-BUDGET = 0.02
-"""Nats of cross-entropy (2% of perplexity) that a temporal form may cost over plain TopK."""
 SMALLEST = 0.01
 """Of the chance-corrected Jaccard index: the smallest gain that counts."""
 POSITION = 0.02

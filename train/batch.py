@@ -99,8 +99,9 @@ class Batch(NamedTuple):
 # Controls of the temporal term: the same tokens in another order.
 
 
-def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
+def shuffled(order: Literal["segment", "document", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
     """The batch's tokens in random order, drawn by `seed`: within each segment, or over the batch."""
+    assert order != "document", "the settings refuse it where `far_apart` is not asked"
     rng = np.random.default_rng(seed)
     draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":

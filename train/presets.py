@@ -36,8 +36,8 @@ D_SAE, K = 4096, 32
 TFA_D_SAE = 1024
 PAPER_INIT = InitConfig(weights="xavier", b_dec="zero", input_scale="none")
 PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
-WRITTEN_STEPS = 4000
-"""A quarter of it is the warm-up."""
+WARMUP_STEPS, WRITTEN_STEPS = 1000, 4000
+"""Of the paper's runs: the warm-up is the paper's, which does not say how long it trained."""
 NO_CLIPPING = 1e9
 CORRELATION_FALL = 0.5
 """Of the adjacent correlation, at which the paper's runs with a tracked correlation end."""
@@ -142,7 +142,9 @@ def _written(
             sae=SaeConfig(d_model=d_model, d_sae=512, activation="gelu", layer_norm=layer_norm),
             data=PAPER_DATA,
             # 1,000 steps as written, however short the run.
-            optimizer=OptimizerConfig(lr=3e-4, warmup_steps=1000, warmup_share=1.0, decay=decay, clip_norm=clip_norm),
+            optimizer=OptimizerConfig(
+                lr=3e-4, warmup_steps=WARMUP_STEPS, warmup_share=1.0, decay=decay, clip_norm=clip_norm
+            ),
             temporal=TemporalConfig(weight=lambda_2, window=3, warmup=phase),
             sparsity=SparsityConfig(l1=0.1),
             guard=GuardConfig(correlation=0.0 if plain else CORRELATION_FALL),
@@ -235,7 +237,8 @@ PRESETS = {
     "written-run3": Preset("equations 1-4 trained, lambda_2 = 0.01, cosine decay", _written(0.01)),
     "written-run4": Preset("run 3 with a layer norm before the encoder, trained", _written(0.01, layer_norm="in")),
     "written-two-phase": Preset(
-        "run 3 in two phases: the temporal term rises with the warm-up", _written(0.01, phase=1000 / WRITTEN_STEPS)
+        "run 3 in two phases: the temporal term rises with the warm-up",
+        _written(0.01, phase=WARMUP_STEPS / WRITTEN_STEPS),
     ),
 }
 
