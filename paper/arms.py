@@ -83,6 +83,8 @@ FAR = {
 SMOOTHINGS = ("ema=0.1", "ema=0.3", "ema-topk=0.2", "ema-topk=0.4", "mean=2", "hysteresis=1.5", "hysteresis=3")
 SCALED = [replace(PLAIN, label=f"no temporal term, code times {c:g}", smooth=f"scale={c:g}") for c in (0.9, 0.8)]
 SMOOTHED = [replace(PLAIN, label=f"no term, codes smoothed: {rule}", smooth=rule) for rule in SMOOTHINGS]
+LOCAL, TOPIC = topk("local contrast", preset="local-contrast"), topk("topic", preset="topic")
+"""Terms that tell neighbours from far pairs of the same sequence (order), and documents from ones of similar words."""
 MATRYOSHKA = Arm("matryoshka, contrastive", "temporal-matryoshka")
 MATRYOSHKA_PLAIN = Arm("matryoshka, no temporal term", "temporal-matryoshka", (*SMALL, "temporal.weight=0"))
 PENALISED = topk("position penalty", "temporal.position_penalty=1")
@@ -144,16 +146,16 @@ LOGGED = {
 }
 
 
-def written(run: str, label: str = "trained as written", *settings: str, n_seeds: int = 3) -> Arm:
+def written(run: str, label: str = "trained as written", *settings: str, n_seeds: int = 2) -> Arm:
     return Arm(label, f"written-{run}", settings, n_seeds=n_seeds, n_steps=WRITTEN_STEPS, documents="all")
 
 
 WRITTEN = {run: written(run) for run in PAPER_RUNS}
-RESCALED = {run: written(run, "trained, lambda_1 rescaled", "sparsity.l1={rescaled}", n_seeds=1) for run in PAPER_RUNS}
+RESCALED = written("run3", "trained, lambda_1 rescaled", "sparsity.l1={rescaled}", n_seeds=1)
 """{rescaled}: lambda_1 = 0.1 times the root of this store's mean squared norm over Pythia's 372: the ratio of the two
 terms is then what it is there."""
 NARROW = written("run3", "trained, as many latents as dimensions", "sae.d_sae={d_model}")
 """As in the paper, 512 on 512; 512 latents on fewer dimensions are overcomplete, and explain what any such code
 does."""
 NO_TERM = written("run3", "trained, lambda_2 = 0", "temporal.weight=0")
-TWO_PHASE = written("two-phase", "trained in two phases")
+TWO_PHASE = written("two-phase", "trained in two phases", n_seeds=1)

