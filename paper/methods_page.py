@@ -30,9 +30,12 @@ COLUMNS = {
     "l0_total": Column("L0 with predicted", 0),
     "alive": Column("alive", 0),
     "slowness_to_x": Column("relative change", 3),
+    "without_widest/slowness_to_x": Column("relative change without the widest 1%", 3),
     "rho_1_within": Column("rho(1)", 3),
+    "without_widest/rho_1_within": Column("rho(1) without the widest 1%", 3),
     "rho_1_within_median": Column("rho(1), median latent", 4),
     "rho_8_within": Column("rho(8)", 4),
+    "position_removed/rho_8_within": Column("rho(8) without position", 4),
     "jaccard_corrected": Column("Jaccard", 3),
     "boundary_auc": Column("join AUC", 3),
     "position_share": Column("position share", 4),
@@ -40,7 +43,18 @@ COLUMNS = {
     "probe_token": Column("probe: token", 3),
     "probe_position": Column("probe: position", 3),
 }
-PAIRED = ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected", "position_share")
+WIDE = "without_widest/"
+"""Before a measure: of all latents but the widest 1%."""
+PAIRED = (
+    "explained_variance",
+    "slowness_to_x",
+    f"{WIDE}slowness_to_x",
+    "rho_1_within",
+    f"{WIDE}rho_1_within",
+    "rho_8_within",
+    "jaccard_corrected",
+    "position_share",
+)
 """Figures whose difference to the twin is shown."""
 BOUGHT = ("rho_1_within", "rho_8_within", "jaccard_corrected")
 """What a temporal method is for."""

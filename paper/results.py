@@ -173,11 +173,19 @@ def value_of(evaluation: dict[str, Any], figure: str, group: str = GROUPS[0], nu
     elif figure == "energy":
         value = None if group == X else evaluation["temporal"]["scale"]["mean_squared_norm"]
     else:
-        temporal = evaluation["temporal"]
-        of_group = temporal.get("x", {}) if group == X else temporal["groups"][group]
-        measured = of_group.get("measures", {}).get(figure, {})
-        value = measured.get("difference" if null else "value")
+        value = _measured(evaluation["temporal"], figure, group, null)
     return float("nan") if value is None else float(value)
+
+
+def _measured(temporal: dict[str, Any], figure: str, group: str, null: bool) -> float | None:
+    """A temporal measure; GROUP/NAME is that of another group, `position_removed`/NAME what is left of it then."""
+    where, _, name = figure.rpartition("/")
+    of_group = temporal.get("x", {}) if group == X else temporal["groups"][group]
+    if where == "position_removed":
+        return of_group.get(where, {}).get(name)
+    if where:
+        of_group = {} if group == X else temporal["groups"].get(where, {})
+    return of_group.get("measures", {}).get(name, {}).get("difference" if null else "value")
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:

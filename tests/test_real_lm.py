@@ -24,14 +24,14 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "real-lm.json"
 
 def verdict(name: str = MISSION, gain: float = 0.02, **changed: list[float]) -> Verdict:
     """One that passes, at two layers, but for what is changed."""
-    figures = {"delta_ce": [0.01, 0.01], "jaccard": [gain, gain], "median": [0.001, 0.002], "position": [0.001, 0.01]}
+    figures = {"delta_ce": [0.01, 0.01], "jaccard": [gain, gain], "narrow": [gain, gain], "position": [0.001, 0.01]}
     return Verdict(name, **figures | changed, gain=gain)
 
 
 BAD = {
     "cost at one layer": {"delta_ce": [0.0, BUDGET + 1e-6]},
     "too small a gain in one seed": {"jaccard": [0.05, SMALLEST - 1e-6]},
-    "only the dense latents": {"median": [0.01, 0.0]},
+    "only the dense latents": {"narrow": [0.05, SMALLEST - 1e-6]},
     "position": {"position": [POSITION + 1e-6, 0.0]},
     "not measured": {"jaccard": [0.05, math.nan]},
 }
@@ -51,10 +51,16 @@ def test_of_those_that_pass_the_largest_gain_is_the_default():
 
 @pytest.mark.parametrize("delta_ce, default", [(BUDGET, MISSION), (BUDGET + 1e-6, PLAIN), (math.nan, PLAIN)])
 def test_where_none_passes_the_budget_decides(delta_ce, default):
-    judged = [verdict(MISSION, delta_ce=[0.0, delta_ce], median=[0.0, 0.0])]
+    judged = [verdict(MISSION, delta_ce=[0.0, delta_ce], narrow=[0.0, 0.0])]
     assert favoured(judged) == default
     said = module._sentence(judged, default)
     assert "No temporal form is worth its cost" in said and f"`{default}`" in said
+
+
+def test_what_was_not_measured_decides_nothing():
+    judged = [verdict(MISSION), verdict("local-contrast", narrow=[math.nan, 0.1])]
+    assert module.missing(judged) == [module.WHAT["narrow"]]
+    assert module._sentence(judged, None).startswith("The rule cannot be applied")
 
 
 def test_the_default_of_train_is_what_the_results_favour():
@@ -131,7 +137,7 @@ def test_from_the_model_to_the_page(tmp_path):
         json.loads((tmp_path / "out" / "real-lm.json").read_text()),
     )
     assert [row["method"] for row in data["methods"]] == [method.name for method in methods_at(layers)]
-    assert data["default"] in {method.preset for method in methods_at(layers)}
+    assert data["default"] in {method.preset for method in methods_at(layers)}, data["conclusion"]
     assert "`tcsae real-lm --quick --model embedded` made this page" in page
     assert f"BUDGET = {BUDGET}, SMALLEST = {SMALLEST}, POSITION = {POSITION}." in page
     assert data["rule"] in page and data["conclusion"] in page
