@@ -14,6 +14,10 @@ data order, figures of the *report* half of the eval documents. The rule was wri
 - Of the forms that pass, the one with the largest gain (mean over seeds and layers) is the default of `train`.
 - If none passes, no form is worth its cost. Then the default stays `temporal-topk` where that is within the budget,
   and is `topk` where it is not.
+
+Seen before it was written: three forms at layer 9 of the same model, on other text, after 800 steps. There the default
+cost 0.011 nats (one seed), a tenth of its code's variance was position, and Jaccard rose from .114 to .139 (with the
+position penalty to .130); no figure without the widest latents had been seen.
 """
 
 from collections.abc import Iterator, Sequence
