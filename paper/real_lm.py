@@ -47,8 +47,8 @@ LAYERS = (9, 19)
 """Of SmolLM2's 30: a third and two thirds of the way."""
 N_TOKENS = 1_000_000
 """Of the store."""
-N_VISITS = 1_228_800
-"""Token visits of a run: 600 steps of 2,048."""
+N_VISITS = 1_638_400
+"""Token visits of a run: 800 steps of 2,048."""
 WHAT = {
     "delta_ce": "delta CE over TopK, nats",
     "jaccard": "Jaccard over TopK, least of the seeds",

@@ -127,18 +127,23 @@ def test_a_model_that_does_not_know_a_capital_is_refused(tiny_lm):
 
 
 @pytest.mark.slow
-def test_from_the_model_to_the_page(tmp_path):
-    size = Size(30_000, most_seeds=1, shorter=300, name=" --quick")
+def test_from_the_model_to_the_page(make_lm, tiny_corpus, tmp_path, monkeypatch):
+    from transformers import GPTNeoXConfig
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
+    model = make_lm(tmp_path / "lm", GPTNeoXConfig(vocab_size=300, max_position_embeddings=128, **shape))
+    monkeypatch.setattr(module, "FORMS", module.FORMS[:2] + module.FORMS[3:4])  # plain, smoothed, the mission's
+    size = Size(4000, most_seeds=1, shorter=300, name=" --quick")
     place, layers = Place(tmp_path / "work"), (1, 3)
-    asked = Source("embedded", "pydocs", 30_000, tuple(map(hook_of, layers)), "compact", " --model embedded")
+    asked = Source(str(model), str(tiny_corpus), 4000, tuple(map(hook_of, layers)), "compact", " --model lm")
     module.real_lm(place, tmp_path / "out", asked, size, layers)
     page, data = (
         (tmp_path / "out" / "real-lm.md").read_text(),
         json.loads((tmp_path / "out" / "real-lm.json").read_text()),
     )
     assert [row["method"] for row in data["methods"]] == [method.name for method in methods_at(layers)]
-    assert data["default"] in {method.preset for method in methods_at(layers)}, data["conclusion"]
-    assert "`tcsae real-lm --quick --model embedded` made this page" in page
+    assert (data["default"] in (PLAIN, MISSION)) != data["conclusion"].startswith("The rule cannot be applied")
+    assert "`tcsae real-lm --quick --model lm` made this page" in page
     assert f"BUDGET = {BUDGET}, SMALLEST = {SMALLEST}, POSITION = {POSITION}." in page
     assert data["rule"] in page and data["conclusion"] in page
     assert "| layer 3: x, the activations | - |" in page
