@@ -34,7 +34,9 @@ def compare_methods(
     chosen = {method.name: Chosen(rates[method.name][0], {}) for method in methods}
     chosen |= {method.name: _choose(method, rates[method.name], results) for method in tuned}
     arms = [table_arm(method, chosen[method.name].rate) for method in methods]
-    arms += [table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled]
+    arms += [
+        table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled is not None
+    ]
     _finish(place, stores, arms, size, results, "table")
     if ranks().rank == 0:
         made = PageContext(f"tcsae {page.name}{size.name}{asked.given}", bool(size.name), stores, read_times(place))
