@@ -97,6 +97,10 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "Folders": ["--work", "--out"],
         "How": ["--device"],
     },
+    "real-lm": {
+        "What to run": ["--quick", "--model", "--layer", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
+    },
 }
 
 LINES = {
@@ -121,6 +125,7 @@ LINES = {
     "pull": "Bring SAEs or a store from the Hugging Face Hub",
     "paper": "Reproduce the paper and test its claim",
     "methods": "Train every temporal method, print one table",
+    "real-lm": "Choose the default preset on a real language model",
     "synthetic": "Plant known features in a store, to see what is found",
     "planted": "See which planted features are recovered, by whom",
     "completion": "Print the completion script of a shell",
