@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tcsae.evaluate import headline, printed_tables, temporal_tables
-from tcsae.evaluate.measures.concentration import DENSE_DEFINITIONS
 from tcsae.evaluate.latents.parts import DEFINITIONS as LATENTS
+from tcsae.evaluate.measures.concentration import DENSE_DEFINITIONS
 from tcsae.evaluate.measures.registry import MEASURES
 from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
 

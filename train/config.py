@@ -179,8 +179,8 @@ class TemporalConfig:
     """Pairs within a window."""
     order: Literal["text", "segment", "document", "batch"] = "text"
     """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA, persistent SAE). As
-    controls: shuffled within each segment (its pairs are near, but not adjacent), pairs of one document contrast.distance
-    positions apart or more (what is left is topic), or shuffled over the batch (pairs of any documents)."""
+    controls: shuffled within each segment (its pairs are near, but not adjacent), pairs of one document
+    contrast.distance positions apart or more (what is left is topic), or shuffled over the batch (any documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
