@@ -344,8 +344,9 @@ class InitConfig:
     """Of a sample of the data; median is the geometric one."""
     input_scale: Literal["unit", "none"] = "unit"
     """unit: train on x scaled to a mean square of 1 per dimension; folded back into the weights on save."""
-    decay: float = 0.5
-    """Share of its state that every latent of a persistent SAE keeps at first."""
+    decay: float = 0.1
+    """Share of its state that every latent of a persistent SAE keeps at first (after 500 steps on the embedded model
+    .1, .5 and .9 gave an explained variance of .781, .773 and .652)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.decay < 1:
