@@ -1,7 +1,6 @@
 """What many tests share: a language model, a corpus and a store so small that they take a second to make."""
 
 import gc
-import importlib.util
 import json
 import os
 import random
@@ -147,10 +146,8 @@ def tiny_store(tiny_config, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def toy_report():
     """The module tests/toy_report.py."""
-    spec = importlib.util.spec_from_file_location("toy_report", Path(__file__).with_name("toy_report.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import toy_report as module
+
     return module
 
 
@@ -172,10 +169,8 @@ def reported(evaluated, toy_report, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def toy_browser():
     """The module tests/toy_browser.py; without a browser the test is skipped, or fails where TCSAE_BROWSER is set."""
-    spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import toy_browser as module
+
     module.need_browser()
     return module
 

@@ -1,20 +1,16 @@
 """Promise: `tcsae compare` says what one SAE costs and gains against another, in figures and in two sentences."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import toy_eval as toy
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate import headline
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.layout import record_digest
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Promise: a control differs from its store in what its name says and in nothing else, and is never taken for it."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import toy_harvest as toy
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,9 +19,6 @@ from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.format import SPLITS, ControlRecipe
 from tcsae.shared.store.reader import open_store
 
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 HOOK = toy.RESIDUAL
 N_TOKENS, MORE_TOKENS = 2000, 2600
 KINDS = ("permuted", "random-weights")

@@ -2,7 +2,6 @@
 file; damage never changes a figure without a word, and a history that is damaged stops nothing.
 """
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import toy_eval as toy
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate.candidates import EvalRequest
@@ -19,10 +19,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_evaluation, load_record, load_sae, read_metrics, save_sae
 from tcsae.shared.sae.layout import record_digest
 from tcsae.shared.store.reader import Store
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 WEIGHTS, CONFIG, RECORD, METRICS, EVALUATION = (
     "sae_weights.safetensors",

@@ -1,6 +1,5 @@
 """Promise: a split that cannot tell a figure gives none, shown as a dash, never one that looks like any other."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_eval as toy
 from click.testing import CliRunner, Result
 
 import tcsae
@@ -20,10 +20,6 @@ from tcsae.evaluate.printed_tables import differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import Store, open_store
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 def make_store(folder: Path, lengths: list[int], train_length: int = 16, sequence_length: int = 16) -> Store:

@@ -1,7 +1,6 @@
 """Promise: whatever the disk refuses is one line that names path and cure; what was there stays whole."""
 
 import errno
-import importlib.util
 import io
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import toy_store as toy
 from click.testing import CliRunner
 
 import tcsae
@@ -32,15 +32,6 @@ from tcsae.shared.store.copy import copy_store
 from tcsae.shared.store.places import local, objects_at
 from tcsae.shared.store.writer import open_writer
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_store")
 ERRNOS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG]
 NAMES = [errno.errorcode[number] for number in ERRNOS]
 CURE = r"make room|another place|permission|shorter|mounted"

@@ -1,21 +1,17 @@
 """Promise: three hooks, compact, documents of any length; killed twice, extended, verified, trained on, evaluated."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_harvest as toy
 from click.testing import CliRunner
 
 from tcsae.harvest.run import harvest
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import open_store
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Promise: `tcsae eval` does what its options say, scores everybody alike, and takes damage for what it is."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import toy_eval as toy
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate.batches import batches
@@ -24,9 +24,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import Split, Store
 
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 make_run, make_sae = toy.make_run, toy.make_sae
 
 

@@ -1,6 +1,5 @@
 """Promise: `eval` gives the figures that a plain recomputation gives, once per SAE, without the language model."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_eval as toy
 from click.testing import CliRunner
 from transformers import GPTNeoXForCausalLM
 
@@ -22,9 +22,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.store.reader import Split, Store, open_store
 
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 HOOK, LAYER, LATENTS, LENGTH, N_SEQUENCES, WIDTH = (
     toy.HOOK,
     toy.LAYER,

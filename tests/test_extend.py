@@ -1,13 +1,13 @@
 """Promise: a sealed store grows to a larger --tokens, and is then what one harvest of that many writes."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import toy_harvest as toy
 
 from tcsae.harvest.run import harvest, plan_harvest
 from tcsae.harvest.sequences import budgets
@@ -17,10 +17,6 @@ from tcsae.shared.store.format import Manifest
 from tcsae.shared.store.reader import open_store
 
 pytestmark = pytest.mark.slow
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,9 @@
 """Promise: what is shown of a latent is what it does: its measures, its sequences, its likes, its lens, its tokens."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import toy_eval as toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +11,7 @@ from tcsae.evaluate.measures.temporal_figures import latent_measures
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
 from tcsae.evaluate.report.features.decoder_map import OPPOSITE_FROM, decoder_map
-from tcsae.evaluate.report.features.feature_data import label_tokens, token_rarity
+from tcsae.evaluate.report.features.feature_data import feature_data, label_tokens, token_rarity
 from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, collect_features
 from tcsae.evaluate.report.features.lens import N_BINS, Lenses, logit_lens
 from tcsae.evaluate.report.features.likeness import N_NEAREST, FiringSample, nearest_by_decoder
@@ -22,10 +20,6 @@ from tcsae.shared.lm.tail import Tail
 from tcsae.shared.lm.token_text import TokenTexts, _bytes_text, legible
 from tcsae.shared.sae.sparse import positive_code
 from tcsae.shared.store.reader import Store
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +271,26 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
         assert (found.lowest[i], found.highest[i]) == pytest.approx((edges[0], edges[-1]), abs=1e-4)
     without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
     lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, 1))
-    assert lenses.of(toy.HOOK, directions) is None
+    assert lenses.of(toy.HOOK, directions[:, None]) is None
     assert "no tail for" in lenses.tail(toy.HOOK)
+
+
+def test_a_crosscoder_s_latent_has_a_row_for_each_position(store):
+    sae = toy.make_sae("topk", window=3)
+    part = Excerpt(store.eval, toy.HOOK, 1)
+    (found,) = collect_features(part, [sae], lambda _: None)
+    latent = int(found.alive.nonzero()[0])
+    rows = sae.W_dec.detach()[latent].view(1, 3, toy.WIDTH)
+    lenses = Lenses(store, part).of(toy.HOOK, rows)
+    data = feature_data(found, sae, lenses, part.tokens, [latent])
+    ((shown,),) = [chunk.values() for chunk in data.chunks.values()]
+    assert [tokens for _, _, tokens in shown["window"]] == [lens.promoted[0].tolist() for lens in lenses]
+    assert shown["up"][0][0] == shown["window"][2][2][0], "the token's own position is the last"
+    norms = rows[0].norm(dim=1)
+    np.testing.assert_allclose([share for share, _, _ in shown["window"]], norms**2 / (norms**2).sum(), atol=1e-3)
+    cosines = rows[0] @ rows[0, 2] / norms / norms[2]
+    np.testing.assert_allclose([cosine for _, cosine, _ in shown["window"]], cosines, atol=1e-3)
+    assert data.tokens >= {token for _, _, tokens in shown["window"] for token in tokens}
 
 
 def test_a_latent_s_tokens_are_those_it_fires_on_rare_ones_first():

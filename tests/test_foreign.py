@@ -1,6 +1,5 @@
 """Promise: an SAE in SAELens' layout is read as SAELens computes it, or refused by the name of what is unsupported."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -291,9 +290,8 @@ def test_the_model_is_compared_with_the_stores(name, differs):
 
 
 def test_differences_are_said_and_kept_and_positions_left_out(tmp_path):
-    spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
+    import toy_eval as toy
+
     store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), toy.N_SEQUENCES)
     path = toy.make_run(tmp_path / "runs", "theirs", toy.make_sae(), store)
     (path / "tcsae.json").unlink()

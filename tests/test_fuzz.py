@@ -6,7 +6,6 @@ the example and the seed. TCSAE_FUZZ_FINDINGS=FILE: failures become lines of a f
 are checked here (jaxtyping): a value of a wrong type that passes one is a failure as well.
 """
 
-import importlib.util
 import json
 import os
 import pickle
@@ -20,18 +19,11 @@ import hypothesis
 import pytest
 import safetensors.torch
 import torch
+import toy_fuzz as fuzz
+import toy_place as toy
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy, fuzz = load("toy_place"), load("toy_fuzz")
 FINDINGS = os.environ.get("TCSAE_FUZZ_FINDINGS")
 N_EXAMPLES, SEED = int(os.environ.get("TCSAE_FUZZ", "40")), int(os.environ.get("TCSAE_FUZZ_SEED", "0"))
 randoms = st.randoms(use_true_random=True)

@@ -3,15 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import toy_harvest as toy
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +29,6 @@ from tcsae.shared.store.format import CONTROLS, SPLITS
 from tcsae.shared.store.reader import open_store
 from tcsae.shared.store.writer import open_writer
 
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 RESIDUAL, MLP, HEADS = toy.RESIDUAL, toy.MLP, toy.HEADS
 
 

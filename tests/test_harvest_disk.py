@@ -1,22 +1,17 @@
 """Promise: whatever a disk refuses, wherever in a harvest, is one line with the path and the cure; a rerun goes on."""
 
 import errno
-import importlib.util
 import os
 import pathlib
-from pathlib import Path
 
 import pytest
+import toy_harvest as toy
 from click.testing import CliRunner
 
 from tcsae.harvest.run import harvest
 from tcsae.shared.base.errors import DataError, StoreError, TcsaeError
 from tcsae.shared.base.files import disk_errors
 from tcsae.shared.commands.group import cli
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 FAULTS = {
     errno.ENOSPC: "The disk is full: make room",

@@ -1,11 +1,10 @@
 """Promise: before the model runs, the plan says what will be on disk and what it takes; without room nothing begins."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import toy_harvest as toy
 from click.testing import CliRunner
 
 from tcsae.harvest.cost import Probe
@@ -14,10 +13,6 @@ from tcsae.shared.base.errors import StoreError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.store.codecs import CODECS
 from tcsae.shared.store.reader import open_store
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.fixture(autouse=True)

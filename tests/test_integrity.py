@@ -1,7 +1,6 @@
 """Promise: no byte of a store is used before it is checked, and only in the place it was written for."""
 
 import base64
-import importlib.util
 import json
 import shutil
 import threading
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_store as toy
 
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store import integrity
@@ -21,15 +21,6 @@ from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.config import DataConfig
 from tcsae.train.loader import SegmentLoader
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_store")
 GOLDEN = Path(__file__).parent / "golden" / "store-v1.zarr"
 
 

@@ -1,6 +1,5 @@
 """Promise: a store has one writer, who is named to the next one, and a lock that nobody holds stops nobody."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import toy_store as toy
 
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store import extend as extension
@@ -21,16 +21,6 @@ from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.reader import open_store, read_attributes, read_manifest
 from tcsae.shared.store.verify import find_faults
 from tcsae.shared.store.writer import open_writer
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_store")
 
 
 @pytest.fixture

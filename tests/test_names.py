@@ -1,13 +1,13 @@
 """Promise: what a store says of itself never leads out of it, nor takes memory for what is not there."""
 
 import copy
-import importlib.util
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import toy_store as toy
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,16 +19,6 @@ from tcsae.shared.store.extend import extend
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.reader import check_manifest, open_store
 from tcsae.shared.store.verify import find_faults
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_store")
 
 
 @pytest.fixture(scope="module")

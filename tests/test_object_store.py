@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import http.server
-import importlib.util
 import itertools
 import os
 import pickle
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_s3 as s3
 from click.testing import CliRunner
 
 import tcsae
@@ -37,15 +37,7 @@ pytestmark = pytest.mark.slow
 _numbers = itertools.count()
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-s3, RESIDUAL = load("toy_s3"), "blocks.2.hook_resid_post"
+RESIDUAL = "blocks.2.hook_resid_post"
 
 
 @pytest.fixture(scope="module")

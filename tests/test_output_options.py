@@ -1,25 +1,16 @@
 """Promise: --quiet leaves results and errors, --log-file keeps what was said, --json prints one document."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import toy_eval as toy
+import toy_store as small
 from click.testing import CliRunner, Result
 
 from tcsae.shared.base.console import OUTPUT, progress, say
 from tcsae.shared.commands.group import cli
-
-
-def loaded(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy, small = loaded("toy_eval"), loaded("toy_store")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,15 @@
 """Promise: `eval` in several processes finds what one process finds, whatever is dealt out: SAEs or documents."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import toy_eval as toy
 from click.testing import CliRunner
 from toy_ranks import fork
 
@@ -24,11 +23,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.store.reader import open_store
 
 pytestmark = pytest.mark.slow
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).parent / "toy_eval.py")
-toy = importlib.util.module_from_spec(spec)
-sys.modules["toy_eval"] = toy
-spec.loader.exec_module(toy)
 
 
 LENGTH = 64

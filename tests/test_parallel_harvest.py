@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import re
 import signal
@@ -12,9 +11,9 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+import toy_harvest as toy
 from click.testing import CliRunner
 
 from tcsae.harvest import work_stealing as several
@@ -28,10 +27,6 @@ from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.writer import StoreWriter
 
 pytestmark = pytest.mark.slow
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).parent / "toy_harvest.py")
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +194,7 @@ def test_another_process_is_kept_out_while_several_write(small, tmp_path):
 def test_ranks_from_the_environment(monkeypatch):
     assert ranks() == Ranks(0, 1, 0)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(ConfigError, match="RANK=3 with WORLD_SIZE=None: set both to whole numbers"):
+    with pytest.raises(ConfigError, match="RANK=3 with WORLD_SIZE=None and LOCAL_RANK=None: set the first two"):
         ranks()
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="RANK=3: of WORLD_SIZE=3, it must be 0 to 2"):

@@ -48,7 +48,8 @@ def test_make_has_these_targets_and_runs_the_twins():
     for command in of_program("make"):
         done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    chain = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
+    planned = ["make", "-n", "--no-print-directory", "run"]
+    chain = subprocess.run(planned, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
     words = [word for word in chain.split() if word in STAGES]
     assert words == ["harvest", "train", "eval", "report", "compare"]
     assert "--preset temporal-topk --preset topk" in chain and "--run temporal-topk --with topk" in chain

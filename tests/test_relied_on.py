@@ -2,11 +2,11 @@
 than was sealed. Where a library is broken, its reason is named.
 """
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
+import toy_eval as toy
 from click.testing import CliRunner
 
 from tcsae.evaluate.candidates import EvalRequest
@@ -15,10 +15,6 @@ from tcsae.shared.base.errors import InstallError, broken_library
 from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import open_store
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 TAIL = f"tail/{toy.HOOK}"
 COMMANDS = {

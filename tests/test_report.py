@@ -2,7 +2,6 @@
 shows text as text; `tcsae feature` shows the same of one latent in the terminal.
 """
 
-import importlib.util
 import json
 import re
 import shutil
@@ -286,9 +285,8 @@ def test_one_feature_in_the_terminal(evaluated, toy_report, written, monkeypatch
 @pytest.mark.slow
 def test_without_tail_tokenizer_or_record_the_pages_say_so(tmp_path):
     """A store of somebody's own activations, and an SAE of another tool."""
-    spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
+    import toy_eval as toy
+
     store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), toy.N_SEQUENCES, with_tail=False)
     ours = toy.make_run(tmp_path / "runs", "gelu", toy.make_sae("gelu"), store)
     theirs = tmp_path / "runs" / "theirs"

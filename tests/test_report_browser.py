@@ -4,18 +4,14 @@ search, filters, links and keys do what they say. Needs chromium and chromedrive
 Without them these tests are skipped; where TCSAE_BROWSER is set (CI sets it) they fail instead.
 """
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
+import toy_browser as toy
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 pytestmark = pytest.mark.slow
 
 

@@ -2,19 +2,16 @@
 screens and phones, by keys too, and axe-core finds nothing on any page, light or dark.
 """
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
+import toy_browser as toy
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 pytestmark = pytest.mark.slow
 
 

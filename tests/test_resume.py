@@ -301,7 +301,7 @@ def test_start_from_another_run(store, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_command_killed_with_9_goes_on_to_the_same_weights(store, tmp_path):
-    settings = [*SETTINGS, "steps=3000", "guard.checkpoint_steps=100"]
+    settings = [*SETTINGS, "steps=900", "guard.checkpoint_steps=100"]
     command = [sys.executable, "-m", "tcsae", "--store", store.location, "--runs"]
     options = ["train", "--preset", "topk", "--preset", "batchtopk", *(f"--set={one}" for one in settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,6 @@
 changes one latent as asked, follows training, and writes nothing.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+import toy_browser as toy
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
@@ -22,9 +22,6 @@ from tcsae.serve.live_model import Change, LiveModel, changed_by, stored_model
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.store.reader import open_store
 
-spec = importlib.util.spec_from_file_location("toy_browser", Path(__file__).with_name("toy_browser.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 TEXT = "the model reads each token of one sequence and writes the stream"
 
 

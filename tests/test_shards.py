@@ -1,12 +1,11 @@
 """Promise: the model runs in whole batches, however wide its activations are, and the chunks stay about 4 MiB."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_harvest as toy
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig
@@ -28,10 +27,6 @@ from tcsae.shared.store.format import (
     shards_of,
 )
 from tcsae.shared.store.reader import open_store
-
-spec = importlib.util.spec_from_file_location("toy_harvest", Path(__file__).with_name("toy_harvest.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 WIDTH, LENGTH, BATCH = 128, 32, 8
 

@@ -1,12 +1,12 @@
 """Promise: smoothed codes are what a loop over positions gives, within a sequence, scored and kept as any others."""
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import toy_eval as toy
 from click.testing import CliRunner
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -23,9 +23,6 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.reader import Store
 
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 make_run, make_sae, WIDTH = toy.make_run, toy.make_sae, toy.WIDTH
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu", "gelu")

@@ -2,7 +2,6 @@
 written; what was finished stays, and the same command goes on.
 """
 
-import importlib.util
 import json
 import os
 import resource
@@ -11,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import toy_eval as toy
 from click.testing import CliRunner, Result
 
 from tcsae.evaluate import batches, one_pass
@@ -24,9 +24,6 @@ from tcsae.shared.store.reader import Store
 
 pytestmark = pytest.mark.slow
 
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

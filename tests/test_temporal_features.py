@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tcsae
@@ -50,6 +50,7 @@ def test_sae_lens_agrees_on_its_weights(golden):
     torch.testing.assert_close(predicted, golden["predicted"].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=20), st.sampled_from(["attention", "past"]))
 def test_sequences_of_any_length_are_as_each_alone(lengths, predictor):
     sae = make_tfa(predictor)

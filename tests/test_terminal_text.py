@@ -1,18 +1,14 @@
 """Promise: nothing that a folder is called, or a file says, reaches the terminal as a command of it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import toy_eval as toy
 from click.testing import CliRunner
 
 from tcsae.shared.base.console import legible, progress, say, table
 from tcsae.shared.commands.group import cli
-
-spec = importlib.util.spec_from_file_location("toy_eval", Path(__file__).with_name("toy_eval.py"))
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 HOSTILE = "a\x1b[31m\u202eb\x07\u2066c"
 RAW = ("\x1b", "\u202e", "\x07", "\u2066")

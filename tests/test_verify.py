@@ -1,12 +1,12 @@
 """Promise: `tcsae verify` finds any damage to a store, wherever it lies, and names the object."""
 
-import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_store as toy
 import zarr
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -18,15 +18,6 @@ from tcsae.shared.store.format import SPLITS
 from tcsae.shared.store.reader import open_store
 from tcsae.shared.store.verify import find_faults
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_store")
 HOOK, LENGTH, WIDTH, CONFIG, WEIGHTS, make = toy.HOOK, toy.LENGTH, toy.WIDTH, toy.CONFIG, toy.WEIGHTS, toy.make
 KINDS = [
     "zarr.json",

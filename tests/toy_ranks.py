@@ -2,8 +2,10 @@
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import dill
 import multiprocess
@@ -11,6 +13,7 @@ import torch
 
 from tcsae.shared.base.distributed import Ranks
 
+ROOT = Path(__file__).parents[1]
 PRELOADED = ["tcsae.train.run", "tcsae.train.presets", "torch.distributed.nn.functional", "beartype", "pytest"]
 
 
@@ -48,6 +51,7 @@ def free_port() -> int:
 
 
 def run_pickled(rank: int, world: int, port: int, pickled: bytes) -> None:
+    sys.path.insert(0, str(ROOT))  # pickled functions are of modules `tests.test_...`
     os._exit(run_rank(rank, world, port, lambda ranks: dill.loads(pickled)(ranks)))
 
 

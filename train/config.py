@@ -431,8 +431,8 @@ class TrainConfig:
             return
         if temporal.kind not in CONTRASTIVE:
             raise ConfigError(
-                f"data.segment_length={length} holds no window of temporal.window={temporal.window}. Raise the first "
-                "or lower the second."
+                f"temporal.kind={temporal.kind!r}: data.segment_length={length} holds no window of "
+                f"temporal.window={temporal.window}. Raise the first or lower the second."
             )
         what = f"temporal.kind={temporal.kind!r}"
         what += f" at temporal.contrast.gap={temporal.contrast.gap}" if temporal.n_positions > 2 else ""

@@ -50,8 +50,9 @@ def write_neuronpedia(source: FeatureSource, folder: Path, advance: Callable[[in
     peaks = features.contexts.maximum()
     heights = _histograms(source, peaks, advance)
     alive = features.alive.nonzero().squeeze(1).tolist()
-    directions = source.sae.directions * peaks[:, None]
-    lens = Lenses(source.store, source.part).of(source.part.hook, directions)
+    rows = source.sae.window_rows[:, -1:] * peaks[:, None, None]
+    lenses = Lenses(source.store, source.part).of(source.part.hook, rows)
+    lens = lenses[0] if lenses else None
     texts = TokenTexts(source.store)
     common = {"model_id": source.model, "layer": source.layer, "sae_set": source.name, "sae_id_suffix": None}
     for number, start in enumerate(range(0, len(alive), BATCH_FEATURES)):

@@ -159,9 +159,9 @@ class _Report:
     def _sae(self, pages: page_files.Pages, one: Included, part: Excerpt, features: Features) -> None:
         """The pages and data of one SAE."""
         tail, sae, alive = self.lenses.tail(one.hook), one.loaded.sae, features.alive
-        directions = sae.directions[alive] * features.contexts.maximum()[alive, None]
+        rows = sae.window_rows[alive] * features.contexts.maximum()[alive, None, None]
         latents = alive.nonzero().squeeze(1).tolist()
-        data = feature_data(features, sae, self.lenses.of(one.hook, directions), part.tokens, latents)
+        data = feature_data(features, sae, self.lenses.of(one.hook, rows), part.tokens, latents)
         places = decoder_map(sae.W_dec, alive, data.opposite)
         self.shown |= data.sequences
         self.needed |= data.tokens

@@ -48,7 +48,12 @@ class SparseAutoencoder(nn.Module):
         """What each latent adds to the activation of the token that its code stands at: the decoder's row, of a
         crosscoder that of the window's last position.
         """
-        return self.W_dec.detach()[:, -self.config.d_model :] / self.input_scale
+        return self.window_rows[:, -1]
+
+    @property
+    def window_rows(self) -> Float[Tensor, "d_sae window d_model"]:
+        """The same for each position of a crosscoder's window, whose last is the token's; else of the token alone."""
+        return self.W_dec.detach().view(self.config.d_sae, -1, self.config.d_model) / self.input_scale
 
     @property
     def kind(self) -> Kind:

@@ -36,9 +36,9 @@ def computed_feature(store: Store, runs_path: Path, request: FeatureRequest) -> 
         say(f"{run.name}: {CONFIG} says {difference}.")
     lenses, latents = Lenses(store, part), [request.latent]
     tail = lenses.tail(run.options.hook)
-    peak = features.contexts.maximum()[latents, None]
-    lens = lenses.of(run.options.hook, sae.directions[latents] * peak)
-    data = feature_data(features, sae, lens, part.tokens, latents if features.alive[request.latent] else [])
+    peak = features.contexts.maximum()[latents, None, None]
+    by_position = lenses.of(run.options.hook, sae.window_rows[latents] * peak)
+    data = feature_data(features, sae, by_position, part.tokens, latents if features.alive[request.latent] else [])
     texts = TokenTexts(store)
     return ShownFeature(
         folders[0].name,

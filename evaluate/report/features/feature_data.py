@@ -1,7 +1,7 @@
 """One SAE's latents as the report's data: an index of all that are alive, and chunks of what a page shows of each."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,12 +52,14 @@ class FeatureData(NamedTuple):
 def feature_data(
     features: Features,
     sae: SparseAutoencoder,
-    lens: Lens | None,
+    lenses: Sequence[Lens] | None,
     tokens: Int[np.ndarray, "n_sequences length"],
     latents: list[int],
 ) -> FeatureData:
-    """The data of some latents that are alive. `lens` has a row for each; `tokens` are those of the split."""
-    alive = features.alive
+    """The data of some latents that are alive. `lenses` are of the window's positions, the token's last, each with a
+    row for every latent; `tokens` are those of the split.
+    """
+    alive, lens = features.alive, lenses[-1] if lenses else None
     measures = latent_measures(features, sae)
     by_decoder, by_firing = nearest_by_decoder(sae.W_dec, alive), features.firing.nearest(alive)
     rarity = token_rarity(tokens)
@@ -70,6 +72,7 @@ def feature_data(
         chunk = chunks.setdefault(latent // PER_CHUNK, {})
         chunk[latent] = _shown(features, latent, contexts) | _likes(by_decoder, by_firing, latent)
         chunk[latent] |= _lens(lens, row) if lens else {}
+        chunk[latent] |= _window(sae, latent, lenses or [], row) if sae.config.window > 1 else {}
     listing: dict[str, Any] = {
         "latents": latents,
         "columns": {name: [_short(values[latent]) for latent in latents] for name, values in measures.items()},
@@ -81,8 +84,8 @@ def feature_data(
         "group": _groups(sae, latents),
     }
     needed = {token for label in labels.values() for token in label}
-    if lens:
-        needed |= set(lens.promoted.flatten().tolist()) | set(lens.suppressed.flatten().tolist())
+    for one in lenses or []:
+        needed |= set(one.promoted.flatten().tolist()) | set(one.suppressed.flatten().tolist())
     return FeatureData(latents, measures, listing, chunks, shown, needed, by_decoder.opposite)
 
 
@@ -166,6 +169,19 @@ def _lens(lens: Lens, row: int) -> dict[str, Any]:
         "down": pairs(lens.suppressed, lens.losses),
         "logits": [low, high, lens.counts[row].tolist()],
     }
+
+
+def _window(sae: SparseAutoencoder, latent: int, lenses: Sequence[Lens], row: int) -> dict[str, Any]:
+    """A crosscoder's latent at each position of its window, the token's last.
+
+    [share of its squared norm, cosine with the last, tokens promoted (empty without a tail)] each.
+    """
+    rows = sae.window_rows[latent]
+    shares = rows.square().sum(1) / rows.square().sum().clamp(min=1e-30)
+    cosines = torch.cosine_similarity(rows, rows[-1:])
+    promoted = [lens.promoted[row].tolist() for lens in lenses] or [[]] * len(rows)
+    columns = zip(shares.tolist(), cosines.tolist(), promoted, strict=True)
+    return {"window": [[_short(share), _short(cosine), tokens] for share, cosine, tokens in columns]}
 
 
 def _groups(sae: SparseAutoencoder, latents: list[int]) -> list[int] | None:

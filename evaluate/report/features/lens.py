@@ -88,10 +88,10 @@ class Lenses:
                 self._tails[hook] = str(error)
         return self._tails[hook]
 
-    def of(self, hook: str, directions: Float[Tensor, "n d_model"]) -> Lens | None:
-        """`logit_lens` of directions after a hook; None without a tail."""
+    def of(self, hook: str, rows: Float[Tensor, "n window d_model"]) -> list[Lens] | None:
+        """`logit_lens` of what latents add after a hook, at each position of a window; None without a tail."""
         tail = self.tail(hook)
         if isinstance(tail, str):
             return None
         mean = torch.from_numpy(self.store.array(f"statistics/{hook}/mean")[:]).float()
-        return logit_lens(tail, mean, directions, self.tokens)
+        return [logit_lens(tail, mean, directions, self.tokens) for directions in rows.unbind(1)]

@@ -30,6 +30,8 @@ def print_feature(shown: ShownFeature, n_contexts: int) -> None:
     console.print(_chips("fires on", [(shown.text(token), None) for token in shown.fires]), soft_wrap=True)
     for line in _lens(shown):
         console.print(line, soft_wrap=True)
+    for line in _window(shown):
+        console.print(line, soft_wrap=True)
     likes = (
         ("near, by decoder", "near"),
         ("opposite decoder", "opposite"),
@@ -84,6 +86,18 @@ def _lens(shown: ShownFeature) -> list[Any]:
     return [
         _chips(title, [(shown.text(token), f"{change:+.1f}") for token, change in feature[name]])
         for title, name in (("promotes", "up"), ("suppresses", "down"))
+    ]
+
+
+def _window(shown: ShownFeature) -> list[Any]:
+    """What a crosscoder's latent adds at each position of its window."""
+    window = (shown.feature or {}).get("window", [])
+    titles = [f"at t{at}" if at else "at t" for at in range(1 - len(window), 1)]
+    return [
+        _chips(
+            title, [(f"{share:.0%}", f"of its norm², cosine {cosine:.2f} with t"), *((shown.text(t), None) for t in up)]
+        )
+        for title, (share, cosine, up) in zip(titles, window, strict=True)
     ]
 
 

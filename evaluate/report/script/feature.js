@@ -78,7 +78,7 @@
   function likes(feature) {
     const parts = feature.up ? [lens("Promotes", feature.up), lens("Suppresses", feature.down)]
       : [make("p", { class: "note" }, `No logit lens. ${data.index.no_lens}`)];
-    return [...parts,
+    return [...parts, ...(feature.window ? [windowRows(feature.window)] : []),
       neighbours("Nearest", "cosine of decoder rows", feature.near), neighbours("Opposite", "cosine of decoder rows", feature.opposite),
       neighbours("Correlated", "activations", feature.correlated), neighbours("Fires at the same tokens", "Jaccard", feature.joint)];
   }
@@ -86,6 +86,16 @@
   function lens(title, pairs) {
     return block(title, "change of logit", make("p", {}, ...pairs.flatMap(([token, change]) =>
       [chip(token), make("small", {}, `${change > 0 ? "+" : "−"}${number(Math.abs(change))} `)])));
+  }
+
+  // A crosscoder's latent has a decoder row for each position of its window.
+  function windowRows(rows) {
+    const at = (i) => (i === rows.length - 1 ? "t" : `t − ${rows.length - 1 - i}`);
+    const lines = rows.map(([share, cosine, tokens], i) => make("tr", {}, make("th", { scope: "row" }, at(i)),
+      make("td", { class: "n" }, `${Math.round(100 * share)}%`), make("td", { class: "n" }, number(cosine)),
+      make("td", {}, ...tokens.slice(0, 4).map((token) => chip(token)))));
+    const head = ["position", "of its norm²", "cosine with t", "promotes"].map((name) => make("th", { scope: "col" }, name));
+    return block("At each position of the window", "its decoder rows", make("table", { class: "window-rows" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines)));
   }
 
   function neighbours(title, about, pairs) {
