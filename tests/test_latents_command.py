@@ -124,6 +124,7 @@ def test_the_tables_name_cost_and_single_latents(store, runs):
     assert done.exit_code == 0, done.output
     for text in ("a: random directions", "the latents looked at", "s of processor time", "steer side effect: rise of"):
         assert text in " ".join(done.output.split())
+    assert "in bits a token" not in done.output, "measured before, and not asked for"
     as_json = command(store, runs, "--part", "bits", "--tokens", "1000", "--json")
     document = json.loads(as_json.output[as_json.output.index("{") : as_json.output.rindex("}") + 1])
     assert document["runs"].keys() == {"a", "b"} and document["runs"]["a"]["parts"]["bits"]["rows"]["SAE"]["bits"] > 0
@@ -169,6 +170,9 @@ def test_without_a_tail_reconstruction_is_all_there_is(tmp_path):
     effects = held["parts"]["effects"]
     assert "no residual stream" in effects["note"] and effects["rows"]["SAE"]["ce_lost"] is None
     assert effects["rows"]["SAE"]["ev_lost"] is not None and len(effects["columns"]["ev_lost"]) == 6
+    before = (tmp_path / "runs" / "a" / LATENTS).read_bytes()
+    measure_latents(store, tmp_path / "runs", LatentsRequest(parts=("effects",), budget=BUDGET))
+    assert (tmp_path / "runs" / "a" / LATENTS).read_bytes() == before, "still none, so nothing to do"
 
 
 def test_an_sae_that_is_never_on_has_no_figures_and_no_error(store, tmp_path):

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import toy_eval
 
+from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.latents.latents_file import LATENTS
 from tcsae.evaluate.latents.run import measure_latents
 from tcsae.evaluate.latents.settings_of_latents import MEANINGS, TITLES, Budget, LatentsRequest
 from tcsae.evaluate.report.report import write_report
 from tcsae.evaluate.run import evaluate_runs
 
+pytestmark = pytest.mark.slow
 BUDGET = Budget(tokens=1000, sample=4, widest=2, sequences=3, events=2, places=2)
 
 
@@ -22,7 +24,7 @@ def reported(tmp_path_factory):
     store = toy_eval.write_store(place / "a.zarr", toy_eval.make_model(), {"train": 4, "eval": 40})
     for i, name in enumerate("ab"):
         toy_eval.make_run(place / "runs", name, toy_eval.make_sae(seed=i), store)
-    evaluate_runs(store, place / "runs")
+    evaluate_runs(store, place / "runs", EvalRequest(temporal=False))
     measure_latents(store, place / "runs", LatentsRequest(names=("a",), budget=BUDGET))
     write_report(store, place / "runs", place / "report")
     return store, place / "runs", place / "report"

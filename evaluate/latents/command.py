@@ -78,7 +78,7 @@ def latents(
     if as_json:
         click.echo(json.dumps({"runs": measured.runs}, indent=2))
     else:
-        show(measured, details)
+        show(measured, request.parts, details)
     for line in measured.refused:
         say(f"Left out: {line}")
 

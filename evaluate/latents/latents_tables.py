@@ -1,5 +1,6 @@
 """What `tcsae latents` prints."""
 
+from collections.abc import Collection
 from typing import Any
 
 from tcsae.evaluate.latents.run import MeasuredLatents
@@ -11,9 +12,9 @@ SHOWN_TEXT = ("auc_token", "auc_text", "intruder")
 WORDS = 3
 
 
-def show(measured: MeasuredLatents, details: bool) -> None:
-    """A table for each part with figures down and runs across, what each figure is, and the cost."""
-    runs = list(measured.runs.values())
+def show(measured: MeasuredLatents, asked: Collection[str], details: bool) -> None:
+    """A table for each part asked for with figures down and runs across, what each figure is, and the cost."""
+    runs = [one | {"parts": {k: v for k, v in one["parts"].items() if k in asked}} for one in measured.runs.values()]
     parts = [part for part in TITLES if any(part in one["parts"] for one in runs)]
     for part in parts:
         _show_part(part, [one for one in runs if part in one["parts"]])

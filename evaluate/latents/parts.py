@@ -129,11 +129,11 @@ def _ablation(
     curves = {
         name: _median_curve(kl[which, i])
         for name, (which, i) in {
-            "one latent, at one token": (sample, one),
-            "one latent, at all of them": (sample, span),
-            "the widest 1%, at one token": (together, one),
-            "the widest 1%, at all of them": (together, span),
-            "a random direction, at one token": (sample, random),
+            "one latent": (sample, one),
+            "one latent, throughout": (sample, span),
+            "widest 1%": (together, one),
+            "widest 1%, throughout": (together, span),
+            "random direction": (sample, random),
         }.items()
     }
     return rows, {name: plain(values[:-1]) for name, values in columns.items()}, curves

@@ -9,7 +9,7 @@ from tcsae.evaluate.candidates import EvalRequest, Loaded, candidate, evaluable,
 from tcsae.evaluate.latents.latents_file import LATENTS_VERSION, load_latents, save_latents
 from tcsae.evaluate.latents.material import MIN_FIRINGS, Coded
 from tcsae.evaluate.latents.parts import DEFINITIONS, WORK
-from tcsae.evaluate.latents.settings_of_latents import LatentsRequest
+from tcsae.evaluate.latents.settings_of_latents import EFFECTS, LatentsRequest
 from tcsae.evaluate.latents.shared_inputs import SharedInputs, choose_latents
 from tcsae.shared.base.console import progress, say
 from tcsae.shared.base.errors import RunError, TcsaeError
@@ -17,6 +17,7 @@ from tcsae.shared.base.files import remove_dead_partials_in
 from tcsae.shared.base.signals import stop_on_signals
 from tcsae.shared.store.reader import Store
 
+NONE = {"none": ""}
 UNWRITTEN = "the parts that were finished are in each run's folder"
 
 
@@ -46,7 +47,7 @@ def measure_latents(store: Store, runs_path: Path, request: LatentsRequest | Non
             remove_dead_partials_in(loaded.run.path)
             options = loaded.run.options
             held = _begun(store, loaded)
-            left = [part for part in request.parts if request.force or not _is_done(held, part, request)]
+            left = [part for part in request.parts if request.force or not _is_done(store, held, part, request)]
             advance(len(request.parts) - len(left))
             if left:
                 key = options.hook, options.skip_first
@@ -96,8 +97,13 @@ def _begun(store: Store, loaded: Loaded) -> dict[str, Any]:
     return held if held is not None and same else head
 
 
-def _is_done(held: dict[str, Any], part: str, request: LatentsRequest) -> bool:
-    return part in held["parts"] and held["parts"][part].get("options") == request.options()
+def _is_done(store: Store, held: dict[str, Any], part: str, request: LatentsRequest) -> bool:
+    measured = held["parts"].get(part, {})
+    # A tail that could not be read may have been put back.
+    tail_is_back = (
+        part == EFFECTS and measured.get("note") and "none" not in store.manifest.tails.get(held["hook"], NONE)
+    )
+    return measured.get("options") == request.options() and not tail_is_back
 
 
 def _usable(store: Store, runs_path: Path, request: LatentsRequest) -> tuple[list[Loaded], list[str]]:

@@ -87,4 +87,4 @@ def _kl_by_lag(effects: dict[str, Any]) -> list[dict[str, str]]:
     if not curves:
         return []
     svg = lines(curves, ("tokens after the ablation", "log10 of KL, in nats"))
-    return [{"title": "KL after an ablation", "svg": svg, "summary": "; ".join(summaries)}]
+    return [{"title": "KL after an ablation at one token, or throughout", "svg": svg, "summary": "; ".join(summaries)}]
