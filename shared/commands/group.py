@@ -46,6 +46,7 @@ STAGES = {
     "pull": "tcsae.shared.hub.command:pull",
     "paper": "tcsae.paper.command:paper",
     "methods": "tcsae.paper.command:methods",
+    "real-lm": "tcsae.paper.command:real_lm",
     "synthetic": "tcsae.synthetic.command:synthetic",
     "planted": "tcsae.synthetic.command:planted",
     "completion": "tcsae.shared.commands.completion:completion",

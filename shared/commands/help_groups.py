@@ -37,7 +37,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--positions",
             "--init-from",
         ],
-        "How": ["--device", "--tracker", "--dry-run", "--fresh"],
+        "How": ["--device", "--precision", "--tracker", "--dry-run", "--fresh"],
     },
     "eval": {
         "What to score": [
@@ -51,7 +51,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--splice",
         ],
         "What to print": ["--details", "--compare", "--with", "--json"],
-        "How": ["--force"],
+        "How": ["--device", "--precision", "--force"],
     },
     "compare": {
         "What to compare": ["--run", "--with"],
@@ -60,6 +60,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "paper": {
         "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
     "probe": {
         "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
@@ -94,6 +95,11 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "methods": {
         "What to run": ["--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
+    },
+    "real-lm": {
+        "What to run": ["--quick", "--model", "--layer", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
     },
 }
 
@@ -119,6 +125,7 @@ LINES = {
     "pull": "Bring SAEs or a store from the Hugging Face Hub",
     "paper": "Reproduce the paper and test its claim",
     "methods": "Train every temporal method, print one table",
+    "real-lm": "Choose the default preset on a real language model",
     "synthetic": "Plant known features in a store, to see what is found",
     "planted": "See which planted features are recovered, by whom",
     "completion": "Print the completion script of a shell",
