@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand, device_option, precision_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,20 +72,8 @@ if TYPE_CHECKING:
     metavar="ROLE",
     help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where SAEs and tail run; auto: the first of the others that is there.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "tf32", "bf16"]),
-    default="float32",
-    show_default=True,
-    help="Of matrix products on a GPU; bf16: the SAEs' encoder and decoder. Sums are in float64.",
-)
+@device_option("SAEs and tail run")
+@precision_option("the SAEs' encoder and decoder. Sums are in float64.")
 @click.pass_obj
 def evaluate(
     place: Place,

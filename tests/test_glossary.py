@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tcsae.evaluate import headline, printed_tables, temporal_tables
+from tcsae.evaluate.latents.parts import DEFINITIONS as LATENTS
 from tcsae.evaluate.measures.concentration import DENSE_DEFINITIONS
 from tcsae.evaluate.measures.registry import MEASURES
 from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
@@ -32,6 +33,7 @@ SHOWN = {
     "eval's further figures": [heading for columns in printed_tables.DETAILS.values() for heading in columns],
     "measures of codes": [name.replace("_", " ") for one in MEASURES.values() for name in one(4).figures()],
     "dense latents": [name.replace("_", " ") for name in DENSE_DEFINITIONS],
+    "latents": [name for part in LATENTS.values() for name in part],
     "compare": list(headline.COLUMNS),
     "train": columns("train/command.py"),
     "train --dry-run": ["run", "latents", "steps", "tokens", "epochs", "ms a step"],

@@ -142,7 +142,7 @@ class Output(NamedTuple):
     code: Code | None
     """None: a baseline without latents."""
     predicted: Float[Tensor, "n d_sae"] | None = None
-    """A second code that is decoded with `code`, which then is the novel one (TFA)."""
+    """A second code that is decoded with `code`, which then is the novel one (TFA, persistent SAE)."""
 
 
 @dataclass(frozen=True, slots=True)

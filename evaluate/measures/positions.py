@@ -115,7 +115,8 @@ class Layout:
         restarts = self._restarts(document, sequence, n_before)
         documents = self._documents(document.numpy(), run.numpy(), n_before)
         partners, joins = _pairs(documents)
-        local = piece - piece[0] if len(piece) else piece
+        # Numbered anew, as documents without a counted token are of no piece.
+        local = torch.unique_consecutive(piece, return_inverse=True)[1]
         carried_tokens = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
         if documents:
             n_first = len(documents[-1].first)

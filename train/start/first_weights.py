@@ -1,11 +1,15 @@
 """The first weights of a run."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_sae
+from tcsae.shared.sae.persistent import PersistentAutoencoder
+from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
 from tcsae.train.config import TrainConfig
 
 MEDIAN_STEPS = 50
@@ -28,6 +32,11 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
             torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
             if config.optimizer.unit_decoder:
                 sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        case "uniform":
+            for weights in (sae.W_enc_rows, sae.W_dec.T):  # outputs x inputs, as torch.nn.Linear has them
+                torch.nn.init.kaiming_uniform_(weights, a=math.sqrt(5), generator=generator)
+            if config.optimizer.unit_decoder:
+                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         case "transpose":
             sae.W_dec.normal_(generator=generator)
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
@@ -39,6 +48,8 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
             sae.b_dec.copy_(geometric_median(sample))
     if sae.threshold is not None and sae.kind.threshold == "learned":
         sae.threshold.fill_(FIRST_THRESHOLD)
+    if isinstance(sae, PersistentAutoencoder):
+        sae.decay_logit.fill_(config.init.decay).logit_()
     return sae.to(sample.device)
 
 
