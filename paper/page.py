@@ -249,8 +249,9 @@ STAGES = ("harvest", "train", "eval")
 TABLE_TITLE = "The paper's table"
 TABLE_QUESTION = (
     "What is printed, what a network that took no step gives in closed form (`evaluate/report/pages/printed.py`), what "
-    "it gives on synthetic activations of the moments that the paper's had (d = 512, mean norm 15.8, second moment over "
-    "variance 1.89; no language model there, so no CE) and on this store, and what the paper's equations give once they are "
+    "it gives on synthetic activations of the moments that the paper's had (d = 512, mean norm 15.8, second moment "
+    "over variance 1.89; no language model there, so no CE) and on this store, and what the paper's equations give once "
+    "they are "
     "trained: 512 GELU latents, batches of 32 sequences of 128, lambda_1 = 0.1. EV (legacy) is the paper's; EV is the "
     "centred, pooled one. Mean and standard deviation over seeds; a dash for a ratio that scatters about nothing. The "
     "moments are read off the logs that came with the paper: 1.89 is 1 less run 1's logged EV, so that the EV of runs "
