@@ -138,7 +138,8 @@ def attach(
         raise ConfigError("The SAE does not say where it belongs. Give a hook, such as blocks.4.hook_resid_post.")
     if sae.config.reads_neighbours:
         raise ConfigError(
-            "The codes of a crosscoder or a TFA depend on several positions: they cannot be read token by token."
+            "The codes of a crosscoder, a TFA or a persistent SAE depend on several positions: they cannot be read "
+            "token by token."
         )
     first = sae.metadata.skip_first if skip_first is None else skip_first
     live = LiveSae(sae, name, splice, error, first)

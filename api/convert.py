@@ -86,7 +86,9 @@ def to_jumprelu(
 
 def _check_plain(sae: SparseAutoencoder) -> None:
     if sae.config.reads_neighbours:
-        raise ConfigError("The codes of a crosscoder or a TFA depend on several positions: it has no such form.")
+        raise ConfigError(
+            "The codes of a crosscoder, a TFA or a persistent SAE depend on several positions: it has no such form."
+        )
 
 
 def _with_activation(sae: SparseAutoencoder, activation: str) -> SparseAutoencoder:

@@ -19,11 +19,11 @@ from tcsae.evaluate.measures.smoothing import (
     stay_above,
     stay_topk,
 )
-from tcsae.shared.sae import temporal_features
+from tcsae.shared.sae import whole_sequences
 from tcsae.shared.sae.crosscoder import read_out
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 BATCH_CODE_ENTRIES = 8 << 20
 """Of a dense code or of pre-activations, at most: 32 MB."""
@@ -54,14 +54,14 @@ class CrosscoderOutput:
         return Output(*read_out(self.sae, x, sequence_lengths(sequence)))
 
 
-class TemporalFeatureOutput:
-    """Temporal feature analysis: the novel code, and the reconstruction from it and the predicted one."""
+class WholeSequenceOutput:
+    """An SAE of whole sequences: the novel code, and the reconstruction from it and the predicted one."""
 
-    def __init__(self, sae: TemporalFeatureAutoencoder) -> None:
+    def __init__(self, sae: SequenceAutoencoder) -> None:
         self.sae = sae
 
     def __call__(self, x: Float[Tensor, "n d_model"], sequence: Int[Tensor, " n"]) -> Output:
-        return Output(*temporal_features.read_out(self.sae, x, sequence_lengths(sequence)))
+        return Output(*whole_sequences.read_out(self.sae, x, sequence_lengths(sequence)))
 
 
 class SmoothedOutput:
@@ -106,7 +106,7 @@ def largest(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], n_kept: int) 
     return SparseCode(values.flatten(), latents.flatten(), offsets, sae.config.d_sae, per_token=n_kept)
 
 
-SequenceSystem = SmoothedOutput | CrosscoderOutput | TemporalFeatureOutput
+SequenceSystem = SmoothedOutput | CrosscoderOutput | WholeSequenceOutput
 """Systems whose output at a token depends on other tokens of its sequence."""
 
 
@@ -119,8 +119,8 @@ def system_of(sae: SparseAutoencoder, smoothing: Smoothing | None = None) -> Sys
     """An SAE of any kind as a system."""
     if smoothing is not None:
         return SmoothedOutput(sae, smoothing)
-    if isinstance(sae, TemporalFeatureAutoencoder):
-        return TemporalFeatureOutput(sae)
+    if isinstance(sae, SequenceAutoencoder):
+        return WholeSequenceOutput(sae)
     return CrosscoderOutput(sae) if sae.config.window > 1 else SaeOutput(sae)
 
 
@@ -135,8 +135,8 @@ def sae_code(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], sequence: In
     """
     if (there := sae.W_dec.device) != x.device:
         return sae_code(sae, x.to(there), sequence.to(there)).to(x.device)
-    if isinstance(sae, TemporalFeatureAutoencoder):
-        return temporal_features.read_out(sae, x, sequence_lengths(sequence))[1]
+    if isinstance(sae, SequenceAutoencoder):
+        return whole_sequences.read_out(sae, x, sequence_lengths(sequence))[1]
     if sae.config.window > 1:
         return read_out(sae, x, sequence_lengths(sequence))[1]
     return join_codes([code for _, code in code_parts(sae, x)])

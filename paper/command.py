@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.base.cli import Count, StageCommand
+from tcsae.shared.base.cli import Count, StageCommand, device_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,13 +23,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--dataset", default="pydocs", show_default=True, metavar="NAME", help="As of `harvest`."),
         click.option("--tokens", type=Count(), help="Tokens of the store. Default: 1M, of --quick 60K."),
         click.option("--out", default="docs/results", show_default=True, metavar="PATH", help="Where the page goes."),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-            default="auto",
-            show_default=True,
-            help="Where SAEs are trained and evaluated; auto: the first of the others that is there.",
-        ),
+        device_option("SAEs are trained and evaluated"),
     )
     for option in reversed(options):
         command = option(command)

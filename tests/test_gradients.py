@@ -355,13 +355,30 @@ def test_operations_take_entries_and_matrices(operation):
     same_gradients(lambda code: operation(code).square().sum(), lambda f: operation(f).square().sum(), dense)
 
 
-@given(st.integers(1, 5), st.sampled_from([16, 48, 64, 96, 128]), st.integers(1, 8), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
-def test_two_stage_topk_is_exact(n, d_sae, k, seed):
-    pre = torch.randn(n, d_sae, generator=torch.Generator().manual_seed(seed))
+DISTRIBUTIONS = {
+    "normal": lambda pre: pre,
+    "few ties": lambda pre: (8 * pre).round() / 8,
+    "many ties": torch.round,
+    "all equal": torch.zeros_like,
+    "not a number": lambda pre: pre.masked_fill(pre > 1.5, torch.nan),
+    "infinite": lambda pre: torch.where(pre.abs() > 1, pre * torch.inf, pre),
+}
+
+
+@given(
+    st.integers(0, 5),
+    st.sampled_from([16, 48, 64, 96, 128]),
+    st.integers(1, 8),
+    st.sampled_from(sorted(DISTRIBUTIONS)),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_two_stage_topk_is_exact(n, d_sae, k, kind, seed):
+    pre = DISTRIBUTIONS[kind](torch.randn(n, d_sae, generator=torch.Generator().manual_seed(seed)))
     values, latents = select_topk(pre, k)
-    torch.testing.assert_close(values.sort(-1).values, pre.topk(k).values.sort(-1).values, rtol=0, atol=0)
-    torch.testing.assert_close(pre.gather(1, latents), values, rtol=0, atol=0)
+    best = pre.topk(k).values.sort(-1).values
+    torch.testing.assert_close(values.sort(-1).values, best, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pre.gather(1, latents), values, rtol=0, atol=0, equal_nan=True)
     assert all(len(set(row)) == k for row in latents.tolist())
 
 

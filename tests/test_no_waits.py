@@ -30,6 +30,7 @@ from tcsae.harvest.language_model import LanguageModel
 from tcsae.shared.base.device import READS, Readout
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.lm.tail import Tail
+from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.format import HookRecipe
 from tcsae.train.batch import Batch, Text
@@ -95,7 +96,7 @@ def trainer_on_meta(monkeypatch, name: str, settings: tuple[str, ...] = ()) -> t
     config = with_settings(preset(name, WIDTH), [*SMALL, *settings])
     n = SEGMENTS * LENGTH
     with torch.device(META):
-        initial = SparseAutoencoder(config.sae)
+        initial = new_sae(config.sae)
     trainer = Trainer(config, torch.zeros(n, WIDTH, device=META), n_positions=LENGTH, initial=initial)
     trainer.progress.n_steps, trainer.progress.n_tokens = 10, 10 * n
     documents = np.arange(SEGMENTS) // 2

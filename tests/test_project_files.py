@@ -10,7 +10,14 @@ import yaml
 import tcsae
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/scaling.md", "data/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/choosing.md",
+    "docs/scaling.md",
+    "data/README.md",
+]
 
 
 def targets() -> set[str]:

@@ -17,7 +17,8 @@ from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, read_out
+from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
+from tcsae.shared.sae.whole_sequences import read_out
 from tcsae.train.trainer import Trainer
 
 D, F, K = 6, 24, 3

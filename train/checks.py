@@ -31,12 +31,12 @@ def memory_bytes(configs: Sequence[TrainConfig]) -> int:
     )
     batch = max((n * config.sae.d_model for n, config in zip(tokens, configs, strict=True)), default=0)
     pairs = max((_n_pairs(config) ** 2 for config in configs), default=0)
-    attention = 12 * codes if any(config.sae.predictor != "none" for config in configs) else 0
+    attention = 12 * codes if any(config.sae.attends for config in configs) else 0
     return FLOAT_BYTES * (4 * weights + 4 * codes + 6 * batch + 6 * pairs + attention)
 
 
 def _n_weights(sae: SaeConfig) -> int:
-    if sae.predictor == "none":
+    if not sae.attends:
         return 2 * sae.d_sae * sae.d_in + 3 * sae.d_sae
     return sae.d_sae * sae.d_model + sae.n_layers * 2 * (sae.d_sae**2 // sae.bottleneck + sae.d_sae**2)
 
@@ -74,6 +74,20 @@ def _memory(device: torch.device) -> int:
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_compile(configs: Sequence[TrainConfig], world: int) -> None:
+    """Raises ConfigError for what --compile cannot make one graph."""
+    for config in configs:
+        what, why = "", ""
+        if config.sae.predictor != "none":
+            what, why = f"sae.predictor={config.sae.predictor!r}", "its passes over sequences follow their lengths"
+        elif config.temporal.budget:
+            what, why = f"temporal.budget={config.temporal.budget:g}", "it takes gradients in the middle of a step"
+        elif world > 1:
+            what, why = f"{world} processes", "they meet in the middle of a step"
+        if what:
+            raise ConfigError(f"--compile with {what}: {why}, which is no single graph. Leave --compile away.")
 
 
 def check_parallel(config: TrainConfig, world: int, device: torch.device | str = "cpu") -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from tcsae.shared.base.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand, device_option, precision_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,19 +50,12 @@ CONTROLS = "-shuffled"
 )
 @click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
 @click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
+@device_option("runs are trained")
+@precision_option("the encoder's and the decoder's. Losses and Adam are in float32.")
 @click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where runs are trained; auto: the first of the others that is there.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "tf32", "bf16"]),
-    default="float32",
-    show_default=True,
-    help="Of matrix products on a GPU; bf16: the encoder's and the decoder's. Losses and Adam are in float32.",
+    "--compile",
+    is_flag=True,
+    help="Compile a step's tensor work with torch.compile, on an NVIDIA GPU; the same up to rounding.",
 )
 @click.option("--dry-run", is_flag=True, help="Print passes, memory and time, measured on a few steps. Writes nothing.")
 @click.option("--fresh", is_flag=True, help="Train again what is trained already.")
@@ -114,7 +107,7 @@ def prepare(place: Place, asked: dict[str, Any]) -> Prepared:
     """From the command's options to runs. Raises ConfigError, RunError or StoreError."""
     from pathlib import Path
 
-    from tcsae.shared.base.device import choose_device, keep_freed_memory, set_precision
+    from tcsae.shared.base.device import choose_device, keep_freed_memory, set_compile, set_precision
     from tcsae.shared.base.distributed import device_of, ranks
     from tcsae.shared.store.reader import open_store
     from tcsae.train.plan import Request, plan_runs
@@ -133,14 +126,19 @@ def prepare(place: Place, asked: dict[str, Any]) -> Prepared:
     runs, processes = plan_runs(store, request), ranks()
     chosen = device_of(processes, choose_device(asked["device"]))
     set_precision(asked["precision"], chosen)
+    if asked["compile"]:
+        set_compile(chosen)
     return Prepared(store, Path(place.runs), runs, processes, chosen)
 
 
 def train_prepared(prepared: Prepared, asked: dict[str, Any]) -> list[dict[str, Any]]:
     """Train them; records of the runs that this process is to show."""
+    from tcsae.train.checks import check_compile
     from tcsae.train.run import train_parallel, train_runs
 
     store, runs_path, runs, processes, device = prepared
+    if asked["compile"]:
+        check_compile([run.config for run in runs], processes.world)
     fresh, tracker = asked["fresh"], asked["tracker"]
     if not processes.parallel:
         return train_runs(store, runs_path, runs, fresh, tracker, device)

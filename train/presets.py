@@ -223,6 +223,10 @@ PRESETS = {
         "temporal feature analysis: attention over past codes and a TopK code of the rest", _tfa("attention")
     ),
     "tfa-past": Preset("the same, predicted from the past alone", _tfa("past")),
+    "persistent": Preset(
+        "persistent SAE: each latent keeps a learned share of its state from token to token, TopK adds to it",
+        _ours("topk", {"predictor": "decay"}, data=WHOLE),
+    ),
     "logged-run0": Preset("the paper's run 0 as logged: all weights zero, no step", _logged(weights="zero")),
     "logged-run2": Preset("its run 2 as logged: Xavier, ReLU, 512 latents, no step", _logged()),
     "logged-run3": Preset("its run 3 as logged: the same network as run 2, no step", _logged()),

@@ -9,20 +9,31 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from tcsae.shared.base.device import Readout, static_shapes, sum_dtype
-from tcsae.shared.sae.activations import Encoded, Encoder
-from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
-from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part, permuted
+from tcsae.shared.base.device import Readout, compiled, static_shapes, sum_dtype
+from tcsae.shared.sae.activations import Encoded
+from tcsae.shared.sae.build import new_sae
+from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.ops import Code, part, permuted
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_sae
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 from tcsae.train.batch import Batch, far_apart, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.auxk import auxk
 from tcsae.train.losses.position import PositionPenalty
+from tcsae.train.losses.reconstruction import (
+    Autoencoded,
+    BatchTopk,
+    Recipe,
+    autoencode,
+    encode,
+    encoder_input,
+    norm_rows,
+    prefix_error,
+    without_radial,
+)
 from tcsae.train.losses.state import BilinearHead, TermState
 from tcsae.train.losses.t_sae import next_threshold, paired, residual_variance
 from tcsae.train.start.first_weights import initial_sae
@@ -150,6 +161,9 @@ class Trainer:
         device = self.sample.device
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=device)
         self.guard = DeviceGuard(config.guard.explode, device) if static_shapes(self.sample) else None
+        self._recipe = Recipe(config.group_weights, config.sparsity.bandwidth)
+        self._autoencode, self._without_radial = compiled(autoencode), compiled(without_radial)
+        self._norm_rows = compiled(norm_rows)
         self._pending: _Pending | None = None
         self._most_dead: int | None = None
         """Latents that may be dead in this step, at most; None: not known."""
@@ -228,14 +242,8 @@ class Trainer:
             parameter.grad = None
         given, batch = batch, self._rows(batch)
         x, n_rows = batch.x * self.scale, max(1, batch.n_whole)
-        inputs, scaling = self._encoder_input(x)
-        if isinstance(self.sae, TemporalFeatureAutoencoder):
-            encoded, x_hat = self.sae.train_pass(x, batch.lengths)
-            x_hats = [x_hat]
-        else:
-            encoded = self._encode(inputs, batch)
-            x_hats = self._reconstructions(encoded.code, scaling)
-        losses = {"reconstruction": prefix_error(x_hats, x, self.config.group_weights) / n_rows}
+        inputs, encoded, x_hats, error = self._autoencoded(x, batch)
+        losses = {"reconstruction": error / n_rows}
         temporal_weight = self._add_code_losses(losses, encoded, batch)
         x_hat = x_hats[-1].detach()
         if self.config.dead.aux_weight and self.sae.kind.mostly_zero:
@@ -255,6 +263,15 @@ class Trainer:
         result = StepResult(losses, figures, x, x_hat, code, batch)
         result._temporal_weight = temporal_weight
         return result
+
+    def _autoencoded(self, x: Float[Tensor, "n d_model"], batch: Batch) -> Autoencoded:
+        if not isinstance(self.sae, SequenceAutoencoder):
+            return self._autoencode(self.sae, x, self._recipe, self._batchtopk(batch))
+        encoded, x_hat = self.sae.train_pass(x, batch.lengths)
+        return Autoencoded(x, encoded, [x_hat], prefix_error([x_hat], x, self.config.group_weights))
+
+    def _batchtopk(self, batch: Batch) -> BatchTopk:
+        return batchtopk_code if batch.group.alone else partial(batch.group.batchtopk, n_whole=batch.n_whole)
 
     def _aux(self, inputs: Tensor, x: Tensor, x_hat: Tensor, batch: Batch) -> Float[Tensor, ""]:
         """AuxK at its weight."""
@@ -282,35 +299,6 @@ class Trainer:
         assert n_offsets > 0, "no segment of the batch holds a window"
         return batch.windows(window, self.step_seed() % n_offsets)
 
-    def _encoder_input(self, x: Float[Tensor, "n d_model"]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """What the encoder reads before b_dec is taken away, and (scale, shift) of the decoder's output, if any."""
-        if self.sae.config.layer_norm == "none":
-            return x, None
-        inputs, mean, spread = layer_normed(x)
-        return inputs, (spread, mean) if self.sae.config.layer_norm == "in_out" else None
-
-    def _encode(self, inputs: Float[Tensor, "n d_model"], batch: Batch) -> Encoded:
-        sae = self.sae
-        centred = inputs - sae.b_dec.detach()
-        weights = EncoderWeights(sae.W_enc_rows, sae.b_enc, sae.b_dec)
-        batchtopk = partial(batch.group.batchtopk, n_whole=batch.n_whole)
-        return sae.kind.train(
-            Encoder(centred, weights, sae.config.k, sae.threshold, self.config.sparsity.bandwidth, batchtopk)
-        )
-
-    def _reconstructions(self, code: Code, scaling: tuple[Tensor, Tensor] | None) -> list[Float[Tensor, "n d_model"]]:
-        """Of every prefix of the groups: prefix g decodes the latents of groups 0..g."""
-        sae, ranges = self.sae, self.config.sae.group_ranges()
-        weights = sae.W_dec.split([stop - first for first, stop in ranges]) if len(ranges) > 1 else [sae.W_dec]
-        x_hats: list[Tensor] = []
-        for (first, stop), W_dec in zip(ranges, weights, strict=True):
-            one = decode_code(part(code, first, stop), W_dec, None if x_hats else sae.b_dec)
-            x_hats.append(x_hats[-1] + one if x_hats else one)
-        if scaling is None:
-            return x_hats
-        spread, mean = scaling
-        return [x_hat * spread + mean for x_hat in x_hats]
-
     def _add_code_losses(self, losses: dict[str, Tensor], encoded: Encoded, batch: Batch) -> Tensor | float:
         """Temporal term, position penalty, L1 and L0 of a code into `losses`; returns the temporal term's weight."""
         config = self.config
@@ -336,8 +324,9 @@ class Trainer:
         config, seed = self.config.temporal, self.step_seed()
         state = TermState(head=self.head)
         if batch.partners is not None:
-            inputs, _ = self._encoder_input(batch.partners * self.scale)
-            state = state._replace(partner=part(self._encode(inputs, batch).tap, *self.scope))
+            inputs, _ = encoder_input(self.sae, batch.partners * self.scale)
+            partners = encode(self.sae, inputs, self._recipe, self._batchtopk(batch))
+            state = state._replace(partner=part(partners.tap, *self.scope))
         if config.contrast.centred and self.positions is not None:
             state = state._replace(position=batch.positions(), means=self.positions.means())
         if config.order != "text" and not self.config.sae.reads_neighbours and batch.partners is None:
@@ -392,17 +381,11 @@ class Trainer:
         return self.sae.kind.threshold == "calibrated" and self.config.sparsity.threshold == "average"
 
     def _project_decoder_gradient(self) -> None:
-        """Take the gradient along each unit row away: the norm would undo it, yet it would feed Adam's moments."""
-        W_dec = self.sae.W_dec
-        assert W_dec.grad is not None
-        W_dec.grad.addcmul_(W_dec, (W_dec.grad * W_dec).sum(1)[:, None], value=-1)
+        assert self.sae.W_dec.grad is not None
+        self._without_radial(self.sae.W_dec, self.sae.W_dec.grad)
 
     def _norm_decoder(self) -> None:
-        """Bring decoder rows back to norm 1; where an update was masked they are so to the last bit already."""
-        norm = self.sae.W_dec.norm(dim=1, keepdim=True)
-        if self.guard is not None:
-            norm = torch.where(self.guard.halted > 0, 1.0, norm)
-        self.sae.W_dec.div_(norm)
+        self._norm_rows(self.sae.W_dec, None if self.guard is None else self.guard.halted)
 
     def _whole_batch(self, parts: list[Tensor | float], batch: Batch) -> Float[Tensor, " n_parts"]:
         """Sums over all processes' parts, where they were computed."""
@@ -476,11 +459,3 @@ class Trainer:
         sae.fold_scale(self.scale)
         sae = sae.cpu().eval()
         return sae if self.linear is None else LinearPart(*(one.cpu() for one in self.linear)).folded(sae)
-
-
-def prefix_error(
-    x_hats: list[Float[Tensor, "n d_model"]], x: Float[Tensor, "n d_model"], weights: tuple[float, ...]
-) -> Float[Tensor, ""]:
-    """sum over prefixes g of w_g ||x - x_hat_g||^2 (matryoshka; one prefix is the plain autoencoder)."""
-    errors = [F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
-    return sum((weight * error for weight, error in zip(weights, errors, strict=True)), start=x.new_zeros(()))

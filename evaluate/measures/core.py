@@ -70,7 +70,7 @@ def n_latents(code: Code) -> int:
     return code.d_sae if isinstance(code, SparseCode) else code.shape[1]
 
 
-DEFINITION_VERSION = 5
+DEFINITION_VERSION = 6
 """Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {
@@ -142,7 +142,7 @@ class Output(NamedTuple):
     code: Code | None
     """None: a baseline without latents."""
     predicted: Float[Tensor, "n d_sae"] | None = None
-    """A second code that is decoded with `code`, which then is the novel one (TFA)."""
+    """A second code that is decoded with `code`, which then is the novel one (TFA, persistent SAE)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,18 @@
 """Which device a stage computes on, and how numbers get there and back without either side waiting for the other."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tcsae.shared.base.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from numpy import ndarray
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 READS = {
@@ -107,6 +111,39 @@ def matmuls(device: "torch.device") -> "AbstractContextManager[object]":
     import torch
 
     return torch.autocast(device.type, torch.bfloat16)
+
+
+_backend = [""]
+
+
+def set_compile(device: "torch.device") -> None:
+    """Have `compiled` compile, for the whole process.
+
+    Raises ConfigError for a device whose kernels no compiler reads, and without Triton.
+    """
+    from importlib.util import find_spec
+
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--compile on {device.type}: shapes there follow from values, in kernels that torch.compile cannot read. "
+            "Leave it away, or give --device cuda."
+        )
+    if find_spec("triton") is None:
+        raise ConfigError("--compile takes Triton, which is not installed. Leave it away, or: pip install triton")
+    import torch
+
+    torch._dynamo.config.recompile_limit = 1024  # a graph for each run of a pass and each kind of batch
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    _backend[-1] = "inductor"
+
+
+def compiled(function: "Callable[P, R]") -> "Callable[P, R]":
+    """The function, as one graph where `set_compile` asked for it: what would break it into several is an error."""
+    if not _backend[-1]:
+        return function
+    import torch
+
+    return torch.compile(function, fullgraph=True, backend=_backend[-1])
 
 
 def sums_on(device: "torch.device") -> "torch.device":

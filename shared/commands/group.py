@@ -31,6 +31,7 @@ STAGES = {
     "eval": "tcsae.evaluate.command:evaluate",
     "compare": "tcsae.evaluate.command:compare",
     "probe": "tcsae.evaluate.probing.command:probe",
+    "latents": "tcsae.evaluate.latents.command:latents",
     "stability": "tcsae.evaluate.dictionary.command:stability",
     "report": "tcsae.evaluate.report.command:report",
     "feature": "tcsae.api.command:feature",

@@ -25,8 +25,18 @@ from tcsae.shared.sae.ops import (
     attach_entries,
     through_threshold,
 )
-from tcsae.shared.sae.sparse import SparseCode, positive_code, threshold_code, topk_code
+from tcsae.shared.sae.sparse import (
+    ROWS,
+    SparseCode,
+    batchtopk_code,
+    join_codes,
+    positive_code,
+    threshold_code,
+    topk_code,
+)
 
+BLOCK_ENTRIES = 1 << 21
+"""Pre-activations at a time, where few of them are taken: 8 MB."""
 SPARSE_DENSITY = 0.10
 """Below this share of active latents a relu code takes the sparse path (break-even measured at 0.14)."""
 
@@ -37,18 +47,24 @@ class Encoder(NamedTuple):
     centred: Float[Tensor, "n d_model"]
     weights: EncoderWeights
     k: int
-    threshold: Float[Tensor, " d_sae"] | None
-    bandwidth: float
+    threshold: Float[Tensor, " d_sae"] | None = None
+    bandwidth: float = 0.0
     """Width of the kernel through which thresholds learn."""
-    batchtopk: Callable[[Float[Tensor, "n d_sae"], int], SparseCode]
+    batchtopk: Callable[[Float[Tensor, "n d_sae"], int], SparseCode] = batchtopk_code
     """The n * k largest positive entries of the whole batch, of which this process may have a part."""
 
-    @torch.no_grad()
     def pre(self) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, without a gradient: `attach` gives one to the entries that are selected."""
-        with matmuls(self.centred.device):
+        with torch.no_grad(), matmuls(self.centred.device):
             pre = torch.addmm(self.weights.b_enc, self.centred, self.weights.W_enc_rows.T)
         return pre.to(self.centred.dtype)
+
+    def topk(self) -> SparseCode:
+        """`topk_code` of the pre-activations, without a gradient; on a CPU by blocks of rows that stay in cache."""
+        if static_shapes(self.centred):
+            return topk_code(self.pre(), self.k)
+        blocks = self.centred.split(max(ROWS, BLOCK_ENTRIES // len(self.weights.b_enc)))
+        return join_codes([topk_code(self._replace(centred=rows).pre(), self.k) for rows in blocks])
 
     def attach(self, code: SparseCode) -> SparseCode:
         """A selection of pre-activations with a gradient to the encoder and both biases."""
@@ -97,7 +113,7 @@ def _topk_dense(pre: Tensor, k: int, _threshold: Tensor | None) -> Tensor:
 
 
 def _topk_train(encoder: Encoder) -> Encoded:
-    code = encoder.attach(topk_code(encoder.pre(), encoder.k))
+    code = encoder.attach(encoder.topk())
     return encoded(code.with_values(code.values.relu()))  # what is no longer positive has no gradient
 
 
@@ -158,7 +174,7 @@ def _train_dense(kind: Dense) -> Callable[[Encoder], Encoded]:
             dense = torch.empty_like(pre) if kind == "gelu" else pre
             active, total = activate(kind, pre, encoder.weights.b_enc, dense)
         # On a GPU the count would have to be waited for, and a matrix is fast.
-        if kind == "relu" and pre.device.type == "cpu" and active.n_active < SPARSE_DENSITY * pre.numel():
+        if kind == "relu" and not static_shapes(pre) and active.n_active < SPARSE_DENSITY * pre.numel():
             code = encoder.attach(positive_code(dense))
             return Encoded(code, code, code.values.sum(), active)
         matrix, tap, size = attach_dense(kind, dense, pre, total, encoder.centred, encoder.weights)

@@ -27,6 +27,7 @@ from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import ConfigError, RunError, unknown
 from tcsae.shared.base.files import PARTIAL, disk_errors, file_digest, is_utf8, json_digest
 from tcsae.shared.base.settings import from_dict, to_dict
+from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.layout import (
     CONFIG,
     INPUT_SCALE,
@@ -40,7 +41,6 @@ from tcsae.shared.sae.layout import (
     write_sae,
 )
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.temporal_features import new_sae
 
 EVALUATION = "eval.json"
 TRAIN_AGAIN = "Train that run again."
@@ -130,7 +130,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     check_finite(sae.tensors(), WEIGHTS, TRAIN_AGAIN)
     check_files(Path(path), record)
     sae.metadata = _metadata(Path(path), record)
-    if config.predictor != "none":
+    if config.attends:
         sae.input_scale = _input_scale(Path(path) / CONFIG)
     return sae.eval()
 

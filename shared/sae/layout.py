@@ -41,11 +41,11 @@ class SaeConfig:
     window: int = 1
     """Consecutive positions that one code stands for; above 1 a temporal crosscoder, with an encoder and a decoder row
     for each latent and position."""
-    predictor: Literal["none", "attention", "past"] = "none"
+    predictor: Literal["none", "attention", "past", "decay"] = "none"
     """attention: a code predicted from earlier positions' codes besides the novel TopK code (TFA); past: the same
-    without a look at the present position."""
+    without a look at the present position. decay: latents keep a learned share of their state (persistent SAE)."""
     n_heads: int = 4
-    """Of the predictor, as the two below."""
+    """Of an attention, as the two below."""
     n_layers: int = 1
     bottleneck: int = 1
     """How many times narrower than d_sae queries and keys are."""
@@ -76,7 +76,7 @@ class SaeConfig:
                 raise ConfigError(f"sae.{name}={getattr(self, name)}: must be at least 1.")
         if self.predictor == "none":
             return
-        if self.d_sae % (self.n_heads * self.bottleneck):
+        if self.attends and self.d_sae % (self.n_heads * self.bottleneck):
             raise ConfigError(
                 f"sae.d_sae={self.d_sae} is no multiple of sae.n_heads={self.n_heads} times sae.bottleneck="
                 f"{self.bottleneck}. Change one of them."
@@ -89,8 +89,13 @@ class SaeConfig:
             )
 
     @property
+    def attends(self) -> bool:
+        """Whether attention predicts a code (TFA)."""
+        return self.predictor in ("attention", "past")
+
+    @property
     def reads_neighbours(self) -> bool:
-        """Whether a token's code depends on other tokens of its sequence (crosscoder, TFA)."""
+        """Whether a token's code depends on other tokens of its sequence (crosscoder, TFA, persistent SAE)."""
         return self.window > 1 or self.predictor != "none"
 
     @property
@@ -161,8 +166,8 @@ def record_digest(record: Mapping[str, Any]) -> str:
 def saelens_config(config: SaeConfig, metadata: dict[str, Any], input_scale: float = 1.0) -> dict[str, Any]:
     """cfg.json as SAELens 6 reads it: a batchtopk SAE infers as a jumprelu one.
 
-    gelu, layer norms, crosscoders and predictors of the past alone have no form there: the architecture says so, and
-    SAELens refuses it by that name. `input_scale` is a TFA's.
+    gelu, layer norms, crosscoders, persistent SAEs and predictors of the past alone have no form there: the
+    architecture says so, and SAELens refuses it by that name. `input_scale` is a TFA's.
     """
     architecture = KINDS[config.activation].saelens
     special: dict[str, Any] = {}
@@ -170,7 +175,8 @@ def saelens_config(config: SaeConfig, metadata: dict[str, Any], input_scale: flo
         special = {"k": config.k, "rescale_acts_by_decoder_norm": False}
     suffix = "" if config.layer_norm == "none" else f"-layer-norm-{config.layer_norm}"
     suffix += f"-crosscoder-{config.window}" if config.window > 1 else ""
-    if config.predictor != "none":
+    suffix += "-persistent" if config.predictor == "decay" else ""
+    if config.attends:
         architecture, suffix = "temporal", "" if config.predictor == "attention" else f"-{config.predictor}"
         special = {
             "normalize_activations": "constant_scalar_rescale",

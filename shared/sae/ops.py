@@ -55,7 +55,14 @@ def attach_entries(code: SparseCode, centred: Float[Tensor, "n d_model"], weight
 
     `centred` is the encoder's input less b_dec, without a gradient: b_dec's is worked out from b_enc's.
     """
+    _fill(code)
     return code.with_values(_AttachEntries.apply(*weights, centred, code))
+
+
+def _fill(code: SparseCode) -> None:
+    """Derive what the backward pass takes: a compiler lets that fill no cache. On a CPU it may not be needed."""
+    if static_shapes(code.values) and torch.is_grad_enabled():
+        _ = code.by_latent
 
 
 class _AttachEntries(torch.autograd.Function):
@@ -81,6 +88,7 @@ def decode_code(
         with matmuls(code.device):
             x_hat = code @ W_dec if b_dec is None else torch.addmm(b_dec, code, W_dec)
         return x_hat.to(code.dtype)
+    _fill(code)
     return _Decode.apply(code.values, W_dec, b_dec, code)
 
 
@@ -205,7 +213,7 @@ def activate(
 
 def _positive(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " d"], int | Tensor]:
     """In which columns entries are above 0, and how many. NumPy is 10 times as fast as torch there, on a CPU."""
-    if x.device.type != "cpu":
+    if static_shapes(x):
         positive = x > 0
         return positive.any(0), positive.sum()
     above = x.detach().numpy() > 0
@@ -225,7 +233,8 @@ def attach_dense(
     Code and tap are the same values: decoding reads one, losses of the code the other, so that the two gradients are
     added in slices that stay in cache.
     """
-    return _AttachDense.apply(*weights, centred, code, pre, total, kind)
+    once = None if pre is code else pre  # a compiler takes no tensor twice
+    return _AttachDense.apply(*weights, centred, code, once, total, kind)
 
 
 class _AttachDense(torch.autograd.Function):
@@ -237,11 +246,11 @@ class _AttachDense(torch.autograd.Function):
         _b_dec: Tensor,
         centred: Tensor,
         code: Tensor,
-        pre: Tensor,
+        pre: Tensor | None,
         total: Tensor,
         kind: Dense,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(W, centred, pre)
+        ctx.save_for_backward(W, centred, code if pre is None else pre)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
         return code.view_as(code), code.view_as(code), total.view_as(total)

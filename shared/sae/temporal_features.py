@@ -20,20 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tcsae.shared.base.device import to_device
+from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.activations import Encoded, encoded
 from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
-from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.ops import decode_code
-from tcsae.shared.sae.sparse import SparseCode, join_codes, select_topk
+from tcsae.shared.sae.sparse import SparseCode, select_topk
+from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 SMALL = 1e-6
-SEQUENCES_PER_PART = 16
-"""Sequences that are encoded at a time in inference: dense codes of 16 * 128 * 4096 entries are 32 MB."""
 
 
 class CodeAttention(nn.Module):
@@ -73,11 +73,8 @@ class CodeAttention(nn.Module):
         return self.c_proj(out.transpose(1, 2).reshape(batch, length, d_sae))
 
 
-class TemporalFeatureAutoencoder(SparseAutoencoder):
-    """An SAE whose `encode` (the novel code) and `forward` take whole sequences [batch, position, d_model].
-
-    `decode` takes the sum of both codes; from the novel code alone the predicted part is missing.
-    """
+class TemporalFeatureAutoencoder(SequenceAutoencoder):
+    """Its `encode`, too, takes whole sequences [batch, position, d_model]."""
 
     def __init__(self, config: SaeConfig, input_scale: float = 1.0) -> None:
         nn.Module.__init__(self)
@@ -162,15 +159,16 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
     ) -> tuple[SparseCode, Float[Tensor, "n d_sae"]]:
         """(novel, predicted) codes of sequences laid end to end, with gradients."""
-        valid = _valid(lengths, x.device)
+        shape, at = _padded(lengths, x.device)
         r = x * self.input_scale - self.b_dec
-        predicted, left = self.predicted(r.new_zeros(*valid.shape, x.shape[1]).index_put((valid,), r))
-        pre = left[valid] @ self.W_enc
+        padded = r.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, at, r)
+        predicted, left = self.predicted(padded.view(*shape, -1))
+        pre = left.flatten(0, 1)[at] @ self.W_enc
         with torch.no_grad():
             latents = select_topk(pre, self.config.k)[1]
         offsets = torch.arange(0, latents.numel() + 1, self.config.k, device=x.device)
         values = pre.gather(1, latents).relu().flatten()
-        return SparseCode(values, latents.flatten(), offsets, self.config.d_sae), predicted[valid]
+        return SparseCode(values, latents.flatten(), offsets, self.config.d_sae), predicted.flatten(0, 1)[at]
 
     def train_pass(
         self, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
@@ -181,29 +179,8 @@ class TemporalFeatureAutoencoder(SparseAutoencoder):
         return encoded(novel), x_hat / self.input_scale
 
 
-def _valid(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> Bool[Tensor, "n_sequences longest"]:
-    """Where the padded form of sequences laid end to end has a token."""
-    return torch.from_numpy(np.arange(max(lengths.max(initial=0), 1)) < lengths[:, None]).to(device)
-
-
-@torch.no_grad()
-def read_out(
-    sae: TemporalFeatureAutoencoder, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
-) -> tuple[Float[Tensor, "n d_model"], SparseCode, Float[Tensor, "n d_sae"]]:
-    """(reconstruction, novel code, predicted code) of every token of sequences laid end to end, in the data's units."""
-    ends = np.cumsum(lengths)
-    x_hats, novels, predicteds = [], [], []
-    for first in range(0, max(len(lengths), 1), SEQUENCES_PER_PART):
-        part = lengths[first : first + SEQUENCES_PER_PART]
-        stop = int(ends[min(first + SEQUENCES_PER_PART, len(ends)) - 1]) if len(ends) else 0
-        rows = x[stop - int(part.sum()) : stop]
-        novel, predicted = sae.codes(rows, part)
-        x_hats.append(sae.decode_sparse(novel) + predicted @ sae.W_dec / sae.input_scale)
-        novels.append(novel)
-        predicteds.append(predicted)
-    return torch.cat(x_hats), join_codes(novels), torch.cat(predicteds)
-
-
-def new_sae(config: SaeConfig) -> SparseAutoencoder:
-    """An SAE of this kind, all weights zero but a predictor's."""
-    return SparseAutoencoder(config) if config.predictor == "none" else TemporalFeatureAutoencoder(config)
+def _padded(lengths: Int[ndarray, " n_sequences"], device: torch.device) -> tuple[tuple[int, int], Int[Tensor, " n"]]:
+    """(sequences, positions) of the padded form of sequences laid end to end, and where each token stands in it."""
+    longest = max(int(lengths.max(initial=0)), 1)
+    first = longest * np.repeat(np.arange(len(lengths)), lengths)
+    return (len(lengths), longest), to_device(first + positions(lengths), device)

@@ -112,8 +112,28 @@ def bare_attention(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
     return matmuls
 
 
+def bare_states(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
+    """A persistent SAE's encoder matmul and topk, and the decoder's three products with dense states."""
+    W, bias, code, grad = torch.randn(d_sae, D_MODEL), torch.zeros(d_sae), torch.rand(N, d_sae), torch.empty(N, d_sae)
+    out, grad_W = torch.empty(N, D_MODEL), torch.empty(d_sae, D_MODEL)
+
+    def matmuls() -> int:
+        torch.addmm(bias, x, W.T, out=grad)
+        grad.topk(K, dim=-1, sorted=False)
+        torch.mm(code, W, out=out)
+        torch.mm(out, W.T, out=grad)
+        torch.mm(code.T, out, out=grad_W)
+        return N
+
+    return matmuls
+
+
 TFA_D_SAE = 1024
-OWN_BASES = {"crosscoder, 3 positions": "window matmul + topk", "tfa, 1024 latents": "tfa's matmuls"}
+OWN_BASES = {
+    "crosscoder, 3 positions": "window matmul + topk",
+    "tfa, 1024 latents": "tfa's matmuls",
+    "persistent, segments of 128": "its topk and four matmuls",
+}
 """Methods whose unavoidable products are others."""
 
 
@@ -142,6 +162,8 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     found["window matmul + topk"] = bare_windows(data[0].x, d_sae, 3)
     found["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
     found["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
+    found["persistent, segments of 128"], _ = ours("persistent", whole, width)
+    found["its topk and four matmuls"] = bare_states(data[0].x, d_sae)
     pairs = batches(length=2)
     found["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
     found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)

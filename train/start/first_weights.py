@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder, new_sae
+from tcsae.shared.sae.persistent import PersistentAutoencoder
+from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
 from tcsae.train.config import TrainConfig
 
 MEDIAN_STEPS = 50
@@ -46,6 +48,8 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
             sae.b_dec.copy_(geometric_median(sample))
     if sae.threshold is not None and sae.kind.threshold == "learned":
         sae.threshold.fill_(FIRST_THRESHOLD)
+    if isinstance(sae, PersistentAutoencoder):
+        sae.decay_logit.fill_(config.init.decay).logit_()
     return sae.to(sample.device)
 
 

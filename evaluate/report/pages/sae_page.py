@@ -8,7 +8,6 @@ import torch
 from tcsae.evaluate.measures.core import DEFINITIONS
 from tcsae.evaluate.measures.cross_entropy import DEFINITIONS as TAIL_DEFINITIONS
 from tcsae.evaluate.measures.temporal_run import matched
-from tcsae.evaluate.printed_tables import SUMMARY
 from tcsae.evaluate.report.features.feature_data import FeatureData
 from tcsae.evaluate.report.features.feature_pass import Features
 from tcsae.evaluate.report.features.shown_feature import LABELS
@@ -61,7 +60,6 @@ def sae_page(one: Included, features: Features, data: FeatureData) -> dict[str, 
         "histograms": _histograms(data, groups),
         "rho": _rho(one),
         "temporal": (evaluation.get("temporal") or {"groups": {}})["groups"],
-        "temporal_names": SUMMARY,
         "nulls": (evaluation.get("temporal") or {"nulls": {}})["nulls"],
         "groups": _group_table(groups, data),
         "notable": _notable(data),
