@@ -117,7 +117,7 @@ def _measured(results: Results, arm: Arm, label: str) -> list[str]:
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
     """A dash where a ratio of nothing by nothing scatters: it has no mean."""
-    scatters = np.std(values) > max(1.0, abs(np.mean(values)))
+    scatters = float(np.std(values)) > max(1.0, abs(float(np.mean(values))))
     return "-" if np.isnan(values).any() or scatters else spread(values, digits)
 
 
