@@ -213,3 +213,21 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_line_that_names_it(
         assert not any(text == "nan" for name, text in taken.items() if name not in ("data.hook", "data.positions")), (
             taken
         )
+
+
+@dataclass(frozen=True)
+class Named:
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"torch": 2}, "versions.torch=2 is not text"),
+        (["torch"], r"versions=\['torch'\] is no group of names and values"),
+    ],
+)
+def test_entries_of_a_dictionary_are_of_its_type(values, message):
+    assert from_dict(Named, {"versions": {"torch": "2"}}) == Named({"torch": "2"})
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Named, {"versions": values})

@@ -150,7 +150,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             items = ()
         return tuple(_convert(arguments[0], item, where) for item in items)
     if origin is dict:
-        return dict(value)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}={value!r} is no group of names and values. Give one.")
+        inner = arguments[1]
+        return {name: one if inner is Any else _convert(inner, one, f"{where}.{name}") for name, one in value.items()}
     return _scalar(kind, value, where)
 
 
