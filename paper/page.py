@@ -117,7 +117,7 @@ def _measured(results: Results, arm: Arm, label: str) -> list[str]:
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
     """A dash where a ratio of nothing by nothing scatters: it has no mean."""
-    scatters = np.std(values) > max(1.0, abs(np.mean(values)))
+    scatters = float(np.std(values)) > max(1.0, abs(float(np.mean(values))))
     return "-" if np.isnan(values).any() or scatters else spread(values, digits)
 
 
@@ -248,15 +248,15 @@ CURE = "Free some space, or give another --out; what is trained and evaluated st
 STAGES = ("harvest", "train", "eval")
 TABLE_TITLE = "The paper's table"
 TABLE_QUESTION = (
-    "What is printed, what a network that took no step gives in closed form (`evaluate/report/pages/printed.py`), "
-    "what it gives on synthetic activations of the moments that the paper's had (d = 512, mean norm 15.8, second "
-    "moment over variance 1.89; no language model there, so no CE) and on this store, and what the paper's equations "
-    "give once they are trained: 512 GELU latents, batches of 32 sequences of 128, lambda_1 = 0.1. EV (legacy) is the"
-    " paper's; EV is the centred, pooled one. Mean and standard deviation over seeds; a dash for a ratio that "
-    "scatters about nothing. The moments are read off the logs that came with the paper: 1.89 is 1 less run 1's "
-    "logged EV, so that the EV of runs 2 and 3 is no independent test, and the second moment of 372 that lambda_1 is "
-    "rescaled by does not follow from the mean norm. A printed figure counts as given within three standard "
-    "deviations, of at least 2% each."
+    "What is printed, what a network that took no step gives in closed form (`evaluate/report/pages/printed.py`), what "
+    "it gives on synthetic activations of the moments that the paper's had (d = 512, mean norm 15.8, second moment "
+    "over variance 1.89; no language model there, so no CE) and on this store, and what the paper's equations give "
+    "once they are trained: 512 GELU latents, batches of 32 sequences of 128, lambda_1 = 0.1. EV (legacy) is the "
+    "paper's; EV is the centred, pooled one. Mean and standard deviation over seeds; a dash for a ratio that scatters "
+    "about nothing. The moments are read off the logs that came with the paper: 1.89 is 1 less run 1's logged EV, so "
+    "that the EV of runs 2 and 3 is no independent test, and the second moment of 372 that lambda_1 is rescaled by "
+    "does not follow from the mean norm. A printed figure counts as given within three standard deviations, of at "
+    "least 2% each."
 )
 CUT = (
     "The language model's leakage after a spliced join: a sequence of the store never holds two documents, so there is "

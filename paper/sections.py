@@ -39,6 +39,7 @@ FIGURES = {
     "rho_1_within_median": Figure("rho(1), median latent", 4),
     "jaccard_corrected": Figure("chance-corrected Jaccard", 3),
     "boundary_auc": Figure("join AUC", 3),
+    "join_auc": Figure("join AUC against restarts", 3),
     "boundary_ratio": Figure("join ratio", 2),
     "position_share": Figure("position share", 4),
     "token_share": Figure("token share", 3),
@@ -219,9 +220,10 @@ SECTIONS = (
         "boundary",
         "Flat inside, sharp at joins?",
         "Where one document follows another the code should change, inside a document less. Join AUC: how well the "
-        "size of the change tells a join; join ratio: the mean change at joins over that inside.",
+        "size of the change tells a join from the inside; against restarts: from the next sequence of the same "
+        "document, where the context begins anew as well; join ratio: the mean change at joins over that inside.",
         _to(PLAIN, EQUATION_3, RELATIVE, CONTRASTIVE),
-        ("boundary_auc", "boundary_ratio", "slowness_to_x"),
+        ("boundary_auc", "join_auc", "boundary_ratio", "slowness_to_x"),
         "no temporal term",
     ),
     Section(
