@@ -17,7 +17,7 @@ from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import N_RESAMPLINGS, jackknife, jackknife_draws, over_seeds, resamplings
 from tcsae.evaluate.measures.cross_entropy import sequence_losses
 from tcsae.evaluate.measures.saebench import FILE, max_cosines
-from tcsae.evaluate.printed_tables import differences, seed_differences
+from tcsae.evaluate.printed_tables import _figure, differences, seed_differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
@@ -63,6 +63,13 @@ def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
     assert figures["pca"]["explained_variance"] > figures["mean_output"]["explained_variance"]
     assert figures["random_topk"]["l0"] <= 5
     assert figures["untrained"]["l0"] > 10
+
+
+@pytest.mark.parametrize("cosine, shown", [(0.01, None), (-0.01, None), (None, None), (0.9, 86.0), (-0.9, 86.0)])
+def test_a_ratio_of_next_to_nothing_is_a_dash(cosine, shown):
+    figures = {"cossim": cosine, "relative_reconstruction_bias": 86.0}
+    assert _figure(figures, "relative_reconstruction_bias") == shown
+    assert _figure(figures, "cossim") == cosine
 
 
 def test_intervals_hold_the_figure_and_grow_as_documents_get_fewer(store, tmp_path):

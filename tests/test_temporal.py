@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate import batches
-from tcsae.evaluate.measures import code_ops, position_removed
+from tcsae.evaluate.measures import code_ops, position_removed, positions
 from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
@@ -146,12 +146,14 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
         assert values[name + "_median"] == pytest.approx(np.sort(live)[(len(live) - 1) // 2], abs=1e-6), name
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_the_mean_by_position_is_taken_out(dense):
+@pytest.mark.parametrize("dense, n_bins", [(True, LENGTH), (False, LENGTH), (False, 8)])
+def test_the_mean_by_position_is_taken_out(dense, n_bins, monkeypatch):
+    monkeypatch.setattr(positions, "N_LABELS", n_bins)
     split, skip_first = FakeSplit(2), 1
     collector = collect(split, skip_first, dense)
     figures = position_removed.figures(collector.positions, collector.sums.without(None))
     f, position, _, document = (np.array(one) for one in zip(*naive_tokens(split, skip_first), strict=True))
+    position = position * n_bins // LENGTH
 
     def centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
         means = {one: values[labels == one].mean(0) for one in np.unique(labels)}
