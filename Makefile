@@ -1,8 +1,9 @@
 # make run    install, harvest, train the default and its plain twin, evaluate, report, compare (FRESH=1 starts anew)
 # make test   install with the development extras, then lint, type check and test
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
-# make paper  the paper's table and questions into docs/results, about an hour on two cores
+# make paper  the paper's table and questions into docs/results, about an hour and a half on two cores
 # make methods  every temporal method on one store, in one table into docs/results, about an hour on two cores
+# make real-lm  the temporal presets on SmolLM2-135M (from pip's index) into docs/results, under three hours on two cores
 # make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none
 # make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
 # make clean  remove the environment, the build and the run's data
@@ -17,7 +18,7 @@ CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run tempor
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* evaluate/report/script/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
-.PHONY: run test fast torture lint types paper methods planted gpu clean
+.PHONY: run test fast torture lint types paper methods real-lm planted gpu clean
 
 run: .venv/installed
 	$(BIN)/tcsae $(CHAIN)
@@ -39,6 +40,10 @@ torture: .venv/installed-dev
 
 methods: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae methods
+
+real-lm: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=strict -e '.[real-lm]'
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae real-lm
 
 gpu: .venv/installed
 	$(BIN)/python tests/gpu/run.py
@@ -68,4 +73,4 @@ $(LISTING): .venv/bin/python FORCE
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods data/planted
+	rm -rf .venv build *.egg-info data/activations.zarr data/runs data/report data/paper data/methods data/real-lm data/planted

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand, device_option, precision_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 @click.command(name="eval", cls=StageCommand)
 @click.option("--run", "names", multiple=True, metavar="NAME", help="A run below --runs; repeatable. Default: all.")
-@click.option("--compare", metavar="A", help="Print the paired differences of run A and that of --with, and no more.")
-@click.option("--with", "other", metavar="B", help="The run that --compare is with. Either may be as RUN+ema=0.3.")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="A",
+    help="Print the paired differences of run A and that of --with, and no more. Repeatable, as is --with, for several "
+    "seeds in the same order: intervals then are over seeds and documents.",
+)
+@click.option(
+    "--with", "other", multiple=True, metavar="B", help="The run that --compare is with. Either may be as RUN+ema=0.3."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the evaluations as one JSON document in place of tables.")
 @click.option("--force", is_flag=True, help="Evaluate again what is evaluated already.")
 @click.option("--temporal/--no-temporal", default=True, show_default=True, help="Temporal and position measures.")
@@ -64,26 +72,14 @@ if TYPE_CHECKING:
     metavar="ROLE",
     help="Count the tokens of this role of a conversation alone; repeatable. Default: as each run was trained.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where SAEs and tail run; auto: the first of the others that is there.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "tf32", "bf16"]),
-    default="float32",
-    show_default=True,
-    help="Of matrix products on a GPU; bf16: the SAEs' encoder and decoder. Sums are in float64.",
-)
+@device_option("SAEs and tail run")
+@precision_option("the SAEs' encoder and decoder. Sums are in float64.")
 @click.pass_obj
 def evaluate(
     place: Place,
     names: tuple[str, ...],
-    compare: str | None,
-    other: str | None,
+    compare: tuple[str, ...],
+    other: tuple[str, ...],
     splice: Literal["counted", "all"],
     details: bool,
     smooth: tuple[str, ...],
@@ -104,8 +100,8 @@ def evaluate(
 
     With torchrun the SAEs are divided among the processes, or the documents where there are fewer SAEs than processes.
     """
-    if (compare is None) != (other is None):
-        raise click.UsageError("--compare A needs --with B, and --with needs --compare.")
+    if len(compare) != len(other):
+        raise click.UsageError("--compare A needs --with B, and --with needs --compare: as often as each other.")
 
     from pathlib import Path
 
@@ -114,17 +110,20 @@ def evaluate(
     from tcsae.evaluate.printed_tables import show
     from tcsae.shared.base.distributed import ranks
 
-    runs_path, pair = Path(place.runs), [compare, other] if compare and other else []
+    runs_path, pair = Path(place.runs), [*compare, *other]
     parts = [split_name(name) for name in pair]
     smooth += tuple(one for _, one in parts if one)
     processes = ranks()
     device, precision = settings.pop("device"), settings.pop("precision")
-    request = EvalRequest(names=[run for run, _ in parts] or names, splice=splice, smooth=smooth, **settings)
+    request = EvalRequest(
+        names=list(dict.fromkeys(run for run, _ in parts)) or names, splice=splice, smooth=smooth, **settings
+    )
     evaluations, refused = evaluate_as_asked(place, request, device, precision)
     by_name = {one["name"]: one for one in evaluations}
     full_names = ["+".join(filter(None, one)) for one in parts]
     if pair and not refused and all(name in by_name for name in full_names):  # without a rendezvous each has its own
-        show_pair(runs_path, *(by_name[name] for name in full_names), details=details, as_json=as_json)
+        chosen = [by_name[name] for name in full_names]
+        show_pairs(runs_path, chosen[: len(compare)], chosen[len(compare) :], details=details, as_json=as_json)
     elif as_json and (evaluations or not processes.rank):
         click.echo(json.dumps({"evaluations": evaluations}, indent=2))
     elif evaluations or not processes.parallel:
@@ -160,15 +159,28 @@ def evaluate_as_asked(place: Place, request: "EvalRequest", device: str, precisi
     return evaluate_runs(open_store(place.store), Path(place.runs), request, device=chosen)
 
 
-def show_pair(runs_path: "Path", one: dict[str, Any], other: dict[str, Any], *, details: bool, as_json: bool) -> None:
-    """Print the paired differences of two evaluations."""
-    from tcsae.evaluate.printed_tables import difference_table, differences
+def show_pairs(
+    runs_path: "Path",
+    ones: "Sequence[dict[str, Any]]",
+    others: "Sequence[dict[str, Any]]",
+    *,
+    details: bool,
+    as_json: bool,
+) -> None:
+    """Print the paired differences of two evaluations, or of as many as there are seeds."""
+    from tcsae.evaluate.printed_tables import difference_table, differences, seed_differences
 
-    paired = differences(runs_path, one, other)
-    if as_json:
-        click.echo(json.dumps({"run": one["name"], "with": other["name"], "differences": paired}, indent=2))
+    n_seeds = len(ones)
+    if n_seeds == 1:
+        paired = differences(runs_path, ones[0], others[0])
     else:
-        difference_table(one, other, paired, details)
+        paired = seed_differences(runs_path, ones, others)
+    if as_json:
+        names = [[one["name"] for one in side] for side in (ones, others)]
+        run, other = (side[0] if n_seeds == 1 else side for side in names)
+        click.echo(json.dumps({"run": run, "with": other, "differences": paired}, indent=2))
+    else:
+        difference_table(ones[0], others[0], paired, details, n_seeds)
 
 
 @click.command(cls=StageCommand)

@@ -112,7 +112,7 @@ class Figures(NamedTuple):
     """Figures on the split and on every resampling."""
     probed: Mapping[str, Tensor]
     """Of the probes: likewise."""
-    firings: Tensor | None
+    firings: Tensor
 
 
 def write_evaluation(group: Group, loaded: Loaded, figures: Figures, common: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,6 @@ def write_evaluation(group: Group, loaded: Loaded, figures: Figures, common: dic
     evaluation |= common
     if rows.keys() & metrics.PREDICTED.keys():
         evaluation["definitions"] = evaluation["definitions"] | metrics.PREDICTED
-    assert firings is not None
     with writing(folder, AGAIN):
         files = [options.file(REPLICATES)]
         if options.smooth is None:

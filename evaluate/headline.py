@@ -11,7 +11,8 @@ LEGEND = (
 MEDIAN, POOLED, PROBE = "rho_1_within_median", "rho_1_within", "probe_document"
 MAIN = (
     "explained_variance",
-    "ce_loss_with_sae",
+    "ce_loss_increase",
+    "ce_loss_score_mean",
     "kl_div_with_sae",
     "l0",
     "dead_fraction",
@@ -19,9 +20,11 @@ MAIN = (
     POOLED,
     MEDIAN,
     "rho_8_within",
+    "rho_8_within_without_widest",
     "slowness_to_x",
+    "slowness_to_x_without_widest",
     "dwell",
-    "boundary_auc",
+    "join_auc",
     "position_share",
     "token_share",
     "document_share",
@@ -30,6 +33,20 @@ MAIN = (
     "probe_position",
 )
 """Figures of a comparison that are printed without --details: one of each kind."""
+NAMES = {
+    "ce_loss_increase": "delta CE, nats a token",
+    "ce_loss_score_mean": "recovered of the gap to mean ablation",
+    "dead_fraction": "share of latents never on in eval",
+    "jaccard_corrected": "chance-corrected Jaccard",
+    POOLED: "within-document autocorrelation, variance-weighted",
+    MEDIAN: "the same of the median latent",
+    "rho_8_within": "the same at lag 8, variance-weighted",
+    "rho_8_within_without_widest": "the same without the widest 1%",
+    "slowness_to_x": "relative change (lower is slower; 1 = as fast as x)",
+    "slowness_to_x_without_widest": "the same without the widest 1%",
+    "join_auc": "joins of documents against restarts, AUC",
+}
+"""Of figures as a comparison prints them, where the key of eval.json is no name."""
 
 
 def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[object]]:

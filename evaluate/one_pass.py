@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
+from tcsae.evaluate.baselines import ConstantOutput
 from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
 from tcsae.evaluate.intervals import Resamplings
-from tcsae.evaluate.measures.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
     COLUMNS,
     Code,
@@ -24,7 +24,7 @@ from tcsae.evaluate.measures.core import (
     token_columns,
     widen,
 )
-from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice
+from tcsae.evaluate.measures.cross_entropy import Losses, Reference, sequence_losses, splice, unigram_losses
 from tcsae.evaluate.parallel import Part, part_of
 from tcsae.evaluate.systems import SequenceSystem, System, output_of
 from tcsae.shared.base.device import Readout, sums_on, to_device
@@ -128,7 +128,8 @@ def measure(
     losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
     if tail is not None and reference is None:
-        reference = Reference(n_predictions, n_positions, *(Losses(*one) for one in plain))
+        unigrams = unigram_losses(split, settings.skip_first, n_documents)
+        reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
     of_systems = [Losses(*one) for one in losses] if tail is not None else []
     return Measured(*sums.result(), of_systems, reference, resamplings)
 

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tcsae.evaluate import baselines
 from tcsae.evaluate.batches import Settings, check_counted
 from tcsae.evaluate.candidates import EvalRequest, Loaded, evaluable, sort_out
 from tcsae.evaluate.evaluation_files import AGAIN, Figures, Group, all_rows, common_values, points, write_evaluation
 from tcsae.evaluate.halves import half
-from tcsae.evaluate.measures import baselines
+from tcsae.evaluate.measures.concentration import dense_latents
 from tcsae.evaluate.measures.cross_entropy import FOLDER, load_reference, save_reference
 from tcsae.evaluate.measures.registry import MeasureObserver
 from tcsae.evaluate.measures.smoothing import parse_smoothing
@@ -126,14 +127,14 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     for i, one in enumerate(group.runs):
         group.stop.check(f"{i} of {len(group.runs)} evaluations of this pass are written")
         temporal = observer.measures(i, one.sae.config) if observer else None
+        firings, sample = measured.firings[i], observer.sample(i) if observer else None
+        assert firings is not None
+        of_codes = measures.figures(i) | {"dense latents": dense_latents(one.sae, firings, common["n_tokens"], sample)}
         probed = observer.probe_draws.get(i, {}) if observer else {}
         spent = {"seconds": round(time.monotonic() - start, 2), "seconds_shared_by": len(group.runs)}
-        found = Figures(rows[i], probed, measured.firings[i])
-        evaluations.append(
-            write_evaluation(
-                group, one, found, common | spent | {"temporal": temporal, "measures": measures.figures(i)}
-            )
-        )
+        found = Figures(rows[i], probed, firings)
+        shared = common | spent | {"temporal": temporal, "measures": of_codes}
+        evaluations.append(write_evaluation(group, one, found, shared))
     return evaluations
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.base.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand, device_option
 
 if TYPE_CHECKING:
     from tcsae.harvest.cost import Plan
@@ -115,13 +115,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What the model computes in; the halves on a GPU only.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where the model runs; auto: the first of the others that is there.",
-)
+@device_option("the model runs")
 @click.option("--batch-size", default=32, show_default=True, help="Sequences in one forward pass.")
 @click.option(
     "--eval-every",
@@ -290,11 +284,18 @@ def print_summary(store: "Store") -> None:
             tail.get("none") or f"tail saved (layers: {tail['layers']}, off by {tail['max_difference']:g} nats at most)"
         )
         echo(f"  {hook}: {size(parts.get(f'activations {hook}', 0))}, width {store.d_model(hook)}; {after}")
-    echo(
-        f"  read {counts['documents_read']:,} documents; left out {counts['documents_skipped']:,} of a full split, "
-        f"{counts['documents_empty']:,} without a sequence, {counts['tokens_dropped_short']:,} tokens in short ends, "
-        f"{counts['tokens_beyond_budget']:,} beyond the asked"
-    )
+    echo(f"  {counts['documents_read']:,} documents read; {', '.join(_left_out(counts)) or 'all of them stored'}")
+
+
+def _left_out(counts: Mapping[str, Any]) -> list[str]:
+    """What of the text is not stored, and why; nothing of what is 0."""
+    reasons = {
+        "documents_skipped": "documents came after their split had all its tokens",
+        "documents_empty": "documents are too short for a sequence",
+        "tokens_beyond_budget": "tokens came after their split had all of its own",
+        "tokens_dropped_short": "tokens are ends of documents too short for a sequence",
+    }
+    return [f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name]]
 
 
 def _print_control(recipe: "Recipe") -> None:

@@ -1,11 +1,13 @@
 """What is trained for the paper's questions: arms, each a preset with settings, over several seeds.
 
-Arms that differ in one setting share seeds, data order and steps, so that they are compared seed by seed.
+Arms that differ in one setting share seeds, data order and steps, so that they are compared seed by seed. Weights are
+chosen on the *choose* half of the eval documents, with a seed that no table uses; figures are of the *report* half.
 """
 
 from dataclasses import dataclass, replace
 
 from tcsae.evaluate.halves import Documents
+from tcsae.train.presets import WRITTEN_STEPS
 
 TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments"
 """Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
@@ -27,7 +29,7 @@ class Arm:
     """Whether temporal measures are taken of it."""
     smooth: str = ""
     """How its codes are smoothed after training, as `tcsae eval --smooth` says it."""
-    documents: Documents = "all"
+    documents: Documents = "report"
     """Documents of the eval split that its figures are of."""
     vary: tuple[str, ...] = ("init_seed",)
     """Settings that take the seed's number."""
@@ -57,14 +59,32 @@ PLAIN = topk("no temporal term")
 FRONTIER = {kind: [weighted(kind, weight) for weight in weights] for kind, weights in WEIGHTS.items()}
 FEWER = [Arm(f"no temporal term, k = {k}", settings=("sae.d_sae=1024", f"sae.k={k}")) for k in (12, 8)]
 CONTRASTIVE, RELATIVE, EQUATION_3 = FRONTIER["contrastive"][1], FRONTIER["relative"][1], FRONTIER["difference"][1]
+CHOOSING = {
+    arm: replace(arm, label=f"{arm.label}, choosing", n_seeds=1, first_seed=100, documents="choose")
+    for arm in (PLAIN, *(arm for arms in FRONTIER.values() for arm in arms))
+}
+"""The frontier on the other half of the documents: there each kind's weight is chosen."""
 SHUFFLED = {
     (kind, order): replace(weighted(kind, 3.0, f"temporal.order={order}"), label=f"{NAMES[kind]}, {about}")
     for kind in ("relative", "contrastive")
-    for order, about in (("segment", "pairs of one document"), ("batch", "pairs of any documents"))
+    for order, about in (("segment", "pairs at most 15 apart"), ("batch", "pairs of any documents"))
 }
+FAR = {
+    (kind, order): replace(
+        weighted(kind, 3.0, *("data.document_segments=4", f"temporal.order={order}")), label=f"{NAMES[kind]}, {about}"
+    )
+    for kind in ("relative", "contrastive")
+    for order, about in (
+        ("text", "4 segments of each document"),
+        ("document", "4 segments of each document, pairs 64 or more apart"),
+    )
+}
+"""What is left of a term whose pairs share the document alone, beside the same term on the same batches."""
 SMOOTHINGS = ("ema=0.1", "ema=0.3", "ema-topk=0.2", "ema-topk=0.4", "mean=2", "hysteresis=1.5", "hysteresis=3")
 SCALED = [replace(PLAIN, label=f"no temporal term, code times {c:g}", smooth=f"scale={c:g}") for c in (0.9, 0.8)]
 SMOOTHED = [replace(PLAIN, label=f"no term, codes smoothed: {rule}", smooth=rule) for rule in SMOOTHINGS]
+LOCAL, TOPIC = topk("local contrast", preset="local-contrast"), topk("topic", preset="topic")
+"""Terms that tell neighbours from far pairs of the same sequence (order), and documents from ones of similar words."""
 MATRYOSHKA = Arm("matryoshka, contrastive", "temporal-matryoshka")
 MATRYOSHKA_PLAIN = Arm("matryoshka, no temporal term", "temporal-matryoshka", (*SMALL, "temporal.weight=0"))
 PENALISED = topk("position penalty", "temporal.position_penalty=1")
@@ -113,16 +133,29 @@ BATCHTOPK_CONTRASTIVE = topk(
 LARGE_PLAIN = Arm("4096 latents, k = 32, no temporal term", "topk", ())
 LARGE = Arm("4096 latents, k = 32, contrastive", "temporal-topk", ())
 
-PAPER_RUNS = ("run0", "run2", "run3", "run4")
+PAPER_RUNS = ("run0", "run1", "run2", "run3", "run4")
+UNLOGGED = "run1"
+"""It took no step and has no figure."""
 LOGGED = {
-    (store, run): Arm(f"no step, {store}", f"logged-{run}", (), store, n_seeds=8, n_steps=0, temporal=False)
+    (store, run): Arm(
+        f"no step, {store}", f"logged-{run}", (), store, n_seeds=8, n_steps=0, temporal=False, documents="all"
+    )
     for store in (MOMENTS, TEXT)
     for run in PAPER_RUNS
+    if run != UNLOGGED
 }
-WRITTEN = {run: Arm("trained as written", f"written-{run}", (), n_steps=2000) for run in PAPER_RUNS}
-RESCALED = {
-    run: Arm("trained, lambda_1 rescaled", f"written-{run}", ("sparsity.l1={rescaled}",), n_seeds=1, n_steps=2000)
-    for run in PAPER_RUNS
-}
+
+
+def written(run: str, label: str = "trained as written", *settings: str, n_seeds: int = 2) -> Arm:
+    return Arm(label, f"written-{run}", settings, n_seeds=n_seeds, n_steps=WRITTEN_STEPS, documents="all")
+
+
+WRITTEN = {run: written(run) for run in PAPER_RUNS}
+RESCALED = written("run3", "trained, lambda_1 rescaled", "sparsity.l1={rescaled}", n_seeds=1)
 """{rescaled}: lambda_1 = 0.1 times the root of this store's mean squared norm over Pythia's 372: the ratio of the two
 terms is then what it is there."""
+NARROW = written("run3", "trained, as many latents as dimensions", "sae.d_sae={d_model}")
+"""As in the paper, 512 on 512; 512 latents on fewer dimensions are overcomplete, and explain what any such code
+does."""
+NO_TERM = written("run3", "trained, lambda_2 = 0", "temporal.weight=0")
+TWO_PHASE = written("two-phase", "trained in two phases", n_seeds=1)

@@ -36,12 +36,14 @@ class Method(NamedTuple):
     shuffled: tuple[str, ...] | None = None
     """Settings of its shuffled twin beside the preset NAME-shuffled; None: there is nothing to shuffle."""
     rates: tuple[float, ...] = RATES
-    """Multiples of the preset's learning rate that are tried; none: it takes no step."""
+    """Multiples of the preset's learning rate that are tried; one: it is taken; none: it takes no step."""
     twin: str = "TopK"
     """Label of the row that it is compared with."""
     smooth: str = ""
     about: str = ""
     """What it is, in a sentence."""
+    n_tokens: int = N_TOKENS
+    """Token visits of a run."""
 
     @property
     def name(self) -> str:
@@ -211,7 +213,7 @@ def table_arm(method: Method, rate: float, shuffled: bool = False) -> Arm:
         label=f"{method.name}, shuffled" if shuffled else method.name,
         preset=f"{method.preset}-shuffled" if shuffled else method.preset,
         settings=(*method.settings, rate_setting(rate), *more),
-        n_steps=N_TOKENS // method.batch if method.rates else 0,
+        n_steps=method.n_tokens // method.batch if method.rates else 0,
         smooth=method.smooth,
         documents="report",
         vary=("init_seed", "data.seed"),

@@ -1,21 +1,20 @@
-"""docs/results/methods.md: the rates tried, the table, the frontier, a paragraph a method."""
+"""A page that compares methods: the rates tried, the table, the frontier, a paragraph a method."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tcsae.paper.arms import Arm
-from tcsae.paper.methods import METHODS, N_TOKENS, RATES, T_SAE_RATES, Method, table_arm
-from tcsae.paper.page import STYLE, PageContext, rendered
-from tcsae.paper.results import Results, value_of
+from tcsae.paper.methods import METHODS, RATES, T_SAE_RATES, Method, table_arm
+from tcsae.paper.page import STYLE, PageContext, finite, machine, rendered
+from tcsae.paper.results import Results, X, value_of
 from tcsae.paper.sections import difference, markdown, number
 from tcsae.shared.base.files import whole_file, write_atomic, write_json
 from tcsae.shared.sae.folder import writing
 
-PAGE, DATA, PICTURE = "methods.md", "methods.json", "methods.svg"
 CURE = "Free some space, or give another --out."
 
 
@@ -31,20 +30,57 @@ COLUMNS = {
     "l0_total": Column("L0 with predicted", 0),
     "alive": Column("alive", 0),
     "slowness_to_x": Column("relative change", 3),
+    "without_widest/slowness_to_x": Column("relative change without the widest 1%", 3),
     "rho_1_within": Column("rho(1)", 3),
+    "without_widest/rho_1_within": Column("rho(1) without the widest 1%", 3),
+    "rho_1_within_mean": Column("rho(1), mean over latents", 4),
     "rho_1_within_median": Column("rho(1), median latent", 4),
     "rho_8_within": Column("rho(8)", 4),
+    "position_removed/rho_8_within": Column("rho(8) without position", 4),
     "jaccard_corrected": Column("Jaccard", 3),
     "boundary_auc": Column("join AUC", 3),
+    "join_auc": Column("join AUC against restarts", 3),
     "position_share": Column("position share", 4),
     "probe_document": Column("probe: document", 3),
     "probe_token": Column("probe: token", 3),
     "probe_position": Column("probe: position", 3),
 }
-PAIRED = ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected", "position_share")
+WIDE = "without_widest/"
+"""Before a measure: of all latents but the widest 1%."""
+PAIRED = (
+    "explained_variance",
+    "slowness_to_x",
+    f"{WIDE}slowness_to_x",
+    "rho_1_within",
+    f"{WIDE}rho_1_within",
+    "rho_8_within",
+    "jaccard_corrected",
+    "position_share",
+)
 """Figures whose difference to the twin is shown."""
 BOUGHT = ("rho_1_within", "rho_8_within", "jaccard_corrected")
 """What a temporal method is for."""
+
+
+Arms = Mapping[str, Arm]
+"""Of each method's name, the arm of the table."""
+
+
+def _nothing(_results: Results, _arms: Arms) -> dict[str, Any]:
+    return {}
+
+
+class MethodsPage(NamedTuple):
+    """The page of a comparison: NAME.md from NAME.md.j2, NAME.json, NAME.svg."""
+
+    name: str
+    """Of its command, too."""
+    columns: Mapping[str, Column] = COLUMNS
+    conclude: Callable[[Results, Arms], dict[str, Any]] = _nothing
+    """What follows from the results, for the template and the JSON file."""
+
+
+METHODS_PAGE = MethodsPage("methods")
 
 
 class Chosen(NamedTuple):
@@ -57,9 +93,6 @@ class Chosen(NamedTuple):
 def figure(evaluation: Mapping[str, Any], name: str) -> float:
     """A column's figure of one evaluation; NaN where it was not measured."""
     metrics = evaluation["metrics"]
-    if name == "delta_ce":
-        pair = [metrics.get(f"ce_loss_{one}_sae") for one in ("with", "without")]
-        return math.nan if None in pair else pair[0] - pair[1]
     if name == "alive":
         return evaluation["sae"]["d_sae"] * (1 - metrics["dead_fraction"])
     if name == "l0_total":
@@ -72,39 +105,47 @@ def mean(results: Results, arm: Arm, name: str) -> float:
 
 
 def write_methods(
-    out: Path, results: Results, chosen: Mapping[str, Chosen], made: PageContext, methods: Sequence[Method] = METHODS
+    out: Path,
+    results: Results,
+    chosen: Mapping[str, Chosen],
+    made: PageContext,
+    methods: Sequence[Method] = METHODS,
+    page: MethodsPage = METHODS_PAGE,
 ) -> Path:
     """The page, its figure and its numbers as JSON, in the folder `out`; returns the page."""
     arms = {method.name: table_arm(method, chosen[method.name].rate) for method in methods}
     twins = {method.name: method.twin for method in methods}
+    follows = page.conclude(results, arms)
     text = rendered(
-        "methods.md.j2",
+        f"{page.name}.md.j2",
         command=made.command,
         quick=made.quick,
         about=_about(made),
         rates=_rates(chosen, methods),
-        table=_table(results, arms, twins),
+        table=_table(results, arms, twins, page.columns),
         shuffled=_shuffled(results, arms, chosen, methods),
         paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
-        columns=[f"{column.heading}: `{name}`" for name, column in COLUMNS.items()],
-        picture=PICTURE,
-        n_tokens=f"{N_TOKENS:,}",
+        columns=[f"{column.heading}: `{name}`" for name, column in page.columns.items()],
+        picture=f"{page.name}.svg",
+        n_tokens=f"{methods[0].n_tokens:,}",
         multiples=", ".join(f"{one:g}" for one in RATES),
         t_sae_multiples=", ".join(f"{one:g}" for one in T_SAE_RATES),
+        **machine(made),
+        **follows,
     )
     with writing(out, CURE):
         out.mkdir(parents=True, exist_ok=True)
-        _draw(results, arms, out / PICTURE)
-        write_json(out / DATA, _data(results, arms, chosen, twins))
-        write_atomic(out / PAGE, text.encode())
-    return out / PAGE
+        _draw(results, arms, out / f"{page.name}.svg")
+        write_json(out / f"{page.name}.json", _data(results, arms, chosen, twins, page.columns) | follows)
+        write_atomic(out / f"{page.name}.md", text.encode())
+    return out / f"{page.name}.md"
 
 
 def _about(made: PageContext) -> str:
     store = next(iter(made.stores.values()))
     recipe, counts = store.manifest.recipe, store.manifest.counts
     return (
-        f"{recipe.model.name}, {store.hook()}, width {store.d_model(store.hook())}; {recipe.corpus.name}, "
+        f"{recipe.model.name}, {', '.join(store.hooks)}, width {store.d_model(store.hook())}; {recipe.corpus.name}, "
         f"{counts['train']['tokens']:,} train tokens; figures of half of {counts['eval']['tokens']:,} eval tokens."
     )
 
@@ -119,21 +160,35 @@ def _rates(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
     return markdown(["method", "chosen", "rate: explained variance on the choose half"], rows)
 
 
-def _table(results: Results, arms: Mapping[str, Arm], twins: Mapping[str, str]) -> str:
-    rows = [[name, *(_cell(results, arms[name], arms[twins[name]], column) for column in COLUMNS)] for name in arms]
-    return markdown(["", *(column.heading for column in COLUMNS.values())], rows)
+def _table(results: Results, arms: Arms, twins: Mapping[str, str], columns: Mapping[str, Column]) -> str:
+    rows = []
+    for name, arm in arms.items():
+        if arms[twins[name]] == arm:
+            rows.append([_of_x(name), *(number(_mean_of_x(results, arm, one), columns[one].digits) for one in columns)])
+        cells = [_cell(results, arm, arms[twins[name]], column, columns[column].digits) for column in columns]
+        rows.append([name, *cells])
+    return markdown(["", *(column.heading for column in columns.values())], rows)
 
 
-def _cell(results: Results, arm: Arm, twin: Arm, column: str) -> str:
-    text = number(mean(results, arm, column), COLUMNS[column].digits)
+def _of_x(name: str) -> str:
+    """Label of the activations themselves, before the row that nothing else is a twin of."""
+    layer, colon, _ = name.rpartition(": ")
+    return f"{layer}{colon}x, the activations"
+
+
+def _mean_of_x(results: Results, arm: Arm, name: str) -> float:
+    """A temporal figure of x in the evaluations of an arm; NaN for what only a code has."""
+    return float(np.mean([value_of(one, name, X) for one in results.evaluations[arm]]))
+
+
+def _cell(results: Results, arm: Arm, twin: Arm, column: str, digits: int) -> str:
+    text = number(mean(results, arm, column), digits)
     if column not in PAIRED or twin == arm:
         return text
-    return f"{text} ({difference(results.gain(arm, twin, column), COLUMNS[column].digits)})"
+    return f"{text} ({difference(results.gain(arm, twin, column), digits)})"
 
 
-def _shuffled(
-    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], methods: Sequence[Method]
-) -> str:
+def _shuffled(results: Results, arms: Arms, chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
     """What of each gain the shuffled twin has as well."""
     rows = []
     for method in methods:
@@ -153,7 +208,7 @@ def _gain(results: Results, arm: Arm, twin: Arm, name: str) -> float:
     return mean(results, arm, name) - mean(results, twin, name)
 
 
-def _paragraph(results: Results, method: Method, arms: Mapping[str, Arm]) -> str:
+def _paragraph(results: Results, method: Method, arms: Arms) -> str:
     arm, twin = arms[method.name], arms[method.twin]
     ev, ce = (_gain(results, arm, twin, name) for name in ("explained_variance", "delta_ce"))
     bought = ", ".join(f"{COLUMNS[name].heading} {_gain(results, arm, twin, name):+.3f}" for name in BOUGHT)
@@ -161,7 +216,7 @@ def _paragraph(results: Results, method: Method, arms: Mapping[str, Arm]) -> str
     return f"**{method.name}**. {method.about} {cost}"
 
 
-def _draw(results: Results, arms: Mapping[str, Arm], path: Path) -> None:
+def _draw(results: Results, arms: Arms, path: Path) -> None:
     """Explained variance against what it buys, a point a method."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -181,7 +236,11 @@ def _draw(results: Results, arms: Mapping[str, Arm], path: Path) -> None:
 
 
 def _data(
-    results: Results, arms: Mapping[str, Arm], chosen: Mapping[str, Chosen], twins: Mapping[str, str]
+    results: Results,
+    arms: Arms,
+    chosen: Mapping[str, Chosen],
+    twins: Mapping[str, str],
+    columns: Mapping[str, Column],
 ) -> dict[str, Any]:
     rows = []
     for name, arm in arms.items():
@@ -191,7 +250,8 @@ def _data(
             "preset": arm.preset,
             "rate": chosen[name].rate,
             "runs": [one["name"] for one in evaluations],
-            "values": {column: [_finite(figure(one, column)) for one in evaluations] for column in COLUMNS},
+            "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
+            "metrics": [one["metrics"] | _temporal(one) for one in evaluations],
         }
         if twin != arm:
             row["minus"] = twins[name]
@@ -200,5 +260,6 @@ def _data(
     return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _temporal(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """All temporal measures over all latents."""
+    return {name: one["value"] for name, one in evaluation["temporal"]["groups"]["all"]["measures"].items()}

@@ -1,11 +1,11 @@
-"""`tcsae methods`: choose each method's learning rate, train and evaluate all, write the page."""
+"""`tcsae methods` and `tcsae real-lm`: choose each method's learning rate, train and evaluate all, write the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from tcsae.paper.arms import TEXT, Arm
 from tcsae.paper.methods import METHODS, Method, table_arm, tuning_arm
-from tcsae.paper.methods_page import Chosen, write_methods
+from tcsae.paper.methods_page import METHODS_PAGE, Chosen, MethodsPage, write_methods
 from tcsae.paper.page import PageContext
 from tcsae.paper.results import Place, Results, Source
 from tcsae.paper.run import Size, evaluate_arms, load_arm, make_store, read_times, timed, train_arms
@@ -16,21 +16,31 @@ from tcsae.shared.store.reader import Store
 from tcsae.train.presets import preset
 
 
-def compare_methods(place: Place, out: Path, asked: Source, size: Size, methods: Sequence[Method] = METHODS) -> None:
+def compare_methods(
+    place: Place,
+    out: Path,
+    asked: Source,
+    size: Size,
+    methods: Sequence[Method] = METHODS,
+    page: MethodsPage = METHODS_PAGE,
+) -> None:
     """From the store to the page; what is done is not done again. In parallel processes runs are dealt out."""
-    store = make_store(place, TEXT, asked, "methods")
+    store = make_store(place, TEXT, asked, page.name)
     stores, results = {TEXT: store}, Results({}, {TEXT: place.runs(TEXT)})
     rates = {method.name: _tried(method, store) for method in methods}
-    tuning = [tuning_arm(method, rate) for method in methods for rate in rates[method.name]]
+    tuned = [method for method in methods if len(method.rates) != 1]
+    tuning = [tuning_arm(method, rate) for method in tuned for rate in rates[method.name]]
     _finish(place, stores, tuning, size, results, "tuning")
-    chosen = {method.name: _choose(method, rates[method.name], results) for method in methods}
+    chosen = {method.name: Chosen(rates[method.name][0], {}) for method in methods}
+    chosen |= {method.name: _choose(method, rates[method.name], results) for method in tuned}
     arms = [table_arm(method, chosen[method.name].rate) for method in methods]
-    arms += [table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled]
+    arms += [
+        table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled is not None
+    ]
     _finish(place, stores, arms, size, results, "table")
     if ranks().rank == 0:
-        given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
-        made = PageContext(f"tcsae methods{size.name}{given}", bool(size.name), stores, read_times(place))
-        say(f"The page: {write_methods(out, results, chosen, made, methods)}")
+        made = PageContext(f"tcsae {page.name}{size.name}{asked.given}", bool(size.name), stores, read_times(place))
+        say(f"The page: {write_methods(out, results, chosen, made, methods, page)}")
 
 
 def _tried(method: Method, store: Store) -> list[float]:

@@ -1,5 +1,6 @@
 """What was found of each arm: figures over seeds, and differences to a twin, seed by seed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,10 @@ class Source:
     model: str
     dataset: str
     n_tokens: int
+    hooks: tuple[str, ...] = HarvestConfig().hooks
+    codec: str = HarvestConfig().codec
+    given: str = ""
+    """What of it was asked for on the command line, as it was written there."""
 
 
 def open_or_make(place: Place, name: str, asked: Source) -> Store:
@@ -55,7 +60,10 @@ def open_or_make(place: Place, name: str, asked: Source) -> Store:
         return _moments(location)
     control = None if name == TEXT else ControlRecipe(kind=name)
     model, corpus = ModelChoice(name=asked.model), CorpusChoice(name=asked.dataset)
-    return harvest(location, HarvestConfig(model=model, corpus=corpus, n_tokens=asked.n_tokens, control=control))
+    config = HarvestConfig(
+        model=model, corpus=corpus, n_tokens=asked.n_tokens, hooks=asked.hooks, codec=asked.codec, control=control
+    )
+    return harvest(location, config)
 
 
 def squared_norm(store: Store) -> float:
@@ -89,6 +97,10 @@ def _moments(location: str) -> Store:
 
 GROUPS = ("all", "first_group", "frequency_matched")
 """Latents that temporal measures are of."""
+X = "x"
+"""The activations, in place of latents."""
+BUDGET = 0.02
+"""Nats of cross-entropy (2% of perplexity) that a temporal term may cost over its twin."""
 
 
 class Gain(NamedTuple):
@@ -132,7 +144,9 @@ class Results:
         pairs = list(zip(self.evaluations[arm], self.evaluations[twin], strict=False))
         if (arm, twin) not in self._gains:
             self._gains[arm, twin] = [differences(self.folders[arm.store], *pair) for pair in pairs]
-        gains = [one.get(figure) for one in self._gains[arm, twin]]
+        # Without an SAE the cross-entropy is the same for both.
+        name = "ce_loss_with_sae" if figure == "delta_ce" else figure
+        gains = [one.get(name) for one in self._gains[arm, twin]]
         paired = [one and one["difference"] for one in gains]
         plain = [value_of(ours, figure) - value_of(theirs, figure) for ours, theirs in pairs]
         values = [other if one is None else one for one, other in zip(paired, plain, strict=True)]
@@ -147,13 +161,34 @@ class Results:
 def value_of(evaluation: dict[str, Any], figure: str, group: str = GROUPS[0], null: bool = False) -> float:
     """A figure of an evaluation: of eval.json's metrics, of its temporal measures, or the code's energy.
 
-    NaN where it was not measured (a small split has too few documents for probes; a store without a tail has no CE).
+    `group` X: of the activations themselves. NaN where it was not measured (a small split has too few documents for
+    probes; a store without a tail has no CE).
     """
-    if figure in evaluation["metrics"]:
-        value = evaluation["metrics"][figure]
+    metrics = evaluation["metrics"]
+    if figure == "delta_ce":
+        pair = [metrics.get(f"ce_loss_{one}_sae") for one in ("with", "without")]
+        value = None if None in pair or group == X else pair[0] - pair[1]
+    elif figure in metrics:
+        value = None if group == X else metrics[figure]
     elif figure == "energy":
-        value = evaluation["temporal"]["scale"]["mean_squared_norm"]
+        value = None if group == X else evaluation["temporal"]["scale"]["mean_squared_norm"]
     else:
-        measured = evaluation["temporal"]["groups"][group]["measures"].get(figure, {})
-        value = measured.get("difference" if null else "value")
+        value = _measured(evaluation["temporal"], figure, group, null)
     return float("nan") if value is None else float(value)
+
+
+def _measured(temporal: dict[str, Any], figure: str, group: str, null: bool) -> float | None:
+    """A temporal measure; GROUP/NAME is that of another group, `position_removed`/NAME what is left of it then."""
+    where, _, name = figure.rpartition("/")
+    of_group = temporal.get("x", {}) if group == X else temporal["groups"][group]
+    if where == "position_removed":
+        return of_group.get(where, {}).get(name)
+    if where:
+        of_group = {} if group == X else temporal["groups"].get(where, {})
+    return of_group.get("measures", {}).get(name, {}).get("difference" if null else "value")
+
+
+def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
+    """y at x = `at` on the line through points (x, y); NaN beyond its ends."""
+    xs, ys = zip(*sorted(points), strict=True)
+    return float(np.interp(at, xs, ys, left=np.nan, right=np.nan))

@@ -30,6 +30,7 @@ from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.folder import EVALUATION, is_finished, load_evaluation, load_record, reason, writing
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.train.plan import Request, Run, plan_runs
+from tcsae.train.presets import WARMUP_STEPS
 from tcsae.train.run import train_parallel, train_runs
 
 TIMES = "times.jsonl"
@@ -106,6 +107,8 @@ def plan(store: Store, arm: Arm, size: Size) -> list[Run]:
     """An arm's runs, one a seed."""
     settings = [_filled(one, store) for one in arm.settings]
     settings.append(f"steps={arm.n_steps // size.shorter}")
+    if size.shorter > 1 and arm.preset.startswith("written"):  # whose warm-up no short run cuts
+        settings.append(f"optimizer.warmup_steps={WARMUP_STEPS // size.shorter}")
     seeds = range(arm.first_seed, arm.first_seed + size.seeds(arm))
     varied = [[f"{name}={seed}" for name in arm.vary] for seed in seeds]
     return [run for one in varied for run in plan_runs(store, Request((arm.preset,), [*settings, *one]))]
@@ -115,6 +118,8 @@ def _filled(setting: str, store: Store) -> str:
     """A setting whose value follows from the store."""
     if "{natural}" in setting:
         return setting.format(natural=natural_segments(store, 16))
+    if "{d_model}" in setting:
+        return setting.format(d_model=store.d_model(store.hook()))
     if "{rescaled}" in setting:
         return setting.format(rescaled=round(0.1 * (squared_norm(store) / PYTHIA_SQUARED_NORM) ** 0.5, 4))
     return setting
@@ -162,8 +167,7 @@ def _page(place: Place, out: Path, asked: Source, size: Size) -> Path:
     results = Results({}, {})
     stores: dict[str, Store] = {}
     complete = [key for key in KEYS if all(load_arm(place, arm, size, stores, results) for arm in arms_of(key))]
-    given = "" if asked.model == "embedded" else f" --model {asked.model} --dataset {asked.dataset}"
-    made = PageContext(f"tcsae paper{size.name}{given}", bool(size.name), stores, read_times(place))
+    made = PageContext(f"tcsae paper{size.name}{asked.given}", bool(size.name), stores, read_times(place))
     return write_page(out, results, complete, made)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tcsae.paper import arms
 from tcsae.paper.arms import CONTRASTIVE, EQUATION_3, FRONTIER, MATRYOSHKA, MATRYOSHKA_PLAIN, PLAIN, RELATIVE, TEXT, Arm
-from tcsae.paper.results import GROUPS, Gain, Results
+from tcsae.paper.results import BUDGET, GROUPS, Gain, Results, X
 
 # Markdown tables of arms: means over seeds and, in brackets, what differs from a twin.
 
@@ -30,13 +30,16 @@ FIGURES = {
     "l0": Figure("L0", 1),
     "l1": Figure("L1", 1),
     "ce_loss_score": Figure("CE score", 4),
+    "delta_ce": Figure("delta CE, nats", 4),
     "dead_fraction": Figure("dead", 3),
     "energy": Figure("mean squared norm of the code", 1),
-    "slowness_to_x": Figure("slowness / x", 3),
+    "slowness_to_x": Figure("relative change", 3),
     "rho_1_within": Figure("rho(1) in documents", 3),
     "rho_8_within": Figure("rho(8) in documents", 4),
-    "jaccard_corrected": Figure("Jaccard", 3),
+    "rho_1_within_median": Figure("rho(1), median latent", 4),
+    "jaccard_corrected": Figure("chance-corrected Jaccard", 3),
     "boundary_auc": Figure("join AUC", 3),
+    "join_auc": Figure("join AUC against restarts", 3),
     "boundary_ratio": Figure("join ratio", 2),
     "position_share": Figure("position share", 4),
     "token_share": Figure("token share", 3),
@@ -58,7 +61,7 @@ class Line(NamedTuple):
     twin: Arm | None = None
     """What the brackets are in comparison with."""
     group: str = GROUPS[0]
-    """Latents that temporal measures are of: all, the first group, or others that fire as often."""
+    """What temporal measures are of: all latents, the first group, others that fire as often, or the activations."""
 
 
 def table(results: Results, lines: Sequence[Line], figures: Sequence[str]) -> str:
@@ -68,7 +71,9 @@ def table(results: Results, lines: Sequence[Line], figures: Sequence[str]) -> st
         label = line.arm.label
         if line.arm.store != TEXT:
             label += f", {line.arm.store}"
-        if line.group != "all":
+        if line.group == X:
+            label = "x, the activations" + (f", {line.arm.store}" if line.arm.store != TEXT else "")
+        elif line.group != GROUPS[0]:
             label += f": {line.group.replace('_', ' ')}"
         rows.append([label, *(_cell(results, line, figure) for figure in figures)])
     return markdown(["", *(FIGURES[figure].heading for figure in figures)], rows)
@@ -127,42 +132,76 @@ class Section:
         return list(dict.fromkeys([*named, *self.also]))
 
 
-FRONT = ("explained_variance", "ce_loss_score", "slowness_to_x", "rho_8_within", "jaccard_corrected", "energy")
-CORE = ("explained_variance", "ce_loss_score", "l0", "dead_fraction")
+FRONT = (
+    "explained_variance",
+    "delta_ce",
+    "slowness_to_x",
+    "rho_8_within",
+    "rho_1_within_median",
+    "jaccard_corrected",
+    "energy",
+)
+CORE = ("explained_variance", "delta_ce", "l0", "dead_fraction")
 
 
 def _to(twin: Arm, *compared: Arm) -> tuple[Line, ...]:
-    return (Line(twin), *(Line(arm, twin) for arm in compared))
+    """The activations, the twin, and what is compared with it."""
+    return (Line(twin, None, X), Line(twin), *(Line(arm, twin) for arm in compared))
 
 
 TABLE = "table"
 """Key of the paper's own table, which is put together in `first_table`."""
-TABLE_ARMS = [*arms.LOGGED.values(), *arms.WRITTEN.values(), *arms.RESCALED.values()]
+TABLE_ARMS = [
+    *arms.LOGGED.values(),
+    *arms.WRITTEN.values(),
+    arms.RESCALED,
+    arms.NARROW,
+    arms.NO_TERM,
+    arms.TWO_PHASE,
+]
 SECTIONS = (
     Section(
         "frontier",
         "What a temporal term costs, and what it brings",
-        "Explained variance and CE score against slowness for eq. 3, relative slowness and the contrastive term, at "
-        "the same L0. The controls: fewer active latents, and codes made smaller. Slowness is scale-free, so a code "
+        "Explained variance and delta CE (nats that splicing the SAE in adds) against relative change (lower is "
+        "slower; 1: as fast as the model's activations) for eq. 3, relative slowness and the contrastive term, at the "
+        "same L0. The controls: fewer active latents, and codes made smaller. The measure has no scale, so a code "
         "that only shrinks gains nothing; the last column shows how much each one shrinks.",
         _to(PLAIN, *(arm for kind in FRONTIER.values() for arm in kind), *arms.FEWER, *arms.SCALED),
         FRONT,
         "no temporal term",
         "frontier",
+        tuple(arms.CHOOSING.values()),
     ),
     Section(
         "shuffled",
         "Is it order, topic or mere shrinkage?",
-        "The same terms on pairs that are not adjacent: of one document (what is left is topic), and of any documents "
-        "(what is left is shrinkage).",
-        (
-            Line(PLAIN),
-            Line(RELATIVE, PLAIN),
-            *(Line(arms.SHUFFLED["relative", order], PLAIN) for order in ("segment", "batch")),
-            Line(CONTRASTIVE, PLAIN),
-            *(Line(arms.SHUFFLED["contrastive", order], PLAIN) for order in ("segment", "batch")),
+        "The same terms on pairs that are not adjacent: at most 15 tokens apart (what is left is nearness), 64 or more "
+        "apart in one document (what is left is topic; beside it adjacent pairs of the same batches, which hold four "
+        "segments of each document), and of any documents (what is left is shrinkage).",
+        _to(
+            PLAIN,
+            *(
+                arm
+                for kind, term in (("relative", RELATIVE), ("contrastive", CONTRASTIVE))
+                for arm in (
+                    term,
+                    arms.SHUFFLED[kind, "segment"],
+                    arms.FAR[kind, "text"],
+                    arms.FAR[kind, "document"],
+                    arms.SHUFFLED[kind, "batch"],
+                )
+            ),
         ),
-        ("explained_variance", "slowness_to_x", "rho_8_within", "jaccard_corrected", "probe_document"),
+        (
+            "explained_variance",
+            "slowness_to_x",
+            "rho_1_within",
+            "rho_8_within",
+            "jaccard_corrected",
+            "document_share",
+            "probe_document",
+        ),
         "no temporal term",
     ),
     Section(
@@ -172,7 +211,7 @@ SECTIONS = (
         "a running mean, and hysteresis (a latent that is on stays on more easily than another comes on). Averages "
         "keep latents on that have faded, so their L0 grows; ema-topk keeps each token's k largest.",
         _to(PLAIN, CONTRASTIVE, *arms.SMOOTHED),
-        ("explained_variance", "ce_loss_score", "l0", "slowness_to_x", "rho_8_within", "boundary_auc"),
+        ("explained_variance", "delta_ce", "l0", "slowness_to_x", "rho_8_within", "boundary_auc"),
         "no temporal term",
         "smoothing",
         tuple(FRONTIER["contrastive"]),
@@ -181,9 +220,10 @@ SECTIONS = (
         "boundary",
         "Flat inside, sharp at joins?",
         "Where one document follows another the code should change, inside a document less. Join AUC: how well the "
-        "size of the change tells a join; join ratio: the mean change at joins over that inside.",
+        "size of the change tells a join from the inside; against restarts: from the next sequence of the same "
+        "document, where the context begins anew as well; join ratio: the mean change at joins over that inside.",
         _to(PLAIN, EQUATION_3, RELATIVE, CONTRASTIVE),
-        ("boundary_auc", "boundary_ratio", "slowness_to_x"),
+        ("boundary_auc", "join_auc", "boundary_ratio", "slowness_to_x"),
         "no temporal term",
     ),
     Section(
@@ -220,14 +260,25 @@ SECTIONS = (
     Section(
         "nulls",
         "Is it the text, or the method?",
-        "The same two SAEs on the activations of the same text with the tokens of each document in random order "
+        "The plain SAE and three terms on the activations of the same text with each document's tokens in random order "
         "(`harvest --control permuted`), and on those of a model of the same shape that was never trained "
         "(`harvest --control random-weights`).",
         (
-            *_to(PLAIN, CONTRASTIVE),
-            *(line for store in (arms.PERMUTED, arms.RANDOM) for line in _to(PLAIN.on(store), CONTRASTIVE.on(store))),
+            *(
+                line
+                for store in (TEXT, arms.PERMUTED, arms.RANDOM)
+                for line in _to(PLAIN.on(store), *(arm.on(store) for arm in (CONTRASTIVE, arms.LOCAL, arms.TOPIC)))
+            ),
         ),
-        ("explained_variance", "slowness_to_x", "rho_1_within", "rho_8_within", "jaccard_corrected"),
+        (
+            "explained_variance",
+            "slowness_to_x",
+            "rho_1_within",
+            "rho_8_within",
+            "jaccard_corrected",
+            "document_share",
+            "probe_document",
+        ),
         "the same store without the term",
     ),
     Section(
@@ -253,7 +304,7 @@ SECTIONS = (
             "cossim",
             "l2_ratio",
             "l0",
-            "ce_loss_score",
+            "delta_ce",
             "slowness_to_x",
         ),
         picture="sparsity",
@@ -263,7 +314,7 @@ SECTIONS = (
         "Sequences of any length",
         "Batches of whole sequences: those of 128 positions only, or all, padded nowhere, with as many tokens a batch.",
         _to(arms.FIXED, arms.NATURAL),
-        ("explained_variance", "ce_loss_score", "slowness_to_x"),
+        ("explained_variance", "delta_ce", "slowness_to_x"),
         "the first line",
     ),
     Section(
@@ -278,7 +329,8 @@ SECTIONS = (
         "default",
         "The recommended preset",
         "Candidates at 1024 latents with 16 active, and at the default's size. The rule: the contrastive term may cost "
-        "0.01 of explained variance and of CE score against its twin without it.",
+        f"{BUDGET:g} nats of cross-entropy over its twin without it. What `train` defaults to is decided on a real "
+        "language model: `tcsae real-lm`.",
         (
             *_to(PLAIN, CONTRASTIVE),
             Line(arms.BATCHTOPK, PLAIN),

@@ -175,6 +175,12 @@ def test_learning_rate_schedule(decay, end):
     assert rates[199] == (1.0 if decay != "cosine" else pytest.approx(0.11, abs=0.02))
 
 
+def test_a_warm_up_that_is_given_whole_takes_its_steps_however_short_the_run():
+    config = OptimizerConfig(lr=1.0, warmup_steps=100, warmup_share=1.0, decay="none")
+    assert [config.learning_rate(step, 120) for step in (0, 49, 99, 119)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
+    assert config.learning_rate(9, 10) == 1.0, "a run that is shorter is all warm-up"
+
+
 KEYS = [line.partition("=")[0] for line in to_settings(preset("temporal-matryoshka", 16))]
 
 

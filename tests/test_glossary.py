@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tcsae.evaluate import headline, printed_tables
+from tcsae.evaluate import headline, printed_tables, temporal_tables
+from tcsae.evaluate.latents.parts import DEFINITIONS as LATENTS
+from tcsae.evaluate.measures.concentration import DENSE_DEFINITIONS
 from tcsae.evaluate.measures.registry import MEASURES
 from tcsae.evaluate.report.pages.printed import COLUMNS as PAPER
 
@@ -25,10 +27,13 @@ def columns(path: str) -> list[str]:
 
 
 SHOWN = {
-    "eval": [*printed_tables.COLUMNS, *printed_tables.SUMMARY, "rho(k)"],
-    "eval's measures": list(printed_tables.SUMMARY.values()),
-    "eval --details": ["value", "null", "difference", "95% from", "to", "null is"],
+    "eval": [*printed_tables.COLUMNS, *temporal_tables.SUMMARY, "rho(k)"],
+    "eval's measures": list(temporal_tables.SUMMARY.values()),
+    "eval --details": ["value", "null", "difference", "95% from", "to", "null is", *temporal_tables.BY_LATENT],
+    "eval's further figures": [heading for columns in printed_tables.DETAILS.values() for heading in columns],
     "measures of codes": [name.replace("_", " ") for one in MEASURES.values() for name in one(4).figures()],
+    "dense latents": [name.replace("_", " ") for name in DENSE_DEFINITIONS],
+    "latents": [name for part in LATENTS.values() for name in part],
     "compare": list(headline.COLUMNS),
     "train": columns("train/command.py"),
     "train --dry-run": ["run", "latents", "steps", "tokens", "epochs", "ms a step"],

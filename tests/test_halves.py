@@ -52,6 +52,23 @@ def test_the_halves_add_up_to_the_whole(place):
         assert total == pytest.approx(whole["metrics"][name] * whole[weight], rel=1e-6)
 
 
+def test_every_measure_of_the_whole_is_one_of_each_half(place):
+    """Documents of the other half have no counted token, and were means over nothing."""
+    whole, *halves = (
+        evaluation(place, *given) for given in ((), *(("--documents", one) for one in ("choose", "report")))
+    )
+
+    def measured(one: dict) -> set[str]:
+        """Those that need no number of documents or firings which a half of these has not."""
+        rows = one["temporal"]["groups"]["all"]["measures"].items()
+        return {name for name, row in rows if row["value"] is not None and not name.startswith("probe")} - {
+            name for name, _ in rows if name.endswith(("_median", "_mean"))
+        }
+
+    assert {"rho_1_within", "rho_8_within", "document_share"} <= measured(whole)
+    assert all(measured(one) == measured(whole) for one in halves)
+
+
 def test_a_half_without_a_document_is_refused(tmp_path):
     store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), {"train": 6, "eval": 2})
     split = open_store(store.location).eval

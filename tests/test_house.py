@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "evaluate": {"evaluate", "evaluate/measures", "evaluate/planted", *SHARED},
     "evaluate/dictionary": {"evaluate", "evaluate/dictionary", "evaluate/planted", *SHARED},
     "evaluate/probing": {"evaluate", "evaluate/measures", "evaluate/probing", *SHARED},
-    "evaluate/report": {"evaluate", "evaluate/measures", "evaluate/report", *SHARED},
+    "evaluate/latents": {"evaluate", "evaluate/dictionary", "evaluate/latents", "evaluate/probing", *SHARED},
+    "evaluate/report": {"evaluate", "evaluate/latents", "evaluate/measures", "evaluate/report", *SHARED},
     "evaluate/exports": {"evaluate", "evaluate/measures", "evaluate/report", "evaluate/exports", *SHARED},
     # On top of the stages, as a user is.
     "api": {"api", "harvest", "train", "evaluate", "evaluate/measures", "evaluate/report", *SHARED},

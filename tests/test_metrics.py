@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae.evaluate.measures.baselines import ConstantOutput
+from tcsae.evaluate.baselines import ConstantOutput
 from tcsae.evaluate.measures.core import (
     DEFINITIONS,
     Output,

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from tcsae.paper import results as results_module
-from tcsae.paper.arms import PLAIN, SMALL, TEXT, WITHOUT, Arm
+from tcsae.paper.arms import CHOOSING, FRONTIER, PLAIN, SMALL, TEXT, WITHOUT, Arm
 from tcsae.paper.page import COLUMNS, PICTURES, draw, paper_table
-from tcsae.paper.predictions import PREDICTIONS
-from tcsae.paper.results import GROUPS, Gain, Results
+from tcsae.paper.predictions import PREDICTIONS, chosen, slower_at_equal_cost
+from tcsae.paper.results import BUDGET, GROUPS, Gain, Results, X, interpolated
 from tcsae.paper.sections import FIGURES, KEYS, SECTIONS, TABLE, Line, arms_of, difference, markdown, table
 
 
 def fake_evaluation(rng: np.random.Generator, name: str) -> dict[str, Any]:
-    core = [*COLUMNS, "dead_fraction", "l2_norm_in"]
-    measures = {name: {"value": rng.random(), "difference": rng.random()} for name in FIGURES if name not in core}
+    core = [*COLUMNS, "dead_fraction", "l2_norm_in", "ce_loss_with_sae", "ce_loss_without_sae"]
+    names = [name for name in FIGURES if name not in (*core, "delta_ce")]
+    measures = {name: {"value": rng.random(), "difference": rng.random()} for name in names}
     curve = rng.random(32).tolist()
     return {
         "name": name,
@@ -27,6 +28,7 @@ def fake_evaluation(rng: np.random.Generator, name: str) -> dict[str, Any]:
         "baselines": {"zero_output": {"explained_variance_legacy": -0.9}},
         "temporal": {
             "scale": {"mean_squared_norm": rng.random()},
+            "x": {"measures": {name: {"value": 1.0} for name in ("slowness_to_x", "rho_8_within")}},
             "groups": {group: {"measures": measures, "curves": {"rho_1_within": curve}} for group in GROUPS},
         },
     }
@@ -42,7 +44,7 @@ def fake(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
 
     def differences(_folder, one, other):
-        names = [name for name in FIGURES if name not in ("energy", "dead_fraction")]
+        names = [*(name for name in FIGURES if name not in ("energy", "dead_fraction", "delta_ce")), "ce_loss_with_sae"]
         values = {name: results_module.value_of(one, name) - results_module.value_of(other, name) for name in names}
         return {name: {"difference": value, "interval": [value - 0.1, value + 0.1]} for name, value in values.items()}
 
@@ -103,6 +105,48 @@ def test_cells():
     assert difference(Gain([-0.01], [[-0.02, 0.01]]), 3) == "-0.010"
     assert difference(Gain([math.nan], [None]), 3) == "-"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_activations_are_a_line_of_their_own(fake):
+    shown = table(
+        fake([PLAIN]), [Line(PLAIN, None, X)], ["explained_variance", "delta_ce", "slowness_to_x", "rho_1_within"]
+    )
+    assert shown.splitlines()[-1] == "| x, the activations | - | - | 1.000 | - |"
+
+
+def test_a_curve_is_read_between_its_points_and_not_beyond():
+    points = [(0.0, 1.0), (0.04, 0.2), (0.01, 0.8)]
+    assert interpolated(points, 0.025) == pytest.approx(0.5)
+    assert math.isnan(interpolated(points, 0.05)) and math.isnan(interpolated(points, -0.01))
+
+
+def costly(results: Results, arm: Arm, cost: float, slowness: float) -> None:
+    for one in results.evaluations[arm]:
+        one["metrics"] |= {"ce_loss_with_sae": 3.0 + cost, "ce_loss_without_sae": 2.5}
+        one["temporal"]["groups"]["all"]["measures"]["slowness_to_x"]["value"] = slowness
+
+
+def test_weights_are_chosen_on_the_other_half_and_kinds_compared_at_equal_cost(fake):
+    arms = [PLAIN, *FRONTIER["contrastive"], *FRONTIER["difference"]]
+    results = fake([*arms, *(CHOOSING[arm] for arm in arms)])
+    for at, arm in enumerate(FRONTIER["contrastive"]):
+        costly(results, CHOOSING[arm], (0.2 + 0.7 * at) * BUDGET, 1.0 - 0.2 * at)
+        costly(results, arm, 0.5 * at * BUDGET, 1.0 - 0.2 * at)
+    for at, arm in enumerate(FRONTIER["difference"]):
+        costly(results, arm, 5 * at * BUDGET, 1.0 - 0.4 * at)  # slower at its dearest, and 10 times as dear
+    costly(results, PLAIN, 0.0, 1.2)
+    costly(results, CHOOSING[PLAIN], 0.0, 1.2)
+    assert chosen(results, "contrastive") == FRONTIER["contrastive"][1], "the next is over the budget"
+    assert slower_at_equal_cost(results, "contrastive", "difference")
+    assert not slower_at_equal_cost(results, "difference", "contrastive")
+
+
+def test_no_figure_is_of_documents_that_a_weight_was_chosen_on():
+    arms = {arm for key in KEYS if key != TABLE for arm in arms_of(key)}
+    choosing = {arm for arm in arms if arm.documents == "choose"}
+    assert choosing == set(CHOOSING.values())
+    assert {arm.documents for arm in arms - choosing} == {"report"}
+    assert all(arm.first_seed >= PLAIN.n_seeds for arm in choosing), "nor of a seed"
 
 
 def test_a_line_shows_the_twin_it_is_compared_with(fake):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.evaluate import batches
-from tcsae.evaluate.measures import code_ops
+from tcsae.evaluate.measures import code_ops, position_removed
 from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
@@ -129,6 +129,46 @@ def test_measures_follow_their_definitions(seed, skip_first, dense):
     assert values["token_share"] == pytest.approx(naive_share(f, token), abs=1e-6)
     assert values["document_share"] == pytest.approx(naive_share(f, document), abs=1e-6)
     assert values["slowness"] < 0.5 < nulls["slowness"], "the walk is slow, and permuted it is not"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        own = {
+            "slowness": np.mean([(a - b) ** 2 for a, b, _ in adjacent], 0) / (2 * variance),
+            f"rho_{FAR}_within": np.mean(
+                [(a - means[d]) * (b - means[d]) for a, b, d in naive_pairs(split, skip_first, FAR)], 0
+            )
+            / (within**2).mean(0),
+            "dwell": (1 - p) / (1 - again / starts),
+            "position_share": [naive_share(f[:, [i]], position) for i in range(WIDTH)],
+            "document_share": [naive_share(f[:, [i]], document) for i in range(WIDTH)],
+        }
+    for name, each in own.items():
+        live = np.array(each)[often]
+        assert values[name + "_mean"] == pytest.approx(live.mean(), abs=1e-6), name
+        assert values[name + "_median"] == pytest.approx(np.sort(live)[(len(live) - 1) // 2], abs=1e-6), name
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_mean_by_position_is_taken_out(dense):
+    split, skip_first = FakeSplit(2), 1
+    collector = collect(split, skip_first, dense)
+    figures = position_removed.figures(collector.positions, collector.sums.without(None))
+    f, position, _, document = (np.array(one) for one in zip(*naive_tokens(split, skip_first), strict=True))
+
+    def centred(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        means = {one: values[labels == one].mean(0) for one in np.unique(labels)}
+        return values - np.array([means[one] for one in labels])
+
+    within = centred(f, document)
+    variance = (centred(within, position) ** 2).mean(0).sum()
+    starts = np.cumsum([0, *np.maximum(split.lengths - skip_first, 0)])
+    for lag in (1, FAR):
+        first = np.concatenate([np.arange(a, max(a, b - lag)) for a, b in itertools.pairwise(starts)])
+        one, other = (centred(within[at], position[first]) for at in (first, first + lag))
+        assert figures[f"rho_{lag}_within"] == pytest.approx((one * other).mean(0).sum() / variance, rel=1e-5)
+        if lag == 1:
+            steps = (centred(f[first + 1] - f[first], position[first]) ** 2).mean(0).sum()
+    g = centred(f, position)
+    assert figures["slowness"] == pytest.approx(steps / (2 * (g**2).mean(0).sum()), rel=1e-5)
+    assert figures["document_share"] == pytest.approx(naive_share(g, document), rel=1e-5)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -156,8 +196,14 @@ def test_whole_codes_are_compared_as_defined(dense):
     assert values["jaccard_adjacent"] == pytest.approx(jaccard(adjacent), rel=1e-9)
     assert nulls["jaccard_adjacent"] == pytest.approx(jaccard(partners), rel=1e-9)
     inside = np.array([distance(a, b) for a, b in adjacent])
-    auc = np.mean([(join > inside).mean() + (join == inside).mean() / 2 for join in joins])
-    assert values["boundary_auc"] == pytest.approx(auc, abs=0.01), "up to the width of a bin"
+    restarts = np.array([distance(one[-1], two[0]) for own in in_order for one, two in itertools.pairwise(own)])
+
+    def auc(larger: np.ndarray, smaller: np.ndarray) -> float:
+        return float(np.mean([(one > smaller).mean() + (one == smaller).mean() / 2 for one in larger]))
+
+    assert values["boundary_auc"] == pytest.approx(auc(np.array(joins), inside), abs=0.01), "up to the width of a bin"
+    assert len(restarts) > 10 and values["restart_auc"] == pytest.approx(auc(restarts, inside), abs=0.01)
+    assert values["join_auc"] == pytest.approx(auc(np.array(joins), restarts), abs=0.02)
     assert values["boundary_ratio"] == pytest.approx(np.mean(joins) / inside.mean(), rel=0.02)
     assert values["adjacent_difference"] == pytest.approx(np.mean([(a - b) @ (a - b) for a, b in adjacent]), rel=1e-6)
 
@@ -197,12 +243,12 @@ def test_batches_change_nothing(monkeypatch):
 
 def test_chunks_and_the_order_of_documents_change_nothing(monkeypatch):
     """Values and the nulls in closed form; what is drawn (stand-ins, partners) depends on a document's number."""
-    split, drawn = FakeSplit(5), {"position_share", "token_share", "dwell_median"}
+    split, drawn = FakeSplit(5), ("position_share", "token_share", "dwell_median", "dwell_mean")
 
     def figures() -> tuple[dict, dict, dict]:
         sums = collect(split, 1, False).sums.without(None)
         values, nulls, curves = latent_measures(sums, sums, EVERY)
-        kept = {name: null for name, null in nulls.items() if name not in drawn}
+        kept = {name: null for name, null in nulls.items() if not name.startswith(drawn)}
         return values | token_measures(sums)[0], kept, curves
 
     before = figures()
@@ -214,7 +260,7 @@ def test_chunks_and_the_order_of_documents_change_nothing(monkeypatch):
     split.documents = split.documents.max() - split.documents[order]
     for name in ("lengths", "tokens", "code"):
         setattr(split, name, getattr(split, name)[order])
-    across = {"jaccard_corrected", "boundary_auc", "boundary_ratio"}  # compare consecutive documents
+    across = {"jaccard_corrected", "boundary_auc", "join_auc", "boundary_ratio"}  # compare consecutive documents
     for one, other in zip(figures(), before, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - across:

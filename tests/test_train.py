@@ -1,5 +1,6 @@
 """Promise: training learns, keeps decoder norms, repeats itself bit for bit, and leaves a folder that says all."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -204,8 +205,26 @@ def test_paper_presets_are_the_paper_s():
     assert (config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.decay) == (3e-4, 1000, "cosine")
     assert (config.data.n_segments, config.data.segment_length, config.data.buffer_sequences) == (32, 128, 2048)
     assert (config.sae.activation, config.sae.d_sae, config.init.input_scale) == ("gelu", 512, "none")
+    assert config.optimizer.learning_rate(998, config.steps) < 3e-4 == config.optimizer.learning_rate(999, config.steps)
     assert all(preset(name, 8).steps == 0 for name in PRESETS if name.startswith("logged-"))
     assert all(preset(name, 8).steps > 0 for name in PRESETS if not name.startswith("logged-"))
+
+
+def test_each_run_of_the_paper_adds_to_the_one_before_what_it_says():
+    """Sections 5, 6: no temporal term in run 0, Xavier and clipping from run 2 on, decay and lambda_2 = .01 in 3."""
+    added = {
+        ("0", "1"): {"temporal"},
+        ("1", "2"): {"init", "optimizer", "guard"},
+        ("2", "3"): {"temporal", "optimizer"},
+        ("3", "4"): {"sae"},
+    }
+    for (before, after), parts in added.items():
+        one, other = (preset(f"written-run{run}", WIDTH) for run in (before, after))
+        names = [field.name for field in dataclasses.fields(one)]
+        assert {name for name in names if getattr(one, name) != getattr(other, name)} == parts
+    plain, phased = preset("written-run0", WIDTH), preset("written-two-phase", WIDTH)
+    assert (plain.init.weights, plain.optimizer.decay, plain.temporal.weight) == ("uniform", "none", 0)
+    assert phased.temporal.warmup * phased.steps == phased.optimizer.warmup_steps
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("-shuffled")])

@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner
 
 import tcsae
+from tcsae.evaluate.measures.concentration import dense_latents
 from tcsae.evaluate.measures.registry import MEASURES, Measure
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.activations import KINDS
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import positive_code
 from tcsae.train.losses import TEMPORAL
 
@@ -109,3 +111,22 @@ def test_concentration_of_codes_whose_figures_are_known():
         assert figures["widest_share"] == pytest.approx(float(variance[0] / variance.sum()))
         assert figures["effective_latents"] == pytest.approx(float(variance.sum() ** 2 / variance.square().sum()))
     assert set(MEASURES["concentration"](4).figures().values()) == {None}
+
+
+def test_dense_latents_whose_figures_are_known():
+    """Two sides of one coordinate, each on at half of the tokens, another coordinate, and a latent that is rare."""
+    sae = SparseAutoencoder(SaeConfig(d_model=4, d_sae=5, activation="topk", k=2))
+    sae.W_dec.data = torch.tensor([[1, 0, 0, 0], [-1, 0.1, 0, 0], [0, 0, 2, 0], [0, -1, 0, 0], [0, 1, 0, 0]]).float()
+    f = torch.zeros(400, 5)
+    signed = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    f[:, 0], f[:, 1], f[:, 2] = signed.relu(), (-signed).relu(), torch.arange(400) % 2
+    f[:9, 3] = 1.0
+    firings = torch.stack([(f > 0).sum(0), (f > 0).sum(0)])
+    for code in (f, positive_code(f)):
+        figures = dense_latents(sae, firings, 400, code)["figures"]
+        eigenvalues = np.linalg.eigvalsh(np.cov((f[:, :3] @ sae.W_dec[:3].detach()).double().T))
+        assert (figures["antipodal_pairs"], figures["dense_antipodal"], figures["dense_l0"]) == (1, 2, 1.5)
+        assert figures["dense_rank"] == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum(), rel=1e-5)
+        assert 1 < figures["dense_rank"] < 2
+    silent = dense_latents(sae, firings * 0, 400, None)["figures"]
+    assert list(silent.values()) == [0, 0, 0.0, None]

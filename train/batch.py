@@ -99,10 +99,38 @@ class Batch(NamedTuple):
 # Controls of the temporal term: the same tokens in another order.
 
 
-def shuffled(order: Literal["segment", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
+def shuffled(order: Literal["segment", "document", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
     """The batch's tokens in random order, drawn by `seed`: within each segment, or over the batch."""
+    assert order != "document", "the settings refuse it where `far_apart` is not asked"
     rng = np.random.default_rng(seed)
     draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
     if order == "segment":
         draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
     return to_device(np.argsort(draws), batch.x.device)
+
+
+def far_apart(batch: Batch, distance: int) -> tuple[Int[Tensor, " n"], Batch]:
+    """The batch's tokens such that neighbours are of one document and `distance` positions or more apart, and the batch
+    in this order: what neighbours share is then the document's topic, not their place in it.
+
+    The first half of a document's tokens and the second, one of each in turn. Tokens that are left without a neighbour
+    are segments of one.
+    """
+    assert batch.text is not None, "the loader was not asked for places"
+    document = np.repeat(batch.documents, batch.lengths)
+    tokens = np.lexsort((batch.text.places, document))
+    counts = np.unique(document, return_counts=True)[1]
+    rank, half = positions(counts), np.repeat(counts // 2, counts)
+    turn = np.where(rank < half, 2 * rank, 2 * (rank - half) + 1)
+    tokens = tokens[np.lexsort((turn, document[tokens]))]
+    places, document = batch.text.places[tokens], document[tokens]
+    follows = (document[1:] == document[:-1]) & (np.abs(np.diff(places)) >= distance)
+    runs = np.diff(np.flatnonzero(np.concatenate([[True], ~follows, [True]])))
+    pieces = np.maximum(1, -(-runs // batch.longest))  # no longer than the batch's own segments
+    lengths = np.minimum(batch.longest, np.repeat(runs, pieces) - batch.longest * positions(pieces))
+    first = np.cumsum(lengths) - lengths
+    order = to_device(tokens, batch.x.device)
+    ordered = batch._replace(
+        x=batch.x[order], lengths=lengths, starts=np.zeros_like(lengths), documents=document[first], text=None
+    )
+    return order, ordered

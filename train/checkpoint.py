@@ -101,16 +101,17 @@ def _damaged(file: Path, error: Exception) -> RunError:
 def remember(trainer: Trainer) -> Callable[[], None]:
     """Keep a copy of the state in memory; calling the result brings weights, moments and counters back.
 
-    Progress stays, but for the running mean of the loss: the loader never rewinds.
+    Progress stays, but for the running means: the loader never rewinds.
     """
     copies = {name: tensor.clone() for name, tensor in _tensors(trainer).items()}
-    mean_loss = trainer.progress.mean_loss
+    means = {name: getattr(trainer.progress, name) for name in ("mean_loss", "mean_correlation")}
 
     def bring_back() -> None:
         for name, tensor in _tensors(trainer).items():
             with torch.no_grad():
                 tensor.copy_(copies[name]) if name in copies else tensor.zero_()
-        trainer.progress.mean_loss = mean_loss
+        for name, mean in means.items():
+            setattr(trainer.progress, name, mean)
         trainer.restart()
 
     return bring_back

@@ -94,10 +94,10 @@ def check_parallel(config: TrainConfig, world: int, device: torch.device | str =
     """Raises ConfigError for what several processes cannot train together."""
     if torch.device(device).type == "mps":
         raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")
-    if config.temporal.active and config.temporal.order == "batch":
+    if config.temporal.active and config.temporal.order in ("batch", "document"):
         raise ConfigError(
-            f"temporal.order='batch' pairs tokens of the whole batch, and {world} processes have a part of it each. "
-            "Train in one process."
+            f"temporal.order={config.temporal.order!r} pairs tokens of the whole batch, and {world} processes have a "
+            "part of it each. Train in one process."
         )
     if config.data.n_segments < world:
         raise ConfigError(

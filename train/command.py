@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from tcsae.shared.base.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand, device_option, precision_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,20 +50,8 @@ CONTROLS = "-shuffled"
 )
 @click.option("--init-from", metavar="RUN", help="Start from the weights of a run below --runs.")
 @click.option("--tracker", metavar="NAME", help="Also log to tensorboard or wandb.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where runs are trained; auto: the first of the others that is there.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "tf32", "bf16"]),
-    default="float32",
-    show_default=True,
-    help="Of matrix products on a GPU; bf16: the encoder's and the decoder's. Losses and Adam are in float32.",
-)
+@device_option("runs are trained")
+@precision_option("the encoder's and the decoder's. Losses and Adam are in float32.")
 @click.option(
     "--compile",
     is_flag=True,

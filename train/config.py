@@ -92,7 +92,9 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     warmup_steps: int = 1000
-    """Linear from 0; at most a twentieth of the run."""
+    """Linear from 0; at most `warmup_share` of the run."""
+    warmup_share: float = 0.05
+    """1: the warm-up takes its steps, whatever the run's length."""
     decay: Literal["linear", "cosine", "none"] = "linear"
     """linear: to 0 over the last fifth of the run. cosine: to 0 from the end of the warm-up on."""
     clip_norm: float = 1.0
@@ -102,6 +104,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.warmup_share <= 1:
+            raise ConfigError(f"optimizer.warmup_share={self.warmup_share}: must lie in 0..1, a share of the run.")
         _positive("optimizer.lr", self.lr)
         _positive("optimizer.clip_norm", self.clip_norm)
         for name in ("beta1", "beta2"):
@@ -110,7 +114,7 @@ class OptimizerConfig:
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Rate of 0-based `step` in a run of `steps`."""
-        warmup = min(self.warmup_steps, max(1, steps // 20))
+        warmup = min(self.warmup_steps, max(1, int(self.warmup_share * steps)))
         if step < warmup:
             return self.lr * (step + 1) / warmup
         if self.decay == "cosine":
@@ -143,7 +147,7 @@ class ContrastConfig:
     rank: int = 64
     """Of direction's bilinear score."""
     distance: int = 64
-    """Positions between the two tokens of a topic pair, at least."""
+    """Positions between the two tokens of a topic pair, or of one under temporal.order=document, at least."""
     around: int = 4
     """Tokens on either side of each of a topic pair's two, of which none may occur around both."""
 
@@ -173,10 +177,10 @@ class TemporalConfig:
     window: int = 3
     pairs: Literal["adjacent", "all"] = "adjacent"
     """Pairs within a window."""
-    order: Literal["text", "segment", "batch"] = "text"
+    order: Literal["text", "segment", "document", "batch"] = "text"
     """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA, persistent SAE). As
-    controls: shuffled within each segment (its pairs are of one document, but not adjacent), or over the batch (of any
-    documents)."""
+    controls: shuffled within each segment (its pairs are near, but not adjacent), pairs of one document
+    contrast.distance positions apart or more (what is left is topic), or shuffled over the batch (any documents)."""
     warmup: float = 0.0
     """Share of the run over which the weight rises from 0."""
     budget: float = 0.0
@@ -235,12 +239,14 @@ class TemporalConfig:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the term takes token ids."""
-        return self.active and self.kind in ("topic", "local-topic")
+        """Whether the term takes token ids or their places in the document."""
+        return self.active and (self.kind in ("topic", "local-topic") or self.order == "document")
 
 
 CONTRASTIVE = ("contrastive", "local", "direction", "topic", "local-topic", "t-sae")
 """Kinds that compare pairs with pairs."""
+SINGLE_TOKENS = ("t-sae", "topic", "local-topic")
+"""Kinds that pick the two tokens of a pair themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +310,9 @@ class GuardConfig:
 
     explode: float = 100.0
     """A loss above so many times its running mean is an instability, as is one that is not finite."""
+    correlation: float = 0.0
+    """If above 0, so is a fall of the code's adjacent correlation by more than this below its running mean, as read
+    with the lines of metrics.jsonl; weights have moved by then."""
     action: Literal["end", "restore"] = "end"
     """end: the run ends where it is. restore: weights and optimiser of the last checkpoint come back, and training goes
     on with the next batch; the third time, the run ends."""
@@ -318,6 +327,7 @@ class GuardConfig:
         _at_least("guard.checkpoint_steps", self.checkpoint_steps, 0)
         _at_least("guard.keep", self.keep, 1)
         _positive("guard.checkpoint_minutes", self.checkpoint_minutes)
+        _at_least("guard.correlation", self.correlation, 0)
         if not self.explode > 1:
             raise ConfigError(f"guard.explode={self.explode}: must be above 1.")
 
@@ -326,9 +336,10 @@ class GuardConfig:
 class InitConfig:
     """The SAE before its first step."""
 
-    weights: Literal["transpose", "xavier", "zero"] = "transpose"
+    weights: Literal["transpose", "xavier", "uniform", "zero"] = "transpose"
     """transpose: random unit decoder rows, the encoder their transpose. xavier: Xavier-normal encoder and decoder,
-    decoder rows then set to norm 1. zero: nothing but zeros."""
+    decoder rows then set to norm 1. uniform: as torch.nn.Linear draws its weights, decoder rows then set to norm 1.
+    zero: nothing but zeros."""
     b_dec: Literal["mean", "median", "zero"] = "mean"
     """Of a sample of the data; median is the geometric one."""
     input_scale: Literal["unit", "none"] = "unit"
@@ -412,11 +423,17 @@ class TrainConfig:
 
     def _check_segments(self) -> None:
         temporal, length = self.temporal, self.data.segment_length
-        alone = temporal.active and temporal.kind in ("t-sae", "topic", "local-topic")
+        alone = temporal.active and temporal.kind in SINGLE_TOKENS
         if alone and (self.sae.reads_neighbours or self.linear.kind != "none"):
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} picks single tokens: it takes sae.window=1, sae.predictor=none and "
                 f"linear.kind=none, and they are {self.sae.window}, {self.sae.predictor!r} and {self.linear.kind!r}."
+            )
+        if temporal.order == "document" and (self.sae.reads_neighbours or temporal.kind in SINGLE_TOKENS):
+            raise ConfigError(
+                "temporal.order='document' is for terms over adjacent tokens of a code that reads single ones: "
+                f"temporal.kind={temporal.kind!r}, sae.window={self.sae.window} and sae.predictor="
+                f"{self.sae.predictor!r} are not such. Set temporal.order=segment or batch."
             )
         if not temporal.active or length >= temporal.n_positions:
             return

@@ -20,13 +20,19 @@ LOSS_DECAY = 0.98
 """Of the running mean that a loss is held against."""
 
 
-class UnstableError(RunError):
-    """A loss or gradient is not finite, or the loss explodes. No weight was touched, nor by any batch since."""
+CORRELATION_DECAY = 0.8
+"""The same of the adjacent correlation, which is read with the lines of the log."""
 
-    def __init__(self, message: str, batch: Batch) -> None:
+
+class UnstableError(RunError):
+    """A loss or gradient is not finite, or the loss explodes: no weight was touched, nor by any batch since. Or the
+    code's adjacent correlation fell (`counted`): the batch's step was made."""
+
+    def __init__(self, message: str, batch: Batch, counted: bool = False) -> None:
         super().__init__(message)
         self.batch = batch
         """The batch that did it: the one before the last, where a verdict is read late."""
+        self.counted = counted
 
 
 class Verdict(NamedTuple):
@@ -50,6 +56,25 @@ class Verdict(NamedTuple):
                 "No weight was touched; lower optimizer.lr.",
                 batch,
             )
+
+
+def watched(correlation: float, mean: float | None, fall: float, step: int, batch: Batch) -> float:
+    """The running mean of the code's adjacent correlation, this reading taken up.
+
+    Codes that follow the text have a correlation that changes slowly; where latents die by the hundred, or all fire at
+    random, it falls long before the loss explodes. Raises UnstableError for a fall by more than `fall`.
+    """
+    if mean is None:
+        return correlation
+    if mean - correlation > fall:
+        raise UnstableError(
+            f"step {step}: the code's adjacent correlation is {correlation:.3f}, its running mean {mean:.3f}, and a "
+            f"fall by {fall:g} is allowed (guard.correlation). Lower optimizer.lr, or bring the last good weights "
+            "back: guard.action=restore.",
+            batch,
+            counted=True,
+        )
+    return CORRELATION_DECAY * mean + (1 - CORRELATION_DECAY) * correlation
 
 
 def judged(loss: float, grad_norm: float, mean_loss: float, explode: float) -> Verdict:

@@ -229,18 +229,20 @@ class SegmentLoader:
         if not temporal.reads_text:
             return
         distance, split, where = temporal.contrast.distance, self.store.train, self.store.location
-        if (split.tokens[:1000] == split.tokens[0, 0]).all():
+        if temporal.order != "document" and (split.tokens[:1000] == split.tokens[0, 0]).all():
             raise ConfigError(
                 f"temporal.kind={temporal.kind!r} tells tokens by their ids; {where} has the same everywhere. Use "
                 "another kind, or set temporal.weight=0."
             )
-        if self.longest > distance:
+        needed = distance * (2 if temporal.order == "document" else 1)
+        if self.longest > needed:
             return
-        what = f"temporal.kind={temporal.kind!r} pairs tokens of a document temporal.contrast.distance={distance} apart"
+        term = f"order={temporal.order!r}" if temporal.order == "document" else f"kind={temporal.kind!r}"
+        what = f"temporal.{term} pairs tokens of a document temporal.contrast.distance={distance} apart"
         if self.config.document_segments == 1:
             raise ConfigError(
                 f"{what}; the longest segment has {self.longest}, and few documents have two in a batch. Set "
-                f"data.document_segments=4, or data.segment_length above {distance}."
+                f"data.document_segments=4, or data.segment_length above {needed}."
             )
         longest = int(np.bincount(np.unique(split.documents, return_inverse=True)[1], split.lengths).max())
         if longest <= distance:

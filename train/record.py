@@ -99,7 +99,8 @@ def steps_dependence(config: TrainConfig, before: int, after: int, n_tokens: int
     if (first := next((step for step in compared if rate(step, before) != rate(step, after)), None)) is not None:
         lost.append(
             f"the learning rate differs from step {first:,} on (optimizer.decay={config.optimizer.decay!r}, "
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps}; none and at most {max(1, before // 20)} do not)"
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}; none and at most "
+            f"{max(1, int(config.optimizer.warmup_share * before))} do not)"
         )
     if config.temporal.active and config.temporal.warmup:
         lost.append(f"temporal.warmup={config.temporal.warmup} is a share of the steps")

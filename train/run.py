@@ -26,7 +26,7 @@ from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, s
 from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
 from tcsae.train.config import DataConfig
-from tcsae.train.guard import UnstableError
+from tcsae.train.guard import UnstableError, watched
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
 from tcsae.train.plan import Run
@@ -165,13 +165,28 @@ class Member:
                 self.step(batch, number)
             return
         if logs:
-            self.log.write({**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)})
+            line = {**metrics_line(trainer, result), "seconds": round(self.elapsed(), 3)}
+            self.log.write(line)
+            if not self._watch(line["adjacent_correlation"], batch):
+                return
         if saves:
             self.checkpoint()
             if self.bring_back is not None:
                 self.bring_back = remember(trainer)
         elif late:
             self.checkpoint_between()
+
+    def _watch(self, correlation: float, batch: Batch) -> bool:
+        """Whether the code's adjacent correlation is stable; else the run is ended or brought back."""
+        progress, fall = self.trainer.progress, self.run.config.guard.correlation
+        try:
+            if fall:
+                mean = watched(correlation, progress.mean_correlation, fall, progress.n_steps, batch)
+                progress.mean_correlation = mean
+        except UnstableError as error:
+            self._unstable(error)
+            return False
+        return True
 
     def settle(self) -> None:
         """Wait for the verdict on the last step, and act on it."""
@@ -191,7 +206,8 @@ class Member:
             return
         self.bring_back()
         progress.n_restored += 1
-        self.trainer.count(error.batch)
+        if not error.counted:
+            self.trainer.count(error.batch)
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 

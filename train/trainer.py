@@ -17,7 +17,7 @@ from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.ops import Code, part, permuted
 from tcsae.shared.sae.sparse import SparseCode, batchtopk_code
 from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
-from tcsae.train.batch import Batch, shuffled
+from tcsae.train.batch import Batch, far_apart, shuffled
 from tcsae.train.config import TrainConfig
 from tcsae.train.guard import DeviceGuard, judged, verdict_of
 from tcsae.train.losses import temporal_term
@@ -110,6 +110,8 @@ class Progress:
     n_left_out: int = 0
     """Tokens that data.max_norm left out."""
     mean_loss: float = 0.0
+    mean_correlation: float | None = None
+    """Running mean of the code's adjacent correlation, where guard.correlation watches it."""
     n_restored: int = 0
     ended: str = ""
     """Why the run ended before its last step, if it did."""
@@ -328,8 +330,12 @@ class Trainer:
         if config.contrast.centred and self.positions is not None:
             state = state._replace(position=batch.positions(), means=self.positions.means())
         if config.order != "text" and not self.config.sae.reads_neighbours and batch.partners is None:
-            tokens = shuffled(config.order, batch, seed)
-            code, batch = permuted(code, tokens), batch._replace(x=batch.x[tokens])
+            if config.order == "document":
+                tokens, batch = far_apart(batch, config.contrast.distance)
+            else:
+                tokens = shuffled(config.order, batch, seed)
+                batch = batch._replace(x=batch.x[tokens])
+            code = permuted(code, tokens)
             if state.position is not None:
                 state = state._replace(position=state.position[tokens])
         return temporal_term(config.kind, state)(config, code, batch, seed)

@@ -66,6 +66,18 @@ def take(code: Code, tokens: Int[Tensor, " m"]) -> Code:
     return code.take(tokens)[0]
 
 
+def columns(code: Code, latents: Int[Tensor, " m"]) -> Float[Tensor, "n m"]:
+    """The code of the given latents as a matrix, on the CPU."""
+    if not isinstance(code, SparseCode):
+        return code[:, latents]
+    place = torch.full((code.d_sae,), -1)
+    place[latents] = torch.arange(len(latents))
+    at = (place[code.latents] >= 0).nonzero().squeeze(1)
+    made = torch.zeros(code.n_tokens, len(latents))
+    made.view(-1)[code.rows[at] * len(latents) + place[code.latents[at]]] = code.values[at]
+    return made
+
+
 def by_latent(code: Code) -> Held:
     """The same code, as the sums take it."""
     if not isinstance(code, SparseCode):

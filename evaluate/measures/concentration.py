@@ -1,15 +1,23 @@
 """Concentration: whether a few dense, wide latents make the figures that are pooled over all of them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional
 
+from tcsae.evaluate.measures.code_ops import columns
 from tcsae.evaluate.measures.core import Code
+from tcsae.evaluate.measures.latent_terms import WIDEST, widest
+from tcsae.evaluate.planted.matching import antipodal_pairs
+from tcsae.evaluate.planted.recovery_figures import ANTIPODAL_COSINE, decoder_rows
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode
 
 DENSE_RATE = 0.1
-WIDEST = 0.01
 
 
 class Concentration:
@@ -45,10 +53,45 @@ class Concentration:
         on, mean, square = self._sums / self._n
         variance = (square - mean.square()).clamp(min=0)
         total = variance.sum()
-        widest = variance.topk(max(1, round(WIDEST * len(variance)))).values.sum()
         varies = bool(total > 0)
         return {
             "n_dense": int((on > DENSE_RATE).sum()),
-            "widest_share": float(widest / total) if varies else None,
+            "widest_share": float(variance[widest(variance)].sum() / total) if varies else None,
             "effective_latents": float(total.square() / variance.square().sum()) if varies else None,
         }
+
+
+DENSE_DEFINITIONS = {
+    "antipodal_pairs": "pairs of latents that fire whose decoder rows have a cosine below "
+    f"{ANTIPODAL_COSINE}: two sides of one coordinate",
+    "dense_antipodal": f"dense latents, on at more than {DENSE_RATE:.0%} of tokens, with such a partner",
+    "dense_l0": "dense latents on at a token, mean",
+    "dense_rank": "effective rank of what they write: participation ratio of the eigenvalues of its covariance, on the "
+    "tokens of the probes",
+}
+
+
+def dense_latents(
+    sae: SparseAutoencoder, firings: Int[Tensor, "2 d_sae"], n_tokens: int, sample: Code | None
+) -> dict[str, Any]:
+    """{"figures", "definitions"} of the latents that are nearly always on: coordinates of a subspace, not features.
+
+    `firings` count tokens and sequences (`core.firing_counts`) of n_tokens; `sample` is the code of some of these.
+    """
+    rows = torch.from_numpy(decoder_rows(sae))
+    units = functional.normalize(rows, dim=1)
+    alive, dense = ((firings[0] > bound).nonzero().squeeze(1) for bound in (0, DENSE_RATE * n_tokens))
+    opposite = (units[dense] @ units[alive].T < ANTIPODAL_COSINE).any(1)
+    figures = {
+        "antipodal_pairs": antipodal_pairs(units[alive].numpy()),
+        "dense_antipodal": int(opposite.sum()),
+        "dense_l0": float(firings[0, dense].sum() / n_tokens),
+        "dense_rank": None if sample is None else _rank(columns(sample, dense) @ rows[dense]),
+    }
+    return {"figures": figures, "definitions": DENSE_DEFINITIONS}
+
+
+def _rank(written: Tensor) -> float | None:
+    values = np.linalg.eigvalsh(np.cov(written.double().numpy(), rowvar=False)) if len(written) > 1 else np.zeros(1)
+    total = np.square(values).sum()
+    return float(values.sum() ** 2 / total) if total > 0 else None

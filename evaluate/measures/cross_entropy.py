@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.evaluate.batches import Settings
+from tcsae.evaluate.batches import Settings, document_numbers
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.shared.base.device import sums_on, to_device
 from tcsae.shared.base.files import json_digest, write_atomic
 from tcsae.shared.lm.tail import Tail
-from tcsae.shared.store.reader import Store
+from tcsae.shared.store.counted import CountingRules, counted
+from tcsae.shared.store.reader import Split, Store
 
 DEFINITIONS = {
     "ce_loss_without_sae": "nats per prediction, from the stored activations; counted are predictions made at counted "
@@ -28,7 +29,14 @@ DEFINITIONS = {
     "ce_loss_with_sae": "the same predictions with xhat in place of x",
     "ce_loss_with_ablation": "the same predictions with zeros at all positions, the skipped ones included",
     "ce_loss_with_mean": "the same predictions with the mean over the train split in place of x",
-    "ce_loss_score": "(with_ablation - with_sae) / (with_ablation - without_sae)",
+    "ce_loss_with_unigrams": "the same predictions by how often each token is predicted in the split: the best that "
+    "knows no context",
+    "ce_loss_increase": "with_sae - without_sae: nats a prediction that the reconstruction costs",
+    "ce_perplexity_ratio": "e to the power of ce_loss_increase",
+    "ce_loss_score": "(with_ablation - with_sae) / (with_ablation - without_sae): the recovered share of the gap to "
+    "zero ablation",
+    "ce_loss_score_mean": "the same of the gap to the mean: (with_mean - with_sae) / (with_mean - without_sae)",
+    "ce_loss_score_unigrams": "the same of the gap to ce_loss_with_unigrams",
     "kl_div_with_sae": "mean over the counted positions, a sequence's last one included, of KL(p || q): p from x, q "
     "from xhat",
     "kl_div_with_ablation": "the same, q from zeros at all positions",
@@ -44,7 +52,10 @@ SPLICES = {
 
 FOLDER = ".reference"
 """Below the folder of runs: the losses that no SAE changes, computed once per store and settings."""
+COUNTS = ("n_predictions", "n_positions", "unigrams")
 LOSSES = ("clean", "ablation", "zero", "mean")
+SMALLEST_GAP = 0.01
+"""Nats to an ablation; the share of a smaller gap that is recovered is a ratio of noise, and left undefined."""
 LOG2_E = math.log2(math.e)
 BLOCK_LOGITS = 1 << 18
 """Reduced at a time: 1 MB, and as much of weights."""
@@ -152,6 +163,8 @@ class Reference(NamedTuple):
 
     n_predictions: Float64[Tensor, " rows"]
     n_positions: Float64[Tensor, " rows"]
+    unigrams: Float64[Tensor, " rows"]
+    """Cross-entropy of the predicted tokens' frequencies (`unigram_losses`)."""
     clean: Losses
     ablation: Losses
     """Zeros at all positions."""
@@ -161,17 +174,29 @@ class Reference(NamedTuple):
     """The mean of the train split at the replaced positions."""
 
 
+def unigram_losses(split: Split, rules: CountingRules | int, n_documents: int) -> Float64[Tensor, " n_documents"]:
+    """-log of how often each predicted token is one, summed over each document's predictions; without a language model.
+
+    A prediction is made at a counted position whose next token lies in the same sequence.
+    """
+    predicts = counted(split, rules)[:, :-1]
+    predicts &= np.arange(1, split.tokens.shape[1]) < split.lengths[:, None]
+    targets, at = split.tokens[:, 1:][predicts], np.nonzero(predicts)[0]
+    _, kind, counts = np.unique(targets, return_inverse=True, return_counts=True)
+    nats = -np.log(counts / max(1, len(targets)))[kind]
+    return torch.from_numpy(np.bincount(document_numbers(split)[0][at], nats, n_documents))
+
+
 def resampled(
     resamplings: Resamplings, reference: Reference, losses: Sequence[Losses]
 ) -> tuple[Reference, list[Losses]]:
     """Losses per document as sums with a row for each resampling."""
     rows = [reference.clean, reference.ablation, reference.zero, reference.mean, *losses]
-    per_document = torch.stack(
-        (reference.n_predictions, reference.n_positions, *(one for row in rows for one in row)), 1
-    )
-    n_predictions, n_positions, *columns = resamplings.sums(per_document).unbind(1)
+    fixed = (reference.n_predictions, reference.n_positions, reference.unigrams)
+    per_document = torch.stack((*fixed, *(one for row in rows for one in row)), 1)
+    n_predictions, n_positions, unigrams, *columns = resamplings.sums(per_document).unbind(1)
     summed = [Losses(*pair) for pair in zip(columns[::2], columns[1::2], strict=True)]
-    return Reference(n_predictions, n_positions, *summed[:4]), summed[4:]
+    return Reference(n_predictions, n_positions, unigrams, *summed[:4]), summed[4:]
 
 
 def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[str, Float64[Tensor, " rows"]]:
@@ -180,17 +205,28 @@ def tail_figures(reference: Reference | None, spliced: Losses | None) -> dict[st
         return {}
     n, positions = reference.n_predictions, reference.n_positions
     clean, sae, zero, mean = (one.ce / n for one in (reference.clean, spliced, reference.ablation, reference.mean))
+    unigrams = reference.unigrams / n
     kl, kl_zero = spliced.kl / positions, reference.ablation.kl / positions
     return {
         "ce_loss_without_sae": clean,
         "ce_loss_with_sae": sae,
         "ce_loss_with_ablation": zero,
         "ce_loss_with_mean": mean,
+        "ce_loss_with_unigrams": unigrams,
+        "ce_loss_increase": sae - clean,
+        "ce_perplexity_ratio": (sae - clean).exp(),
         "ce_loss_score": (zero - sae) / torch.where(zero == clean, torch.nan, zero - clean),
+        "ce_loss_score_mean": _recovered(sae, clean, mean),
+        "ce_loss_score_unigrams": _recovered(sae, clean, unigrams),
         "kl_div_with_sae": kl,
         "kl_div_with_ablation": kl_zero,
         "kl_div_score": (kl_zero - kl) / torch.where(kl_zero == 0, torch.nan, kl_zero),
     }
+
+
+def _recovered(sae: Tensor, clean: Tensor, ablated: Tensor) -> Tensor:
+    gap = ablated - clean
+    return (ablated - sae) / torch.where(gap < SMALLEST_GAP, torch.nan, gap)
 
 
 def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:
@@ -220,7 +256,7 @@ def load_reference(runs_path: Path, store: Store, split: str, settings: Settings
         if identity != _identity(store, split, settings) | {"digest": _digest(tensors)}:
             return None
         losses = [Losses(*tensors[name]) for name in LOSSES]
-        return Reference(tensors["n_predictions"], tensors["n_positions"], *losses)
+        return Reference(*(tensors[name] for name in COUNTS), *losses)
     except (OSError, KeyError, safetensors.SafetensorError):  # worked out again, then replaced
         return None
 
@@ -228,7 +264,7 @@ def load_reference(runs_path: Path, store: Store, split: str, settings: Settings
 def save_reference(runs_path: Path, store: Store, split: str, settings: Settings, reference: Reference) -> None:
     """Keep the losses, per document."""
     tensors = {name: torch.stack(tuple(getattr(reference, name))) for name in LOSSES}
-    tensors |= {name: getattr(reference, name).contiguous() for name in ("n_predictions", "n_positions")}
+    tensors |= {name: getattr(reference, name).contiguous() for name in COUNTS}
     identity = _identity(store, split, settings) | {"digest": _digest(tensors)}
     write_atomic(reference_path(runs_path, store, split, settings), safetensors.torch.save(tensors, identity))
 

@@ -20,6 +20,10 @@ from tcsae.shared.store.reader import Split
 
 N_GROUPS = 8
 """Documents are dealt into this many groups, in turn; leaving one out at a time gives the intervals."""
+FAR = 8
+"""A lag that is a measure of its own, with an interval."""
+LAGS = (1, FAR)
+"""Of the measures without the mean by position."""
 N_LABELS = 128
 """Position bins, and token ids (the most frequent) whose share of variance is measured."""
 
@@ -58,6 +62,8 @@ class View(NamedTuple):
     """Tokens at the same counted position of the first sequences of consecutive documents."""
     joins: TokenPairs
     """The last token of a document and the first of the next."""
+    restarts: TokenPairs
+    """The last token of a sequence and the first of the next one of the same document."""
 
     def to(self, device: torch.device) -> "View":
         """The same view on a device."""
@@ -65,7 +71,7 @@ class View(NamedTuple):
         def moved(value: Any) -> Any:
             return to_device(value, device) if isinstance(value, Tensor) else value
 
-        pairs = {name: TokenPairs(*map(moved, getattr(self, name))) for name in ("partners", "joins")}
+        pairs = {name: TokenPairs(*map(moved, getattr(self, name))) for name in ("partners", "joins", "restarts")}
         return self._replace(**{name: moved(value) for name, value in self._asdict().items()} | pairs)
 
     @property
@@ -106,9 +112,11 @@ class Layout:
         starts = per_run.cumsum(0) - per_run
         from_start = torch.arange(len(run)) - starts[run]
         n_before = len(self.carried.first) + 1 if self.carried else 0
+        restarts = self._restarts(document, sequence, n_before)
         documents = self._documents(document.numpy(), run.numpy(), n_before)
         partners, joins = _pairs(documents)
-        local = piece - piece[0] if len(piece) else piece
+        # Numbered anew, as documents without a counted token are of no piece.
+        local = torch.unique_consecutive(piece, return_inverse=True)[1]
         carried_tokens = torch.tensor([*documents[-1].first, documents[-1].last]) if documents else torch.arange(0)
         if documents:
             n_first = len(documents[-1].first)
@@ -128,7 +136,19 @@ class Layout:
             n_kept_before=n_before,
             partners=partners,
             joins=joins,
+            restarts=restarts,
         )
+
+    def _restarts(self, document: Int[Tensor, " n"], sequence: Int[Tensor, " n"], n_before: int) -> TokenPairs:
+        """Where the context begins anew inside a document, that of the last batch included."""
+        new = (sequence[1:] != sequence[:-1]) & (document[1:] == document[:-1])
+        second = torch.from_numpy(np.flatnonzero(new.numpy()) + 1)
+        first, second = second - 1 + n_before, second + n_before
+        if self.carried and len(document) and self.carried.number == int(document[0]):
+            first, second = (
+                torch.cat((torch.tensor([one]), rest)) for one, rest in ((n_before - 1, first), (n_before, second))
+            )
+        return TokenPairs(first, second, document[second - n_before] % N_GROUPS)
 
     def _documents(self, document: ndarray, sequence: ndarray, n_before: int) -> list[_Document]:
         """The carried document, then this batch's; one that goes on from the last batch keeps its first sequence."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.intervals import jackknife
-from tcsae.evaluate.measures import probes, temporal_figures
+from tcsae.evaluate.measures import position_removed, probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import Code, join_codes, n_latents
-from tcsae.evaluate.measures.positions import N_GROUPS, Layout, View
+from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST, Terms, latent_terms, pool, widest
+from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
+from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
-    FAR,
     NULL_DEFINITIONS,
     NULLS,
     latent_measures,
@@ -33,6 +34,13 @@ from tcsae.shared.store.reader import Split
 
 DEFINITIONS = temporal_figures.DEFINITIONS | probes.DEFINITIONS
 INTERVAL_RULE = f"95% of value minus null, jackknife over {N_GROUPS} groups of documents (probes: bootstrap over them)"
+SMOOTHED = ("mean_pooled", "ema")
+"""Groups that are all latents smoothed, of which there are probes alone."""
+POSITION_REMOVED = ("rho_1_within", f"rho_{FAR}_within", "slowness_to_x", "document_share")
+WITHOUT_WIDEST = "without_widest"
+"""All latents but the widest (`latent_terms.WIDEST`): whether these make a pooled figure."""
+OF_CODES = ("jaccard", "dwell", "slowness_to_pca")
+"""Measures that x itself has none of."""
 PAIRS_RULE = "pairs within a sequence; documents' means over all of their counted tokens"
 
 
@@ -93,7 +101,8 @@ class TemporalObserver:
         self.mean = mean.float()
         self._mean_there = self.mean.to(self.device)
         self.moments = XMoments(len(mean), self.device)
-        self.x = Collector(len(mean), self.layout, self.device)
+        self.x, self.smooth_x = (Collector(len(mean), self.layout, self.device) for _ in range(2))
+        self._kernel = smoothing_kernel(Smoothing(EMA, probes.EMA_DECAY), split.store.sequence_length).to(self.device)
         self.systems: dict[int, Collector] = {}
         self.read: dict[int, list[Code]] = {}
         self.probe_draws: dict[int, dict[str, Float64[Tensor, " n_rows"]]] = {}
@@ -110,6 +119,7 @@ class TemporalObserver:
         if self.view.n:
             self.moments.add(self.view, centred)
         self.x.add(self.view, centred)
+        self.smooth_x.add(self.view, self._smoothed(centred))
         self.read.setdefault(-1, []).append(centred[self.rows])
 
     def see(self, system: int, code: Code) -> None:
@@ -124,7 +134,14 @@ class TemporalObserver:
     def look_back(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """A batch that another process adds up."""
         self.view = self.layout.view(batch).to(self.device)
-        self.x.pass_over(self.view, x - self._mean_there)
+        centred = x - self._mean_there
+        self.x.pass_over(self.view, centred)
+        self.smooth_x.pass_over(self.view, self._smoothed(centred))
+
+    def _smoothed(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """With an exponential memory along each run of counted positions: what any slowness has to beat."""
+        assert self.view is not None
+        return filtered_rows(x, torch.bincount(self.view.sequence.cpu()).tolist(), self._kernel)
 
     def pass_over(self, system: int, code: Code) -> None:
         """A system's code of the batch last looked back at."""
@@ -140,25 +157,32 @@ class TemporalObserver:
     @torch.inference_mode()
     def add_up(self, part: Part, widths: Sequence[int]) -> None:
         """Bring together in rank 0 what all processes have seen; `widths` are the systems' numbers of latents."""
-        collectors = [self.x, *(self._collector(i, width) for i, width in enumerate(widths))]
+        collectors = [self.x, self.smooth_x, *(self._collector(i, width) for i, width in enumerate(widths))]
         for each in collectors:
-            each.sums = each.sums.cpu()
+            each.to_cpu()
         self.read = {system: [code.to("cpu") for code in codes] for system, codes in self.read.items()}
-        part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.sums.tensors())])
+        part.add_up([*self.moments.tensors(), *(one for each in collectors for one in each.tensors())])
         read = part.gather(self.read)
         self.read = {
             system: [code for one in read for code in one.get(system, [])] for system in range(-1, len(widths))
         }
 
+    def sample(self, system: int) -> Code | None:
+        """A system's code of the tokens that probes read; None where there are none."""
+        return join_codes(self.read[system]) if self.plan and self.read.get(system) else None
+
     def measures(self, system: int, config: SaeConfig) -> dict[str, Any]:
         """All measures of a system, as eval.json has them."""
         sums = self.systems[system].sums
         whole = sums.without(None)
-        groups = latent_groups(config, whole.active[0])
-        code = join_codes(self.read[system]) if self.read.get(system) else None
+        groups = latent_groups(config, whole.active[0]) | {WITHOUT_WIDEST: ~widest(pool(whole).variance)}
+        code = self.sample(system)
         measured = self._rows(sums, groups, config.k)
+        measured["all"]["position_removed"] = self._position_removed(self.systems[system])
         if self.plan and code is not None:
             for name, which in groups.items():
+                if name == WITHOUT_WIDEST:
+                    continue
                 rows, draws = probes.probe(self.plan, probes.widest(code, which))
                 measured[name]["measures"] |= rows
                 if name == "all":
@@ -175,20 +199,39 @@ class TemporalObserver:
             },
             "interval_rule": INTERVAL_RULE,
             "pairs": PAIRS_RULE,
+            "group_rule": f"{WITHOUT_WIDEST}: all latents but the {WIDEST:.0%} of largest variance",
+            "position_rule": position_removed.RULE,
             "nulls": NULLS | dict.fromkeys(probes.DEFINITIONS, COMMONEST),
             "null_definitions": NULL_DEFINITIONS,
         }
 
     @cached_property
     def of_x(self) -> dict[str, Any]:
-        """The same of x itself, as far as they have a meaning there: no latent of it fires."""
-        everything = torch.ones(self.x.sums.f.shape[1], dtype=torch.bool)
-        rows, curves = self._rows(self.x.sums, {"all": everything}, None)["all"].values()
-        no_meaning = ("jaccard", "dwell", "rho_1_median", "rho_1_within_median", "slowness_to_pca")
-        rows = {name: row for name, row in rows.items() if not name.startswith(no_meaning)}
+        """The same of x itself; below "smoothed" of x with a memory, and the probes of `probes.smoothed`."""
+        of_x, smoothed = self._of_activations(self.x), {"ema": self._of_activations(self.smooth_x)}
         if self.plan:
-            rows |= probes.probe(self.plan, probes.widest(join_codes(self.read[-1]), everything))[0]
-        return {"measures": rows, "curves": {name: curve for name, curve in curves.items() if name in rows}}
+            x = probes.widest(join_codes(self.read[-1]), torch.ones(len(self.mean), dtype=torch.bool))
+            of_x["measures"] |= probes.probe(self.plan, x)[0]
+            for name, smooth in probes.smoothed(self.plan, x).items():
+                smoothed.setdefault(name, {"measures": {}})["measures"] |= probes.probe(self.plan, smooth)[0]
+        return of_x | {"smoothed": smoothed}
+
+    def _of_activations(self, collector: Collector) -> dict[str, Any]:
+        """As far as measures have a meaning there: no dimension of x fires."""
+        everything = torch.ones(len(self.mean), dtype=torch.bool)
+        rows, curves = self._rows(collector.sums, {"all": everything}, None)["all"].values()
+        rows = {name: row for name, row in rows.items() if not name.startswith(OF_CODES) and not _of_latents(name)}
+        return {
+            "measures": rows,
+            "curves": {name: curve for name, curve in curves.items() if name in rows},
+            "position_removed": self._position_removed(collector),
+        }
+
+    def _position_removed(self, collector: Collector) -> dict[str, float | None]:
+        """What is left of measures once the mean by position is taken out, of a code and of x alike."""
+        ours, of_x = (position_removed.figures(one.positions, one.sums.without(None)) for one in (collector, self.x))
+        ours["slowness_to_x"] = ours["slowness"] / of_x["slowness"] if of_x["slowness"] else torch.nan
+        return {name: _json(ours[name]) for name in POSITION_REMOVED}
 
     def _rows(
         self, sums: TemporalSums, groups: Mapping[str, Bool[Tensor, " d_sae"]], k: int | None
@@ -196,12 +239,14 @@ class TemporalObserver:
         """Of each group of latents: measures with nulls and intervals, and curves over lags."""
         filled = [group for group in range(N_GROUPS) if sums.n_documents[group]]
         whole = sums.without(None)
-        full = {name: self._figures((whole, whole), (name, which), k, None) for name, which in groups.items()}
+        terms = latent_terms(whole, whole)
+        full = {name: self._figures((whole, terms), (name, which), k, None) for name, which in groups.items()}
         left: dict[str, list[dict[str, _Pair]]] = {name: [] for name in groups}
         for without in filled if len(filled) > 1 else []:
             part = whole.less(sums, without, n_lags=FAR)
+            terms = latent_terms(part, whole)
             for name, which in groups.items():
-                left[name].append(self._figures((part, whole), (name, which), k, without)[0])
+                left[name].append(self._figures((part, terms), (name, which), k, without)[0])
         rows = {}
         for name, (pairs, curves) in full.items():
             rows[name] = {
@@ -212,21 +257,24 @@ class TemporalObserver:
 
     def _figures(
         self,
-        sums: tuple[TemporalSums, TemporalSums],
+        sums: tuple[TemporalSums, Mapping[str, Terms]],
         latents: tuple[str, Bool[Tensor, " d_sae"]],
         k: int | None,
         without: int | None,
     ) -> tuple[dict[str, "_Pair"], dict[str, list[float]]]:
-        """Values and nulls from (the sums without a group, all sums), of the latents of a name; and curves."""
+        """Values and nulls from (the sums without a group, their terms), of the latents of a name; and curves."""
         name, which = latents
-        values, nulls, curves = latent_measures(*sums, which)
-        slow, permuted = values["slowness"], nulls["slowness"]
+        part, terms = sums
+        values, nulls, curves = latent_measures(part, part, which, terms)
         of_x, permuted_x = self._speed(None, without)
-        values["slowness_to_x"], nulls["slowness_to_x"] = slow / of_x, permuted / permuted_x
+        for ending in ("", MEDIAN, MEAN):
+            values[f"slowness_to_x{ending}"] = values[f"slowness{ending}"] / of_x
+            nulls[f"slowness_to_x{ending}"] = nulls[f"slowness{ending}"] / permuted_x
         if k is not None:
             # Permuted components are as slow as permuted x: without memory, both come to one.
             of_pca, _ = self._speed(min(k, len(self.mean)), without)
-            values["slowness_to_pca"], nulls["slowness_to_pca"] = slow / of_pca, permuted / permuted_x
+            values["slowness_to_pca"] = values["slowness"] / of_pca
+            nulls["slowness_to_pca"] = nulls["slowness"] / permuted_x
         if name == "all":
             of_tokens = token_measures(sums[0])
             values, nulls = values | of_tokens.values, nulls | of_tokens.nulls
@@ -240,6 +288,11 @@ class TemporalObserver:
             of_pca = of_x[0] if k is None else self.moments.pca_slowness(k, without)
             self._speeds[k, without] = (of_pca, of_x[1])
         return self._speeds[k, without]
+
+
+def _of_latents(name: str) -> bool:
+    """Whether a measure is of single latents: those of x have no meaning, as any rotation of it is as good."""
+    return name.endswith((MEDIAN, MEAN))
 
 
 class _Pair(NamedTuple):

@@ -27,7 +27,7 @@ from tcsae.evaluate.measures.code_ops import (
     token_sums,
 )
 from tcsae.evaluate.measures.core import Code, join_codes
-from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout, View
+from tcsae.evaluate.measures.positions import LAGS, N_GROUPS, N_LABELS, Layout, View
 
 N_LAGS = 32
 N_BINS = 400
@@ -91,8 +91,8 @@ class TemporalSums:
     """Sum and number of pairs: adjacent, permuted, partners in other documents."""
     difference: Float64[Tensor, "g 2"]
     """|f_t - f_(t+1)|^2: adjacent, permuted."""
-    distances: Float64[Tensor, "g 3 n_bins"]
-    """Histogram of the relative distance: adjacent, permuted, joins."""
+    distances: Float64[Tensor, "g 4 n_bins"]
+    """Histogram of the relative distance: adjacent, permuted, joins of documents, restarts inside one."""
     energy: Float64[Tensor, " g"]
     """|f|^2."""
     magnitude: Float64[Tensor, " g"]
@@ -132,7 +132,7 @@ def no_sums(width: int, n_positions: int, device: torch.device | str = "cpu") ->
         "n_documents": (),
         "jaccard": (3, 2),
         "difference": (2,),
-        "distances": (3, N_BINS),
+        "distances": (4, N_BINS),
         "energy": (),
         "magnitude": (),
     }
@@ -149,12 +149,62 @@ def no_sums(width: int, n_positions: int, device: torch.device | str = "cpu") ->
     return TemporalSums(**{name: one.to(device) for name, one in made.items()})
 
 
+class PositionSums:
+    """Sums by position (or bin of positions, `View.position`); w = f - m, m the document's mean."""
+
+    def __init__(self, width: int, n_positions: int, device: torch.device | str = "cpu") -> None:
+        self.n = torch.zeros(n_positions, dtype=torch.float64, device=device)
+        self.w = torch.zeros(n_positions, width, device=device)
+        self.n_pairs = self.n.new_zeros(len(LAGS), n_positions)
+        self.pairs = self.w.new_zeros(len(LAGS), 2, n_positions, width)
+        """w of the first and of the second members, by the first one's position."""
+        self.overlap = self.n.new_zeros(n_positions, n_positions)
+        """Sum over documents of c c' / n, c the document's tokens at a position."""
+
+    def add(self, view: View, held: Held, mean: Float64[Tensor, "n_pieces d_sae"]) -> None:
+        """A batch's code, and the means of its documents (or pieces)."""
+        counts = self._add_labels(self.w, view, held, (view.position, view.piece), mean)
+        self.n += counts.sum(0)
+        self.overlap += counts.T @ (counts / counts.sum(1, keepdim=True).clamp(min=1))
+        for i, lag in enumerate(LAGS):
+            first = torch.where(view.to_end >= lag, view.position, -1)
+            second = torch.where(view.from_start >= lag, view.position.roll(lag), -1)
+            for table, labels in zip(self.pairs[i], (first, second), strict=True):
+                counts = self._add_labels(table, view, held, (labels, view.piece), mean)
+            self.n_pairs[i] += counts.sum(0)
+
+    def _add_labels(
+        self,
+        table: Tensor,
+        view: View,
+        held: Held,
+        labels: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        mean: Float64[Tensor, "n_pieces d_sae"],
+    ) -> Float64[Tensor, "n_pieces n_positions"]:
+        """Add w by position; returns how many tokens of each piece have which."""
+        position, piece = labels
+        cells(held, position).add(table, entry_values(held))
+        n_positions, known = len(self.n), position >= 0
+        counts = torch.bincount((piece * n_positions + position)[known], minlength=view.n_pieces * n_positions)
+        counts = counts.view(view.n_pieces, n_positions).double()
+        table -= (counts.T @ mean).to(table.dtype)
+        return counts
+
+    def tensors(self) -> list[Tensor]:
+        return [self.n, self.w, self.n_pairs, self.pairs, self.overlap]
+
+    def to_cpu(self) -> None:
+        """Move the sums, for good."""
+        self.n, self.w, self.n_pairs, self.pairs, self.overlap = (one.cpu() for one in self.tensors())
+
+
 class Collector:
     """Adds up one system's sums, batch after batch."""
 
     def __init__(self, width: int, layout: Layout, device: torch.device | str = "cpu") -> None:
         """`device`: where codes and views come from."""
         self.sums = no_sums(width, layout.n_positions, device)
+        self.positions = PositionSums(width, layout.n_positions, device)
         self.kept: Code | None = None
 
     def add(self, view: View, code: Code) -> None:
@@ -165,6 +215,7 @@ class Collector:
         of_tokens = token_sums(code)
         pieces, of_pieces = _Pieces(view), cells(held, view.piece)
         mean, active = self._add_documents(pieces, held, of_pieces)
+        self.positions.add(view, held, mean)
         self._add_edges(view, held, of_pieces.look_up(mean))
         self.sums.active_first.index_add_(0, pieces.group, active)  # of the last tokens, it has been taken away
         add_lag_products(self.sums.products, self.sums.both, held, view.sequence, view.group)
@@ -177,6 +228,14 @@ class Collector:
         self._add_across(view, code)
         self.sums.energy.index_add_(0, view.group, of_tokens.energy)
         self.sums.magnitude.index_add_(0, view.group, of_tokens.magnitude)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums; over parts of a split they add up."""
+        return [*self.sums.tensors(), *self.positions.tensors()]
+
+    def to_cpu(self) -> None:
+        self.sums = self.sums.cpu()
+        self.positions.to_cpu()
 
     def pass_over(self, view: View, code: Code) -> None:
         """The code of tokens that are added up elsewhere; what comes next is compared with it."""
@@ -250,10 +309,11 @@ class Collector:
         cells(moved, torch.where(known, 0, -1)).add(sums.permuted_token_squares, values.square())
 
     def _add_across(self, view: View, code: Code) -> None:
-        """Pairs of tokens of different documents."""
+        """Pairs of tokens of different documents, or of different sequences of one."""
         both = self._keep(view, code)
         self._add_jaccard(2, compare_pairs(both, view.partners.first, view.partners.second), view.partners.group)
-        self._add_distances(2, compare_pairs(both, view.joins.first, view.joins.second), view.joins.group)
+        for kind, pairs in ((2, view.joins), (3, view.restarts)):
+            self._add_distances(kind, compare_pairs(both, pairs.first, pairs.second), pairs.group)
 
     def _add_jaccard(self, kind: int, pairs: Pairs, group: Int[Tensor, " m"]) -> None:
         """Pairs of tokens without any active latent do not count."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tcsae.shared.base.cli import Count, Place, StageCommand
+from tcsae.shared.base.cli import Count, Place, StageCommand, device_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,13 +25,7 @@ def report_folder(runs_path: "Path", out: str | None) -> "Path":
 @click.option("--split", type=SPLIT, default="eval", show_default=True, help="Where the features' text is from.")
 @click.option("--max-tokens", type=Count(), help="Look at so many of its tokens only. Default: all.")
 @click.option("--force", is_flag=True, help="Write it again, even if nothing has changed.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cuda", "mps", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="Where SAEs encode; auto: the first of the others that is there.",
-)
+@device_option("SAEs encode")
 @click.option("--tracker", metavar="NAME", help="Log figures and report to each run's tensorboard or wandb.")
 @click.pass_obj
 def report(place: Place, tracker: str | None, **asked: Any) -> None:

@@ -18,13 +18,14 @@ from tcsae.evaluate.report.features.lens import DEFINITION as LENS_DEFINITION
 from tcsae.evaluate.report.features.lens import Lenses
 from tcsae.evaluate.report.features.shown_feature import LABELS, VERSION
 from tcsae.evaluate.report.pages import page_files
+from tcsae.evaluate.report.pages.latents_section import latents_looked_at, latents_tables, measured_parts
 from tcsae.evaluate.report.pages.matched_saes import MAX_SAES, matched_latents
 from tcsae.evaluate.report.pages.overview import overview
 from tcsae.evaluate.report.pages.page_files import Excluded, Included, choose_runs
 from tcsae.evaluate.report.pages.sae_page import sae_page
 from tcsae.evaluate.systems import sae_on
 from tcsae.shared.base.console import progress
-from tcsae.shared.base.files import file_digest, remove_dead_partials, write_folder
+from tcsae.shared.base.files import file_digest, json_digest, remove_dead_partials, write_folder
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
 from tcsae.shared.sae.folder import EVALUATION, writing
@@ -88,6 +89,7 @@ def _identity(
         "split": request.split,
         "max_tokens": request.max_tokens,
         "runs": {one.name: file_digest(one.loaded.run.path / EVALUATION) for one in included},
+        "latents": {one.name: json_digest(measured_parts(one)) for one in included},
         "excluded": {one.name: one.why for one in excluded},
     }
 
@@ -135,7 +137,8 @@ class _Report:
         self._shared(pages)
         if comparable:
             self._compare(pages, comparable)
-        pages.page("index.html", "overview.html", **overview(self.store, self.included, self.excluded))
+        tables = latents_tables(self.included)
+        pages.page("index.html", "overview.html", **overview(self.store, self.included, self.excluded), latents=tables)
         pages.page("glossary.html", "glossary.html", entries=pages.glossary.entries)
         page_files.mark(folder, identity)
 
@@ -174,7 +177,8 @@ class _Report:
             "skip_first": one.skip_first,
         }
         common = {"run": one, "counted": counted}
-        pages.page(f"{folder}/index.html", "sae.html", **common, **sae_page(one, features, data))
+        looked_at = latents_looked_at(one)
+        pages.page(f"{folder}/index.html", "sae.html", **common, **sae_page(one, features, data), latents=looked_at)
         pages.page(
             f"{folder}/features.html", "features.html", **common, no_lens=no_lens, lens_definition=LENS_DEFINITION
         )

@@ -1,7 +1,7 @@
 """Parts of the command line: the commands' common class, its help page, and types of values."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import click
 
@@ -111,3 +111,25 @@ class Count(click.ParamType):
             return value if isinstance(value, int) else parse_count(str(value))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
+
+
+def device_option(what: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """--device; `what` says what runs there."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cuda", "mps", "cpu"]),
+        default="auto",
+        show_default=True,
+        help=f"Where {what}; auto: the first of the others that is there.",
+    )
+
+
+def precision_option(about: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """--precision; `about` says what bf16 is of, and what stays exact."""
+    return click.option(
+        "--precision",
+        type=click.Choice(["float32", "tf32", "bf16"]),
+        default="float32",
+        show_default=True,
+        help=f"Of matrix products on a GPU; bf16: {about}",
+    )

@@ -37,7 +37,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--positions",
             "--init-from",
         ],
-        "How": ["--device", "--tracker", "--dry-run", "--fresh"],
+        "How": ["--device", "--precision", "--tracker", "--dry-run", "--fresh"],
     },
     "eval": {
         "What to score": [
@@ -51,7 +51,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--splice",
         ],
         "What to print": ["--details", "--compare", "--with", "--json"],
-        "How": ["--force"],
+        "How": ["--device", "--precision", "--force"],
     },
     "compare": {
         "What to compare": ["--run", "--with"],
@@ -60,10 +60,25 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "paper": {
         "What to run": ["--only", "--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
     "probe": {
         "What to probe": ["--run", "--labels", "--quick", "--null", "--null-runs"],
         "What to print": ["--details", "--json"],
+    },
+    "latents": {
+        "What to measure": [
+            "--run",
+            "--part",
+            "--latents",
+            "--sample",
+            "--widest",
+            "--tokens",
+            "--tail-tokens",
+            "--quick",
+        ],
+        "What to print": ["--details", "--json"],
+        "How": ["--force"],
     },
     "stability": {
         "What to compare": ["--run"],
@@ -80,6 +95,11 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "methods": {
         "What to run": ["--quick", "--model", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
+    },
+    "real-lm": {
+        "What to run": ["--quick", "--model", "--layer", "--dataset", "--tokens"],
+        "Folders": ["--work", "--out"],
     },
 }
 
@@ -89,6 +109,7 @@ LINES = {
     "train": "Train sparse autoencoders from the store",
     "eval": "Score them on the eval split, without the language model",
     "probe": "Probe latents with labels that text and corpus give",
+    "latents": "Measure latents: use, redundancy, what text says",
     "compare": "Compare a run with others on the same documents",
     "stability": "See what runs' decoders repeat, and what they share",
     "report": "Write pages with results and every feature",
@@ -104,6 +125,7 @@ LINES = {
     "pull": "Bring SAEs or a store from the Hugging Face Hub",
     "paper": "Reproduce the paper and test its claim",
     "methods": "Train every temporal method, print one table",
+    "real-lm": "Choose the default preset on a real language model",
     "synthetic": "Plant known features in a store, to see what is found",
     "planted": "See which planted features are recovered, by whom",
     "completion": "Print the completion script of a shell",

@@ -12,7 +12,7 @@ FIGURES = {
     "explained_variance": "explained variance (centred, pooled R2)",
     "l0": "L0",
     "dead_fraction": "share of latents that never fire",
-    "ce_loss_score": "CE score (share of the cross-entropy that survives the reconstruction)",
+    "ce_loss_score": "CE score (share of the gap in cross-entropy to zero ablation that is recovered)",
     "kl_div_score": "KL score",
 }
 """What the card shows of an evaluation, in this order."""

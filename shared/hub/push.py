@@ -16,7 +16,7 @@ from tcsae.shared.store.integrity import CHECKSUMS, CHECKSUMS_METADATA, ROOT
 from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.reader import Store, open_store
 
-RUN_FILES = (CONFIG, WEIGHTS, RECORD, EVALUATION, "saebench_core.json")
+RUN_FILES = (CONFIG, WEIGHTS, RECORD, EVALUATION, "saebench_core.json", "latents.json")
 """Of a run's folder, as far as they are there."""
 COMMIT_FILES, COMMIT_BYTES = 64, 256 << 20
 """Of a store, in one commit: what an interruption may cost."""

@@ -1,5 +1,7 @@
 """The first weights of a run."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +30,11 @@ def initial_sae(config: TrainConfig, sample: Float[Tensor, "n d_model"]) -> Spar
         case "xavier":
             torch.nn.init.xavier_normal_(sae.W_enc_rows, generator=generator)
             torch.nn.init.xavier_normal_(sae.W_dec, generator=generator)
+            if config.optimizer.unit_decoder:
+                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        case "uniform":
+            for weights in (sae.W_enc_rows, sae.W_dec.T):  # outputs x inputs, as torch.nn.Linear has them
+                torch.nn.init.kaiming_uniform_(weights, a=math.sqrt(5), generator=generator)
             if config.optimizer.unit_decoder:
                 sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         case "transpose":

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
-from tcsae.evaluate.measures.positions import Layout
-from tcsae.evaluate.measures.temporal_figures import FAR, pair_counts, pool
+from tcsae.evaluate.measures.latent_terms import pair_counts, pool
+from tcsae.evaluate.measures.positions import FAR, Layout
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import ContextCollector

@@ -20,32 +20,35 @@ RESULTS = {
     "cossim": "cosine",
     "l2_ratio": "L2 ratio",
     "l0": "L0",
-    "dead_fraction": "dead",
-    "ce_loss_with_sae": "CE",
-    "ce_loss_score": "CE score",
+    "dead_fraction": "never on",
+    "ce_loss_increase": "delta CE",
+    "ce_perplexity_ratio": "ppl ratio",
+    "ce_loss_score": "rec. zero",
+    "ce_loss_score_mean": "rec. mean",
     "kl_div_score": "KL score",
 }
 TEMPORAL = {
     "jaccard_corrected": "Jaccard",
     "rho_1": "autocorrelation",
     "rho_1_within": "autocorr. within doc.",
+    "rho_1_within_median": "median autocorr.",
     "rho_8_within": "persistence (lag 8)",
-    "slowness_to_x": "slowness / x",
+    "slowness_to_x": "change / x",
     "dwell": "dwell",
     "position_share": "position",
     "token_share": "token",
     "document_share": "document",
-    "boundary_auc": "join AUC",
+    "join_auc": "join",
     "probe_document": "probe: document",
     "probe_token": "probe: token",
     "probe_position": "probe: position",
 }
-SLOWNESS = "slowness / x (left: slower)"
+SLOWNESS = "relative change (left: slower; 1: as fast as x)"
 FRONTIERS = (
     ("Variance at which sparsity?", "l0", "L0", "explained_variance", "explained variance"),
-    ("Predictions at which sparsity?", "l0", "L0", "ce_loss_score", "CE score"),
+    ("Predictions at which sparsity?", "l0", "L0", "ce_loss_increase", "delta CE, nats"),
     ("What does slowness cost in variance?", "slowness_to_x", SLOWNESS, "explained_variance", "explained variance"),
-    ("What does slowness cost in predictions?", "slowness_to_x", SLOWNESS, "ce_loss_score", "CE score"),
+    ("What does slowness cost in predictions?", "slowness_to_x", SLOWNESS, "ce_loss_increase", "delta CE, nats"),
 )
 HISTORIES = (("explained_variance", "explained variance, of the batch"), ("adjacent_correlation", "autocorrelation"))
 DEFINITIONS = metrics.DEFINITIONS | tail_metrics.DEFINITIONS | temporal_run.DEFINITIONS
@@ -140,11 +143,15 @@ def _measured(included: Sequence[Included]) -> dict[str, str]:
     return {name: label for name, label in TEMPORAL.items() if name in measured}
 
 
-def _of_x(included: Sequence[Included]) -> dict[str, Cell]:
+def _of_x(included: Sequence[Included]) -> dict[str, dict[str, Cell]]:
+    """Of x itself, and of x with a memory, which any slowness has to beat; empty if it was not measured."""
     for one in included:
         if temporal := one.evaluation.get("temporal"):
-            rows = temporal["x"]["measures"]
-            return {name: _against_null(row) for name, row in rows.items()}
+            parts = {"x itself": temporal["x"], "x smoothed": temporal["x"]["smoothed"]["ema"]}
+            return {
+                name: {measure: _against_null(row) for measure, row in part["measures"].items()}
+                for name, part in parts.items()
+            }
     return {}
 
 
