@@ -27,13 +27,15 @@ from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
 BATCH_CODE_ENTRIES = 8 << 20
 """Of a dense code or of pre-activations, at most: 32 MB."""
+PART_TOKENS = 1024
+"""Encoded at a time, at most: 12% faster than twice as many, at width 128 with 4096 latents."""
 
 System = Callable[[Float[Tensor, "n d_model"]], Output]
 """Activations in, reconstruction and code out."""
 
 
 class SaeOutput:
-    """An SAE as a system, encoding at most BATCH_CODE_ENTRIES at a time."""
+    """An SAE as a system, encoding at most BATCH_CODE_ENTRIES of PART_TOKENS at a time."""
 
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae = sae
@@ -156,5 +158,5 @@ def code_parts(
     if encode is None:
         # Next to no entry of a gelu is zero, so its sparse code would cost three times more.
         encode = sae.encode_sparse if sae.kind.mostly_zero else sae.encode
-    for part in x.split(max(1, BATCH_CODE_ENTRIES // sae.config.d_sae)):
+    for part in x.split(max(1, min(PART_TOKENS, BATCH_CODE_ENTRIES // sae.config.d_sae))):
         yield part, encode(part)

@@ -46,7 +46,8 @@ def ours(name: str, data: list[Batch], *settings: str) -> tuple[Callable[[], int
     config = with_settings(
         preset(name, D_MODEL), [f"sae.k={K}", "steps=1M", f"data.segment_length={data[0].lengths[0]}", *settings]
     )
-    trainer = Trainer(config, data[0].x)
+    window = config.sae.window
+    trainer = Trainer(config, data[0].x if window == 1 else data[0].windows(window, 0).x)
     state = {"i": 0}
 
     def step() -> int:
