@@ -11,7 +11,9 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import toy_harvest as toy
 from click.testing import CliRunner
@@ -22,7 +24,9 @@ from tcsae.shared.base.distributed import Ranks, ranks
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.base.files import remove_folder, write_atomic
 from tcsae.shared.commands.group import cli
-from tcsae.shared.store.format import Shard
+from tcsae.shared.store.arrays import CodecRecord, StoreArrays
+from tcsae.shared.store.format import Recipe, Shard
+from tcsae.shared.store.journal import Journal
 from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.writer import StoreWriter
 
@@ -151,6 +155,21 @@ def test_the_rest_is_shared_by_all_who_are_done_without_a_list_a_shard(monkeypat
     assert set(written) == {shard.name for shard in store.all}
     assert len(written) <= 60 + 4
     assert store.n_listed <= 9
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_shard_that_others_wrote_before_they_sealed_the_store_is_let_go(monkeypatch, tmp_path, split, sealed):
+    """Its codec's parameters are cleared away with the journal, which only the one who is late needs."""
+    monkeypatch.setattr(several, "_sealed", lambda location: sealed)  # noqa: ARG005
+    recipe, journal = Mock(spec=Recipe, codec="compact"), Mock(spec=Journal)
+    journal.has.return_value, journal.read.return_value = False, None
+    codec = CodecRecord(recipe, LocalObjects(str(tmp_path)), Mock(spec=StoreArrays), journal)
+    writer = Mock(spec=StoreWriter, location=str(tmp_path))
+    writer.is_written.return_value = False
+    writer.write_shard = lambda shard, x: codec.encode(shard.split, "h", x["h"])
+    with contextlib.nullcontext() if sealed else pytest.raises(StoreError, match="another process sealed or cleared"):
+        several.write_beside(writer, Shard(split, 0, 0, 1), {"h": np.zeros((1, 4), np.float32)})
 
 
 def test_a_folder_can_be_listed_and_swept_while_others_write(tmp_path):

@@ -11,6 +11,7 @@ from zarr.abc.codec import ArrayArrayCodec
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
+from tcsae.shared.base.errors import StoreError
 from tcsae.shared.store.codecs import EXACT, encode, eval_codec, fit, representation, stored_width
 from tcsae.shared.store.format import PER_TOKEN, TOKEN_DTYPES, HookRecipe, Layout, Recipe
 from tcsae.shared.store.journal import CODEC, Journal
@@ -111,7 +112,8 @@ class CodecRecord:
         if split == "train" or self._recipe.codec in EXACT:
             return self._recipe.codec
         record = self._journal.read(CODEC)
-        assert record is not None, "fit comes before the first shard"
+        if record is None:
+            raise self._gone()
         return record["eval"][hook]
 
     def encode(self, split: str, hook: str, x: Float[ndarray, "n d_model"]) -> Shaped[ndarray, "n d_stored"]:
@@ -119,10 +121,18 @@ class CodecRecord:
         codec = self.name(split, hook)
         names = representation(codec).parameters
         if names and hook not in self._parameters:
-            assert self.fitted, "fit comes before the first shard"
+            if not self.fitted:
+                raise self._gone()
             group = zarr.open_group(self._objects.zarr_store(), path=f"codec/{hook}", mode="r", zarr_format=3)
             self._parameters[hook] = {name: np.asarray(group[name][:]) for name in names}  # type: ignore[index]
         return encode(x, codec, self._parameters.get(hook))
+
+    def _gone(self) -> StoreError:
+        """Parameters are fitted before the first shard; who seals the store clears their record away."""
+        return StoreError(
+            f"{self._objects.location}: the codec's parameters are not recorded any more, as another process sealed or "
+            "cleared the store. Start the same command again."
+        )
 
     def objects(self) -> dict[str, str]:
         """Keys of the parameters' chunks, and their digests as they were written."""
