@@ -1,6 +1,6 @@
 """What `eval` prints of temporal and position measures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -103,26 +103,29 @@ def _details(title: str, temporal: dict[str, Any], groups: dict[str, Any]) -> No
     table(f"{title}: autocorrelation by lag", ("", *map(str, LAGS)), curves)
 
 
-def _by_latent(title: str, temporal: dict[str, Any]) -> None:
-    """What few latents make of a pooled figure, and what position does."""
+def by_latent(temporal: Mapping[str, Any]) -> dict[str, list[dict[str, float | None]]]:
+    """What few latents make of each pooled figure, and what position does: {"value", "null"} in the order of BY_LATENT,
+    the null of the first two alone.
+    """
     pooled, rest = (temporal["groups"][name]["measures"] for name in ("all", WITHOUT_WIDEST))
     removed, x = temporal["groups"]["all"]["position_removed"], temporal["x"]["measures"]
-    rows: list[list[object]] = []
+    rows = {}
     for name in SPREAD:
         of_x = x[name]["value"] if name in x else None
-        columns = (pooled[name], pooled[name + MEDIAN])
-        values = (row["value"] for row in (pooled[name + MEAN], rest[name]))
-        rows.append([name, *map(_with_null, columns), *map(_digits, (*values, removed.get(name), of_x))])
+        with_null = [{key: row[key] for key in ("value", "null")} for row in (pooled[name], pooled[name + MEDIAN])]
+        values = (pooled[name + MEAN]["value"], rest[name]["value"], removed.get(name), of_x)
+        rows[name] = [*with_null, *({"value": value, "null": None} for value in values)]
+    return rows
+
+
+def _by_latent(title: str, temporal: dict[str, Any]) -> None:
+    rows = [[name, *map(_with_null, cells)] for name, cells in by_latent(temporal).items()]
     table(f"{title}: what few latents make of a figure, and what position does", ("", *BY_LATENT), rows)
 
 
-def _digits(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
-
-
-def _with_null(row: dict[str, Any]) -> str | None:
+def _with_null(row: Mapping[str, Any]) -> str | None:
     value, null = row["value"], row["null"]
-    return None if value is None else f"{value:.4f} ({'-' if null is None else f'{null:.4f}'})"
+    return None if value is None else f"{value:.4f}" + ("" if null is None else f" ({null:.4f})")
 
 
 def _probes(measured: Sequence[dict[str, Any]]) -> None:

@@ -190,3 +190,13 @@ def test_killed_and_started_again_it_is_the_same(store, tmp_path, monkeypatch):
 def test_a_first_decay_that_is_none_is_one_line(store, tmp_path, value):
     done = command(store, tmp_path, "train", "--preset=persistent", f"--set=init.decay={value}")
     assert done.exit_code == 1 and "init.decay=" in done.stderr and "must lie between 0 and 1" in done.stderr
+
+
+def test_a_state_leaves_no_number_below_the_normal_range():
+    """Matrix products with such numbers take five times as long."""
+    sae = make_sae().float()
+    sae.decay_logit.data.fill_(-3)
+    _, novel, predicted = read_out(sae, activations(200).float(), np.array([200]))
+    states = (novel.dense() + predicted).abs()
+    assert states[states > 0].min() > torch.finfo(torch.float32).tiny
+    assert (predicted == 0).any() and predicted[1:].any()

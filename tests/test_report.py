@@ -70,6 +70,22 @@ def test_every_page_and_every_link_is_there(written, evaluated):
                 assert f'id="{link.split("#")[1]}"' in glossary, link
 
 
+def test_an_sae_s_page_says_what_few_latents_make_of_a_figure(written, evaluated):
+    held = {name: json.loads((evaluated / "runs" / name / "eval.json").read_text()) for name in runs_of(evaluated)}
+    measured = {name: one["temporal"] for name, one in held.items() if one["temporal"]}
+    assert len(measured) > 1
+    for name, temporal in measured.items():
+        page = (written / "runs" / name / "index.html").read_text()
+        section = page[page.index('id="h-latents"') :].partition("</section>")[0]
+        (row,) = (one for one in section.split("<tr>") if ">slowness_to_x<" in one)
+        shown = [float(one) for one in re.findall(r'data-value="([^"]+)"', row)]
+        groups = temporal["groups"]
+        assert shown[0] == groups["all"]["measures"]["slowness_to_x"]["value"]
+        assert shown[-3] == groups["without_widest"]["measures"]["slowness_to_x"]["value"]
+        assert shown[-2] == groups["all"]["position_removed"]["slowness_to_x"]
+    assert "x smoothed" in (written / "index.html").read_text()
+
+
 def test_what_was_left_out_is_said_with_the_reason(written, evaluated):
     page = (written / "index.html").read_text()
     section = page[page.index('id="excluded"') :]

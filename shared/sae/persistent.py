@@ -27,6 +27,10 @@ from tcsae.shared.sae.ops import EncoderWeights, decode_code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 
+NOTHING = 1e-30
+"""A state that has decayed to this is 0: at 1e-38 numbers leave the normal range, and matrix products take 5 times as
+long."""
+
 
 class PersistentAutoencoder(SequenceAutoencoder):
     """A TopK SAE whose latents keep a share of their state from token to token."""
@@ -126,6 +130,7 @@ class _States(torch.autograd.Function):
         states = h.split(order.counts)
         for before, now in itertools.pairwise(states):
             now.addcmul_(before[: len(now)], decay)
+            torch.hardshrink(now, NOTHING, out=now)
         ctx.save_for_backward(h, decay, at)
         ctx.counts = order.counts
         return h

@@ -143,11 +143,15 @@ def _measured(included: Sequence[Included]) -> dict[str, str]:
     return {name: label for name, label in TEMPORAL.items() if name in measured}
 
 
-def _of_x(included: Sequence[Included]) -> dict[str, Cell]:
+def _of_x(included: Sequence[Included]) -> dict[str, dict[str, Cell]]:
+    """Of x itself, and of x with a memory, which any slowness has to beat; empty if it was not measured."""
     for one in included:
         if temporal := one.evaluation.get("temporal"):
-            rows = temporal["x"]["measures"]
-            return {name: _against_null(row) for name, row in rows.items()}
+            parts = {"x itself": temporal["x"], "x smoothed": temporal["x"]["smoothed"]["ema"]}
+            return {
+                name: {measure: _against_null(row) for measure, row in part["measures"].items()}
+                for name, part in parts.items()
+            }
     return {}
 
 

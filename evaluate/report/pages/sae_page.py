@@ -14,6 +14,7 @@ from tcsae.evaluate.report.features.shown_feature import LABELS
 from tcsae.evaluate.report.pages.overview import cell
 from tcsae.evaluate.report.pages.page_files import Included, number
 from tcsae.evaluate.report.pages.plots import Series, histogram, lines
+from tcsae.evaluate.temporal_tables import BY_LATENT, by_latent
 from tcsae.shared.base.settings import to_settings
 
 DENSE = 0.1
@@ -60,6 +61,8 @@ def sae_page(one: Included, features: Features, data: FeatureData) -> dict[str, 
         "histograms": _histograms(data, groups),
         "rho": _rho(one),
         "temporal": (evaluation.get("temporal") or {"groups": {}})["groups"],
+        "latent_columns": BY_LATENT,
+        "by_latent": by_latent(evaluation["temporal"]) if evaluation.get("temporal") else {},
         "nulls": (evaluation.get("temporal") or {"nulls": {}})["nulls"],
         "groups": _group_table(groups, data),
         "notable": _notable(data),
