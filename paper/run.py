@@ -45,14 +45,15 @@ class Size:
     shorter: int
     """Steps are divided by it."""
     name: str
+    most_untrained: int = 8
+    """Seeds of an arm without steps: its spread over seeds is what it is there for."""
 
     def seeds(self, arm: Arm) -> int:
-        """An arm without steps costs nothing, and its spread over seeds is what it is there for."""
-        return min(arm.n_seeds, self.most_seeds if arm.n_steps else 8)
+        return min(arm.n_seeds, self.most_seeds if arm.n_steps else self.most_untrained)
 
 
 FULL = Size(1_000_000, most_seeds=3, shorter=1, name="")
-QUICK = Size(60_000, most_seeds=1, shorter=25, name=" --quick")
+QUICK = Size(60_000, most_seeds=1, shorter=25, name=" --quick", most_untrained=2)
 
 
 def answer(place: Place, out: Path, asked: Source, keys: Sequence[str], size: Size) -> None:
