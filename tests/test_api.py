@@ -71,6 +71,7 @@ def test_an_evaluation_as_a_table(made):
         evaluation["x"]
 
 
+@pytest.mark.slow
 def test_a_report(made, tmp_path):
     store, runs, _ = made
     report = tcsae.report(store, runs[:1], out=tmp_path / "report")

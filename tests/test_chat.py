@@ -74,6 +74,7 @@ def text_by_role(store, split: str) -> dict[int, dict[str, str]]:
     return {n: {role: tokenizer.decode(ids) for role, ids in roles.items()} for n, roles in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "rows", "spans"),
     [("marks", "roles", ("generation", "content")), ("plain", "sharegpt", ("content", "content"))],
@@ -100,6 +101,7 @@ def test_marked_tokens_are_those_of_the_role(tiny_config, data, conversations, t
     assert all(same)
 
 
+@pytest.mark.slow
 def test_without_roles_nothing_is_marked_and_nulls_are_shuffled_with_their_roles(tiny_config, data, tmp_path):
     plain = harvest(str(tmp_path / "a.zarr"), config(tiny_config, data, "plain", ()))
     assert "roles" not in dict(plain.objects.listed())
@@ -115,6 +117,7 @@ def test_without_roles_nothing_is_marked_and_nulls_are_shuffled_with_their_roles
     assert len(of[0] ^ of[1]) < 0.2 * len(of[0]), "each token keeps its role"
 
 
+@pytest.mark.slow
 def test_extended_it_is_what_one_harvest_makes(tiny_config, data, tmp_path):
     small, large = (
         dataclasses.replace(config(tiny_config, data, "plain", ("user",)), n_tokens=n) for n in (1500, 2500)
@@ -163,6 +166,7 @@ def test_a_column_without_messages_is_named(tiny_config, data, tmp_path, row, fo
         harvest(str(tmp_path / "a.zarr"), asked)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_a_run_on_one_role(tiny_lm, data, tmp_path):
     def run(*arguments: str):
         done = CliRunner().invoke(cli, ["--store", f"{tmp_path}/a.zarr", "--runs", f"{tmp_path}/runs", *arguments])

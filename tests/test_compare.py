@@ -35,6 +35,7 @@ def evaluation(place: Path, name: str) -> dict:
     return json.loads((place / "runs" / name / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_runs_need_no_names_and_end_on_two_sentences(place):
     done = call(place)
     assert done.exit_code == 0, done.output

@@ -56,6 +56,7 @@ def test_every_whole_number_is_a_count(n):
     assert parse_count(str(n)) == n
 
 
+@pytest.mark.slow
 @given(
     st.floats(allow_nan=False),
     st.integers(),

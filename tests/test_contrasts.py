@@ -100,6 +100,7 @@ def same_as(loss, oracle, dense: torch.Tensor) -> None:
 lengths_of_segments = st.lists(st.integers(1, 13), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @given(
     lengths_of_segments,
     st.sampled_from(["documents", "sequence", "batch", "position"]),

@@ -70,6 +70,7 @@ def stores(locations):
     return {kind: open_store(str(location)) for kind, location in locations.items()}
 
 
+@pytest.mark.slow
 def test_a_store_without_a_control_does_not_speak_of_one(locations):
     recipes = {
         kind: json.loads((root / "zarr.json").read_text())["attributes"]["tcsae"]["recipe"]
@@ -178,6 +179,7 @@ def test_killed_or_extended_the_bytes_are_the_same(call, trained_lm, tiny_corpus
     assert toy.files(extended) == toy.files(whole) != toy.files(locations[kind])
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_control(stores, call, tmp_path):
     for kind in KINDS:
         done = call(tmp_path / f"{kind}.zarr", "--control", kind, "--seed", 3)
@@ -204,6 +206,7 @@ def test_a_control_is_never_taken_for_another_store(call, locations):
     assert {kind: toy.files(location) for kind, location in locations.items()} == before
 
 
+@pytest.mark.slow
 def test_the_control_is_shown(call, locations, tmp_path):
     for kind in KINDS:
         shown = CliRunner().invoke(cli, ["--store", str(locations[kind]), "inspect"]).output
@@ -221,6 +224,7 @@ def test_a_wrong_control_is_refused(call, tmp_path):
         HarvestConfig(control=ControlRecipe(kind="shuffled"))
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_warned_about_only_as_it_was_trained(tmp_path, tiny_corpus):
     ours = [
         "harvest",

@@ -139,6 +139,7 @@ def test_a_zip_is_read_as_it_is_by_us_and_by_zarr(tiny_store, tmp_path):
         open_store(tmp_path / "d.zip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec, allowed", [("float32", 0), ("bfloat16", 5e-3), ("int8", 5e-2), ("compact", 0.5)])
 def test_another_codec(tiny_store, tmp_path, monkeypatch, codec, allowed):
     target, whole = str(tmp_path / "b.zarr"), str(tmp_path / "whole.zarr")

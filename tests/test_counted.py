@@ -138,6 +138,7 @@ def test_evaluation_counts_the_same_and_pairs_no_token_across_what_it_leaves_out
     assert seen == N
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_what_it_was_trained_on(store, tmp_path):
     settings = ("sae.d_sae=8", "sae.k=2", "steps=5", "data.n_segments=4", "data.segment_length=4")
     rules = ("data.exclude_tokens=3,7", "data.positions=user", "data.max_norm=1.5")

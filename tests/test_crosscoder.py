@@ -48,6 +48,7 @@ def test_tiles_are_the_windows_of_each_run(lengths, window, stride, offset):
     assert counts.tolist() == [len(one) for one in expected]
 
 
+@pytest.mark.slow
 @given(lengths_lists, st.integers(1, 4), st.sampled_from(["topk", "relu", "jumprelu", "gelu"]))
 def test_read_out_is_the_mean_over_the_windows_of_a_token(lengths, window, activation):
     sae = make_sae(window, activation)
@@ -124,6 +125,7 @@ def tcsae_command(store: str, runs, *arguments: str):
     return CliRunner().invoke(cli, ["--store", store, "--runs", str(runs), *arguments])
 
 
+@pytest.mark.slow
 def test_it_is_trained_beside_others_resumed_and_evaluated(store, tmp_path):
     settings = [f"--set={one}" for one in SMALL]
     both = ["--preset=topk", "--preset=crosscoder-3"]

@@ -200,6 +200,7 @@ def test_lines_of_a_history_that_are_damaged_are_counted_and_left_out(tmp_path, 
     assert f"{METRICS}: {n_bad} of {len(lines) + n_bad} lines are damaged" in said.replace("\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torn", "zeros", "no numbers"])
 def test_a_damaged_history_does_not_stop_the_report(store, runs, kind):
     (runs / "run" / METRICS).write_bytes(HISTORIES[kind])

@@ -101,6 +101,7 @@ def test_an_interval_takes_five_documents(kind, n):
     assert (found is None) == (n < 5)
 
 
+@pytest.mark.slow
 def test_no_pair_at_a_lag_is_no_autocorrelation(tmp_path):
     """Sequences of one counted token have no pair at all, those of nine none beyond lag 7."""
     (one,) = evaluate(make_store(tmp_path / "short", [2] * 12), tmp_path / "short" / "runs")
@@ -157,6 +158,7 @@ def test_nothing_to_look_at_is_one_line(tmp_path, command):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_alive", [0, 1])
 def test_a_report_of_an_sae_with_next_to_no_latent_alive(tmp_path, n_alive):
     store = make_store(tmp_path, [16] * 6)

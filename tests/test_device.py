@@ -68,6 +68,7 @@ def on(device: torch.device, name: str, settings: tuple[str, ...]) -> tuple[Trai
     return trainer, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_step_is_the_same_on_another_device(name, settings):
     found = []
@@ -105,6 +106,7 @@ def stores(tmp_path_factory) -> dict[str, Store]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "compact"])
 def test_batches_are_decoded_on_the_device(stores, codec):
     config = DataConfig(n_segments=7, segment_length=4, buffer_sequences=16, max_norm=20.0)
@@ -125,6 +127,7 @@ def runs_of(names: tuple[str, ...]) -> list[Run]:
     return [Run(name, name, with_settings(preset(name, WIDTH), settings)) for name in names]
 
 
+@pytest.mark.slow
 def test_runs_on_a_device_leave_files_that_know_none(stores, tmp_path):
     runs = runs_of(("batchtopk", "temporal-matryoshka"))
     records = train_runs(stores["int8"], tmp_path, runs, device=FAR)
@@ -135,6 +138,7 @@ def test_runs_on_a_device_leave_files_that_know_none(stores, tmp_path):
         assert json.loads((tmp_path / run.name / "cfg.json").read_text())["device"] == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [("cpu", FAR.type), (FAR.type, "cpu")])
 def test_a_run_goes_on_on_another_device_and_says_so(stores, tmp_path, monkeypatch, capsys, way):
     runs = runs_of(("topk", "relu-l1"))

@@ -51,6 +51,7 @@ def refusing(number: int):
     return refuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ERRNOS, ids=NAMES)
 @pytest.mark.parametrize("target", ["b.zarr", "b.zip", "int8.zarr"])
 def test_copy_onto_a_disk_that_refuses(store, tmp_path, monkeypatch, number, target):
@@ -140,6 +141,7 @@ def folder_of(text: str):
     return lambda folder: [(folder / name).write_text(text) for name in ("a", "b")]
 
 
+@pytest.mark.slow
 def test_a_folder_is_there_at_every_moment_while_it_is_replaced(tmp_path):
     target, over, seen = tmp_path / "tail", threading.Event(), set()
     write_folder(target, folder_of("0"))

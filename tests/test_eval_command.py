@@ -40,6 +40,7 @@ def evaluation(runs: Path, name: str) -> dict:
     return json.loads((runs / name / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_is_needed_to_read_them(store, tmp_path):
     make_run(tmp_path, "one", make_sae(), store)
     make_run(tmp_path, "two", make_sae(groups=(0.25, 0.75)), store)
@@ -87,6 +88,7 @@ def test_intervals_hold_the_figure_and_grow_as_documents_get_fewer(store, tmp_pa
     assert spread[0] > 5 * spread[1]
 
 
+@pytest.mark.slow
 def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     make_run(tmp_path, "a", make_sae(), store)
     make_run(tmp_path, "b", make_sae(), store)
@@ -108,6 +110,7 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     assert call(store, tmp_path, "--compare", "a").exit_code == 2
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_over_seeds_and_documents(store, tmp_path):
     for name, seed in (("a0", 0), ("a1", 1), ("b0", 2), ("b1", 3)):
         make_run(tmp_path, name, make_sae(seed=seed), store)
@@ -140,6 +143,7 @@ def test_draws_spread_as_seeds_and_documents_do():
     assert float(made[1:].std()) * 1.96 == pytest.approx((high - low) / 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_probes_are_compared_on_the_same_documents(tmp_path_factory, tmp_path, monkeypatch):
     """The toy's sequences are too short for the usual gap, and its documents too few to test every other one on."""
     store = toy.write_store(tmp_path_factory.mktemp("more") / "a.zarr", toy.make_model(), {"train": 30, "eval": 60})
@@ -219,6 +223,7 @@ def test_losses_are_those_of_the_logits(store, monkeypatch, factor, block):
         torch.testing.assert_close(one.kl, kl, rtol=1e-5, atol=1e-5 * factor)
 
 
+@pytest.mark.slow
 def test_foreign_saes_stand_in_the_same_table(store, tmp_path):
     ours = make_run(tmp_path, "ours", make_sae("relu"), store)
     shutil.copytree(ours, tmp_path / "theirs")
@@ -257,6 +262,7 @@ def test_a_dead_sae_has_figures_and_says_so(store, tmp_path, activation):
     assert core["eval_result_details"][0]["consistent_activation_heuristic"] == -1, "SAEBench's form of NaN"
 
 
+@pytest.mark.slow
 def test_more_than_is_asked_for_will_do(store, tmp_path, monkeypatch):
     reads = []
     read = Split.read

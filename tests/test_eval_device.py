@@ -55,6 +55,7 @@ def both(store, tmp_path_factory) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*KINDS, *(f"{kind}+ema=0.3" for kind in KINDS)])
 def test_each_figure_is_the_same_on_another_device(both, name):
     near, far = (numbers(one[name]) for one in both)

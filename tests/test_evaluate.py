@@ -185,6 +185,7 @@ def test_baselines_are_scored_as_saes_that_output_them(store, model, tmp_path):
         assert_same({key: found[key] for key in kept}, {key: expected[key] for key in kept})
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(store, tmp_path, monkeypatch):
     for activation in ("topk", "relu", "gelu"):
         make_run(tmp_path, activation, make_sae(activation), store)
@@ -210,6 +211,7 @@ def reads(monkeypatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.slow
 def test_many_saes_read_the_split_once(store, tmp_path, reads):
     for seed in range(4):
         make_run(tmp_path, f"run{seed}", make_sae(seed=seed), store)
@@ -219,6 +221,7 @@ def test_many_saes_read_the_split_once(store, tmp_path, reads):
     assert alone[0]["metrics"] == together[2]["metrics"]
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_is_kept_until_something_differs(store, model, tmp_path, reads, monkeypatch):
     def redone(**options: bool) -> bool:
         reads.clear()
@@ -312,6 +315,7 @@ def test_only_a_logged_preset_may_be_untrained(store, tmp_path):
     assert not refused
 
 
+@pytest.mark.slow
 def test_without_a_tail_all_but_the_cross_entropies(store, model, tmp_path):
     bare = write_store(tmp_path / "bare.zarr", model, N_SEQUENCES, with_tail=False)
     make_run(tmp_path / "runs", "one", make_sae(), store)

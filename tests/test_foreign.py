@@ -289,6 +289,7 @@ def test_the_model_is_compared_with_the_stores(name, differs):
     assert len(foreign_differences(recipe_with(False), {"model_name": name})) == differs
 
 
+@pytest.mark.slow
 def test_differences_are_said_and_kept_and_positions_left_out(tmp_path):
     import toy_eval as toy
 

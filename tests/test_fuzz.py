@@ -95,6 +95,7 @@ WEIGHTS = [4, 4, 4, 4, 2, 1, 2, 1]
 store_commands = st.sampled_from([c for c, n in zip(READ_STORE, WEIGHTS, strict=True) for _ in range(n)])
 
 
+@pytest.mark.slow
 @share(30)
 @given(randoms, st.integers(1, 3), st.sampled_from([True, True, True, False]), store_commands, st.booleans())
 def test_manifests(place, rng, n_changes, honest, command, zipped):
@@ -141,6 +142,7 @@ READ_RUNS = [
 run_commands = st.sampled_from([c for c, n in zip(READ_RUNS, [4, 4, 2, 2, 2, 2, 3, 1], strict=True) for _ in range(n)])
 
 
+@pytest.mark.slow
 @share(20)
 @given(randoms, run_commands)
 def test_files_of_a_run(place, rng, command):
@@ -174,6 +176,7 @@ def interrupted(place, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @share(10)
 @given(randoms)
 def test_files_of_a_run_that_was_interrupted(interrupted, rng):
@@ -260,6 +263,7 @@ FOREIGN_COMMANDS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @share(20)
 @given(configs | fuzz.weird, tensors(), st.sampled_from(FOREIGN_FILES[:1] * 8 + FOREIGN_FILES), FOREIGN_COMMANDS)
 def test_saes_in_saelens_layout(place, config, weights, name, command):
@@ -350,6 +354,7 @@ def to_toml(table: dict[str, object]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
 
 
+@pytest.mark.slow
 @share(25)
 @given(randoms)
 def test_settings(place, rng):

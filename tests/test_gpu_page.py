@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 RUN = [sys.executable, str(ROOT / "tests" / "gpu" / "run.py")]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_one_line_and_no_failure():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

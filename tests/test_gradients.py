@@ -68,6 +68,7 @@ def same_gradients(loss, oracle, dense: torch.Tensor) -> None:
     torch.testing.assert_close(code.values.grad, leaf.grad[code.rows, code.latents])
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(2, 4),

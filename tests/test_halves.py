@@ -39,6 +39,7 @@ def evaluation(place, *arguments: str) -> dict:
     return json.loads((place / "runs" / "run" / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_halves_add_up_to_the_whole(place):
     whole = evaluation(place)
     halves = [evaluation(place, "--documents", one) for one in ("choose", "report")]
@@ -52,6 +53,7 @@ def test_the_halves_add_up_to_the_whole(place):
         assert total == pytest.approx(whole["metrics"][name] * whole[weight], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_measure_of_the_whole_is_one_of_each_half(place):
     """Documents of the other half have no counted token, and were means over nothing."""
     whole, *halves = (

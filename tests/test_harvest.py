@@ -46,6 +46,7 @@ def store(tiny_store):
 # What is stored
 
 
+@pytest.mark.slow
 def test_contents_equal_one_plain_pass_per_sequence(store, tiny_lm):
     model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32, attn_implementation="eager").eval()
     seen = {}
@@ -189,6 +190,7 @@ def test_what_another_made_beside_the_store_stays(short, tmp_path, name, fresh):
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_second_harvester_is_refused(short, uninterrupted, tmp_path):
     location = tmp_path / "store.zarr"
     assert toy.harvest_in_child(location, short, 20) == 9
@@ -235,6 +237,7 @@ def test_not_a_number_stops_the_harvest_and_names_the_place(short, store, tiny_l
             harvest(str(tmp_path / "store.zarr"), config)
 
 
+@pytest.mark.slow
 def test_too_little_text_is_said_and_harvested(short, tmp_path, capfd):
     config = dataclasses.replace(short, n_tokens=50_000)
     location = str(tmp_path / "store.zarr")
@@ -430,13 +433,14 @@ def test_half_precision_is_stored_and_its_tail_verified_in_float32(short, uninte
     assert len(loads) == 1, "the model is loaded once"
 
 
+@pytest.mark.slow
 def test_the_command_harvests_prints_a_summary_and_one_line_of_what_is_wrong(tiny_lm, tiny_corpus, tmp_path):
     store = ["--store", str(tmp_path / "store.zarr"), "harvest"]
     options = ["--model", str(tiny_lm), "--dataset", str(tiny_corpus), "--tokens", "2K", "--sequence-length", "32"]
     options += ["--hook", RESIDUAL, "--hook", MLP, "--prepend-bos", "--eval-every", "4"]
     done = CliRunner().invoke(cli, [*store, *options])
     assert done.exit_code == 0, done.output
-    for words in ("sequences", "bytes a token", RESIDUAL, "tail", "not a residual stream", "documents; left out"):
+    for words in ("sequences", "bytes a token", RESIDUAL, "tail", "not a residual stream", "documents read; "):
         assert words in done.stdout
     found = open_store(tmp_path / "store.zarr")
     assert (found.train.tokens[:, 0] == 0).all(), "BOS"

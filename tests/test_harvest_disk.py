@@ -41,6 +41,7 @@ def uninterrupted(short, tmp_path_factory):
 
 
 # Each fault and each place, not each pair of them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, place", [(number, PLACES[i % len(PLACES)]) for i, number in enumerate(FAULTS)], ids=str
 )

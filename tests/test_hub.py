@@ -134,6 +134,7 @@ def test_the_licence_of_a_data_set_of_the_hub_is_looked_up(hub, place, monkeypat
     assert "Licence of the data: my own" in pushed(hub, place, "--data-license", "my own")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_store_is_pushed_in_pieces_goes_on_after_a_stop_and_comes_back_whole(hub, place, tmp_path, monkeypatch):
     monkeypatch.setattr(pushing, "COMMIT_FILES", 5)
     push = ("push", "--store", "--to", "me/activations")
@@ -172,6 +173,7 @@ def test_a_store_is_pushed_in_pieces_goes_on_after_a_stop_and_comes_back_whole(h
     assert not any("/blob/" in one for one in hub.requests[n_requests:])
 
 
+@pytest.mark.slow
 def test_a_damaged_or_other_store_on_the_hub_is_refused(hub, place, tmp_path):
     push = ("push", "--store", "--to", "me/activations")
     assert call(place, *push).exit_code == 0

@@ -75,6 +75,7 @@ def damaged(fault: str, path: Path, key: str) -> bytes | None:
 FAULTS = ("a flipped bit", "cut", "longer", "empty", "another object's", "missing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_object_is_at_fault_is_named_in_place_of_being_used(original, fault):
     use_everything(open_store(original))

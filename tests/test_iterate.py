@@ -190,6 +190,7 @@ def test_as_a_hugging_face_dataset(store, streaming, tmp_path, monkeypatch):
         store.to_dataset("test")
 
 
+@pytest.mark.slow
 def test_text_of_a_sequence(store, tiny_store):
     assert store.tokens_text(0)[:3] == "⟨0⟩"  # without a tokenizer
     real = tcsae.open_store(tiny_store)

@@ -85,6 +85,7 @@ def events(lines: list[dict]) -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "numbers", "how"),
     [

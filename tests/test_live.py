@@ -47,6 +47,7 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
 IDS = torch.tensor([[5, 9, 20, 33, 41, 9, 7], [8, 8, 60, 71, 2, 90, 14]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", HOOKS)
 @torch.no_grad()
 def test_codes_read_live_are_those_of_the_store(store, model, hook):

@@ -53,6 +53,7 @@ def segments_of(batches) -> list[list[tuple[int, int]]]:
     return [[tuple(map(int, row)) for row in part] for part in parts]
 
 
+@pytest.mark.slow
 @given(
     n_segments=st.integers(1, 9),
     segment_length=st.integers(1, 8),
@@ -82,6 +83,7 @@ def test_each_epoch_hands_out_every_token_once_in_whole_segments(store, **option
         assert (segment[0][1] - config.skip_first) % config.segment_length == 0
 
 
+@pytest.mark.slow
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 12))
 @settings(max_examples=25, deadline=None)
 def test_resumed_anywhere_the_next_batch_is_the_same(store, n_segments, n_done, buffer_sequences):
@@ -106,6 +108,7 @@ def test_order_is_shuffled_by_seed_and_epoch(store):
     assert order(0, 0) != sorted(order(0, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_segments", [8, 11])
 @pytest.mark.parametrize(("segment_length", "skip_first"), [(1, 0), (3, 1), (7, 2)])
 @pytest.mark.parametrize("max_norm", [1.2, 1.6])
@@ -168,6 +171,7 @@ def test_public_iterators(store):
     assert not torch.equal(tokens[0], tokens[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"exclude_tokens": ("9",)}], ids=["whole", "with holes"])
 def test_what_the_loader_holds_does_not_grow_with_the_tokens(store, options):
     """Nor does its peak: tables of all segments of 1 are 24 bytes a token, 214 GB at 9G tokens."""

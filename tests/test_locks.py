@@ -157,6 +157,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_all_but_several_processes_works_where_fcntl_cannot_be_imported(store, tmp_path):
     call = [sys.executable, "-W", "ignore", "-c", BLOCKED, str(store), str(tmp_path / "b.zarr")]
     done = subprocess.run(call, capture_output=True, text=True, check=False)

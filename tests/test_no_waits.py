@@ -309,6 +309,7 @@ def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> 
     return waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splice_all", [False, True])
 @pytest.mark.parametrize("activation", ["topk", "gelu"])
 def test_an_evaluation_pass_waits_for_nothing(monkeypatch, activation, splice_all):

@@ -35,6 +35,7 @@ def call(place: Path, *arguments: str, before: tuple[str, ...] = ()) -> Result:
     return CliRunner().invoke(cli, [*before, f"--store={place / 'a.zarr'}", f"--runs={place / 'runs'}", *arguments])
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_and_errors(place):
     loud, quiet = call(place, "eval", "--force"), call(place, "eval", "--force", before=("--quiet",))
     assert "eval 2 SAEs" in loud.stderr
@@ -59,6 +60,7 @@ def test_quiet_belongs_before_the_command(place):
     assert "--quiet belongs before the command: tcsae --quiet eval ..." in done.stderr
 
 
+@pytest.mark.slow
 def test_a_log_file_is_appended_to_also_when_quiet(place, tmp_path):
     file = tmp_path / "log.txt"
     for quiet in ((), ("--quiet",)):

@@ -114,6 +114,7 @@ def test_the_golden_figures_are_of_these_saes():
     assert GOLDEN["versions"]["sae-bench"] == "0.6.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_sae_lens_agrees(ours, case):
     """Special tokens keep their activations there: our splice "counted"."""

@@ -146,6 +146,7 @@ def command(store: str, runs: Path, *arguments: str):
     return CliRunner().invoke(cli, ["--store", store, "--runs", str(runs), *arguments])
 
 
+@pytest.mark.slow
 def test_it_is_trained_saved_evaluated_and_refused_an_export(store, tmp_path):
     chosen = [f"--set={one}" for one in (*SMALL, "steps=100")]
     done = command(store, tmp_path, "train", "--preset=persistent", *chosen, "eval")

@@ -47,6 +47,7 @@ class Tags(HTMLParser):
         self.tags.append((tag, dict(attributes)))
 
 
+@pytest.mark.slow
 def test_every_page_and_every_link_is_there(written, evaluated):
     from urllib.parse import unquote
 
@@ -129,6 +130,7 @@ def test_nothing_but_a_report_is_replaced(evaluated, toy_report, tmp_path):
     assert "is no report" in toy_report.call(evaluated, "report", "--out", str(tmp_path / "file")).stderr
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_leaves_the_old_one(written, evaluated, toy_report, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(written, copy)

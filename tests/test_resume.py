@@ -166,6 +166,7 @@ def test_a_signal_leaves_checkpoints_between_two_steps(store, alone, tmp_path, m
     assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["count", "gradients", "_guard", "_project_decoder_gradient"])
 def test_a_break_within_a_step_saves_nothing_of_it(store, alone, tmp_path, monkeypatch, place):
     """A second Ctrl-C raises wherever the program is; half a step's moments must not reach the disk."""
@@ -186,6 +187,7 @@ def test_a_break_within_a_step_saves_nothing_of_it(store, alone, tmp_path, monke
     assert same(tmp_path / run[0].name, alone / run[0].name)
 
 
+@pytest.mark.slow
 def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone, tmp_path, monkeypatch):
     real, kept = run_module.Member.step, []
 
@@ -205,6 +207,7 @@ def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone,
     assert same(tmp_path / run.name, alone / run.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [15, 20, 28])
 def test_a_restored_run_that_was_interrupted_equals_one_that_was_not(store, tmp_path, monkeypatch, number):
     """It is brought back to the same state, whenever it was interrupted before."""
@@ -226,6 +229,7 @@ def test_a_restored_run_that_was_interrupted_equals_one_that_was_not(store, tmp_
     assert same(tmp_path / "whole" / "topk", tmp_path / "parts" / "topk")
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_also_half_way(store, tmp_path, monkeypatch):
     real = run_module.Member.step
 
@@ -267,6 +271,7 @@ def test_a_run_that_goes_nan_ends_alone_with_step_and_batch_named(store, alone, 
     assert all(same(tmp_path / run.name, alone / run.name) for run in mixed_runs() if run.name != "topk")
 
 
+@pytest.mark.slow
 def test_a_run_can_be_brought_back_to_its_last_good_state(store, alone, tmp_path, monkeypatch):
     poison(monkeypatch, "topk", {17, 30})
     runs = mixed_runs(("guard.action=restore",))[:2]
@@ -286,6 +291,7 @@ def test_the_third_instability_ends_a_restored_run(store, tmp_path, monkeypatch)
     assert record["ended"].startswith("Batch 31")
 
 
+@pytest.mark.slow
 def test_start_from_another_run(store, tmp_path):
     first = mixed_runs()[0]
     train_runs(store, tmp_path, [first])
@@ -329,6 +335,7 @@ def test_the_real_command_killed_with_9_goes_on_to_the_same_weights(store, tmp_p
     assert all(same(tmp_path / "whole" / name, tmp_path / "killed" / name) for name in names)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeypatch, capsys):
     run = next(run for run in mixed_runs() if run.name == "topk")
     real = Trainer.step
@@ -351,6 +358,7 @@ def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeyp
     assert same(tmp_path / "topk", alone / "topk")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_what_was_written_is_refused_and_an_older_one_goes_on(
     store, alone, tmp_path, monkeypatch
 ):

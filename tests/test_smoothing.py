@@ -86,6 +86,7 @@ def naive(sae, text: str, x, sequence):
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(ACTIVATIONS), st.sampled_from(KERNELS), lengths_of, st.integers(0, 99))
 def test_memory_and_mean_are_the_loop(activation, text, lengths, seed):
     sae, (x, sequence) = sae_of(activation), inputs(lengths, seed)
@@ -94,6 +95,7 @@ def test_memory_and_mean_are_the_loop(activation, text, lengths, seed):
     )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(("ema-topk=0", "ema-topk=0.3", "ema-topk=0.95")), lengths_of, st.integers(0, 99))
 def test_of_a_memory_the_largest_are_kept(text, lengths, seed):
     sae, (x, sequence) = sae_of("topk"), inputs(lengths, seed)
@@ -104,6 +106,7 @@ def test_of_a_memory_the_largest_are_kept(text, lengths, seed):
         torch.testing.assert_close(row[row > 0], whole[row > 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(ACTIVATIONS[:3]), st.sampled_from(HYSTERESES), lengths_of, st.integers(0, 99))
 def test_hysteresis_is_the_loop(activation, text, lengths, seed):
     sae, (x, sequence) = sae_of(activation), inputs(lengths, seed)
@@ -113,6 +116,7 @@ def test_hysteresis_is_the_loop(activation, text, lengths, seed):
         assert int((found > 0).sum(1).max()) <= sae.config.k
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(("ema=0.5", "ema-topk=0.5", "mean=3", "hysteresis=2")), lengths_of, st.integers(0, 99), st.data()
 )
@@ -178,6 +182,7 @@ SMOOTH = [word for text in ("ema=0.3", "mean=3", "hysteresis=2") for word in ("-
 NAMES = ("ema=0.3", "mean=3", "hysteresis=2")
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
     sae = sae_of("topk")
     make_run(tmp_path, "a", sae, store)
@@ -231,6 +236,7 @@ def test_a_pass_for_all_gives_what_each_gives_alone(store, tmp_path):
             assert ours[key] == alone[key], (alone["name"], key)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_and_the_plain_evaluation_is_untouched(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     assert call(store, tmp_path).exit_code == 0
@@ -250,6 +256,7 @@ def test_what_is_done_is_kept_and_the_plain_evaluation_is_untouched(store, tmp_p
     assert "Evaluated already" not in other.stderr, "other weights"
 
 
+@pytest.mark.slow
 def test_inspect_and_report_see_the_plain_evaluation(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     assert call(store, tmp_path, *SMOOTH).exit_code == 0
@@ -263,6 +270,7 @@ def test_inspect_and_report_see_the_plain_evaluation(store, tmp_path):
     assert f"{plain['metrics']['explained_variance']:.4g}" not in shown.stdout
 
 
+@pytest.mark.slow
 def test_smoothed_codes_are_compared_with_a_run(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     make_run(tmp_path, "b", sae_of("topk", seed=4), store)
@@ -311,6 +319,7 @@ def test_a_wrong_smoothing_is_refused_in_one_line(store, tmp_path, text, message
     assert not (tmp_path / "a" / "eval.json").exists(), "before anything is evaluated"
 
 
+@pytest.mark.slow
 def test_hysteresis_needs_a_bound(store, tmp_path):
     make_run(tmp_path, "a", sae_of("topk"), store)
     make_run(tmp_path, "r", sae_of("relu"), store)

@@ -220,6 +220,7 @@ def test_leftovers_are_swept(tmp_path):
     assert not any("partial" in name or "journal" in name or name == "harvest.lock" for name in names), names
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(tmp_path):
     location = str(tmp_path / "a.zarr")
     writer = open_writer(location, recipe())

@@ -268,6 +268,7 @@ def test_another_store_at_the_place_is_named(tiny, tmp_path):
         write_planted("s3://a/b", planted_config("small", TINY))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     path = tmp_path / "a.zarr"
     arguments = [part for setting in TINY for part in ("--set", setting)]

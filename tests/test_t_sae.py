@@ -98,6 +98,7 @@ def test_an_empty_first_group_costs_ln_n():
     assert trainer.gradients(batch).losses["temporal"] == pytest.approx(0.1 * np.log(PAIRS))
 
 
+@pytest.mark.slow
 def test_the_threshold_follows_as_published():
     """EMA .999 of the smallest activation kept, from step 1001 on; before, it is none."""
     batch = batch_of([2] * PAIRS)

@@ -51,6 +51,7 @@ def test_sae_lens_agrees_on_its_weights(golden):
     torch.testing.assert_close(predicted, golden["predicted"].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=20), st.sampled_from(["attention", "past"]))
 def test_sequences_of_any_length_are_as_each_alone(lengths, predictor):
@@ -121,6 +122,7 @@ def command(store: str, runs: Path, *arguments: str):
     return CliRunner().invoke(cli, ["--store", store, "--runs", str(runs), *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tfa", "tfa-past"])
 def test_it_is_trained_beside_others_saved_and_evaluated(store, tmp_path, name):
     settings = [f"--set={one}" for one in (*SMALL, "steps=200")]

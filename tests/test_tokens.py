@@ -193,6 +193,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tiny_lm, tmp_path, monkeypa
     assert ids.tolist() == expected
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_a_document(tiny_lm, tmp_path, monkeypatch):
     """What the tokenizer holds at once is that of a piece (its native memory is not seen from here)."""
     reads, sizes = reader(tiny_lm, tmp_path), []

@@ -174,6 +174,7 @@ def test_the_loader_gives_what_stands_at_each_token(make_store):
     assert next(iter(SegmentLoader(store, config))).text is None
 
 
+@pytest.mark.slow
 def test_topics_are_trained_with_others_in_one_pass_and_resumed(make_store, tmp_path):
     store = make_store()
     runs = [topic_run(), topic_run("temporal.contrast.gap=2", name="local-topic")]

@@ -94,6 +94,7 @@ def test_a_run_is_a_folder_that_says_everything(store, tmp_path):
     assert config["metadata"]["hook_name"] == HOOK
 
 
+@pytest.mark.slow
 def test_it_learns_and_reads_unscaled_activations(store, tmp_path):
     (record,) = train_runs(
         store, tmp_path, plan_runs(store, Request(["topk"], [*SMALL, "steps=400", "optimizer.lr=0.01"]))
@@ -125,6 +126,7 @@ def test_folding_the_input_scale_changes_no_reconstruction(activation):
     torch.testing.assert_close(sae(x), expected)
 
 
+@pytest.mark.slow
 def test_same_seeds_same_weights_and_another_seed_others(store, tmp_path):
     for name in ("a", "b"):
         train_runs(store, tmp_path / name, plan_runs(store, Request(["topk"], SMALL)))
@@ -137,6 +139,7 @@ def test_same_seeds_same_weights_and_another_seed_others(store, tmp_path):
         assert not torch.equal(first["W_dec"], weights(tmp_path / "a" / (name + suffix))["W_dec"])
 
 
+@pytest.mark.slow
 def test_runs_of_one_pass_equal_themselves_alone(store, tmp_path):
     both = plan_runs(
         store, Request(["topk", "written-run3"], ("steps=30", "data.n_segments=16", "data.segment_length=8"))
@@ -148,6 +151,7 @@ def test_runs_of_one_pass_equal_themselves_alone(store, tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_reused_and_other_settings_refused(store, tmp_path, capsys):
     runs = plan_runs(store, Request(["topk"], SMALL))
     train_runs(store, tmp_path, runs)

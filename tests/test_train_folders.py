@@ -42,6 +42,7 @@ def run_of(name: str = "topk", *settings: str) -> Run:
     return Run(name, name, with_settings(preset(name, WIDTH), [*SMALL, *settings]))
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_the_first_is_named(store, tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from tcsae.train.record import writable_folder\n"

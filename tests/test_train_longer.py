@@ -41,6 +41,7 @@ def weights(folder: Path) -> dict:
     return safetensors.torch.load_file(folder / "sae_weights.safetensors")
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_the_one_trained_at_once(store, tmp_path):
     (short,), (long,) = planned(store, 20, *CONSTANT), planned(store, 45, *CONSTANT)
     train_runs(store, tmp_path / "pieces", [short])
