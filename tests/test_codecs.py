@@ -152,6 +152,7 @@ def contents(path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_any_order_and_any_stop_give_the_same_bytes(tmp_path, codec):
     x = correlated(47 * LENGTH)

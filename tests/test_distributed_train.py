@@ -130,6 +130,7 @@ def done(location, tmp_path_factory):
     return find
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_in_float64_are_those_of_one_process(done, kind, world):
@@ -143,6 +144,7 @@ def test_twenty_steps_in_float64_are_those_of_one_process(done, kind, world):
     assert any(line.get("aux") for line in lines) or not kind.startswith("topk")
 
 
+@pytest.mark.slow
 def test_one_run_is_written_once_resumed_and_refused_by_another_number(location, tmp_path):
     store, run = tcsae.open_store(location), make_run("topk", "guard.checkpoint_steps=5")
     dies = run._replace(config=with_settings(run.config, []))
@@ -175,6 +177,7 @@ def test_one_run_is_written_once_resumed_and_refused_by_another_number(location,
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_dealt_out_and_each_is_as_alone(location, tmp_path):
     store = tcsae.open_store(location)
     runs = [

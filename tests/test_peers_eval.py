@@ -20,6 +20,8 @@ from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, 
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parent / "bench" / "peers_eval.py"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "peers_eval.json").read_text())
 spec = importlib.util.spec_from_file_location("peers_eval", BENCH)
@@ -114,7 +116,6 @@ def test_the_golden_figures_are_of_these_saes():
     assert GOLDEN["versions"]["sae-bench"] == "0.6.0"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_sae_lens_agrees(ours, case):
     """Special tokens keep their activations there: our splice "counted"."""
@@ -165,7 +166,6 @@ def test_our_file_has_the_form_of_sae_benchs(ours):
     assert found.keys() == GOLDEN["keys"].keys()
 
 
-@pytest.mark.slow
 def test_the_tail_equals_the_running_language_model(stores):
     """CE with an SAE spliced into the LM by a TransformerLens hook, against the tail on the stored activations."""
     from transformer_lens.model_bridge import TransformerBridge

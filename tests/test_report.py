@@ -71,6 +71,7 @@ def test_every_page_and_every_link_is_there(written, evaluated):
                 assert f'id="{link.split("#")[1]}"' in glossary, link
 
 
+@pytest.mark.slow
 def test_an_sae_s_page_says_what_few_latents_make_of_a_figure(written, evaluated):
     held = {name: json.loads((evaluated / "runs" / name / "eval.json").read_text()) for name in runs_of(evaluated)}
     measured = {name: one["temporal"] for name, one in held.items() if one["temporal"]}

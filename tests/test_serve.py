@@ -22,6 +22,8 @@ from tcsae.serve.live_model import Change, LiveModel, changed_by, stored_model
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.store.reader import open_store
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the model reads each token of one sequence and writes the stream"
 
 
@@ -173,7 +175,6 @@ def status(address: str) -> int:
         return error.code
 
 
-@pytest.mark.slow
 def test_only_who_has_the_secret_is_answered_and_nothing_is_written(server, evaluated, reported):
     address, process, _ = server
     root, secret = address.removesuffix("/").rsplit("/", 1)
@@ -202,7 +203,6 @@ def page(toy_browser, chromium, server):
     toy_browser.check_quiet(chromium, frozenset({"http", "data", "file"}))
 
 
-@pytest.mark.slow
 def test_a_text_is_read_and_a_feature_changed_in_the_browser(page):
     text = toy.one_of(page, "#text")
     text.clear()
@@ -234,7 +234,6 @@ def test_a_text_is_read_and_a_feature_changed_in_the_browser(page):
     assert toy.one_of(page, "#latent").get_attribute("value") == latent
 
 
-@pytest.mark.slow
 def test_training_is_followed_as_it_goes(page, server):
     name = next(path.name for path in server[2].iterdir() if path.name.startswith("topk"))
     file = server[2] / name / "metrics.jsonl"
@@ -251,7 +250,6 @@ def test_training_is_followed_as_it_goes(page, server):
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_has_nothing_to_say_of_the_live_page(page, scheme):
     toy.tools.set_scheme(page, scheme)
