@@ -150,6 +150,8 @@ def histogram(groups: Sequence[tuple[str, np.ndarray]], label: str, log: bool = 
             axes.set_xscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         _label(axes, (label, "of latents"))
+        if not log:
+            axes.locator_params(axis="x", nbins=5)  # more labels of four digits would overlap
         if len(groups) > 1:
             axes.legend(loc="best")
         return _svg(figure)
