@@ -210,8 +210,9 @@ def test_a_text_is_read_and_a_feature_changed_in_the_browser(page):
     Select(toy.one_of(page, "#run")).select_by_visible_text(
         next(one.text for one in toy.all_of(page, "#run option") if one.text.startswith("temporal-matryoshka"))
     )
-    toy.one_of(page, "#read").click()
     toy.wait(page, lambda: toy.one_of(page, "#tokens").get_attribute("textContent") == TEXT)
+    toy.one_of(page, "#read").click()  # which reads it anew
+    toy.wait(page, lambda: "tokens in" in toy.one_of(page, "#said").text)
     toy.all_of(page, ".token")[3].click()
     assert toy.one_of(page, "#h-of-token").text.startswith("Features of token 3")
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)

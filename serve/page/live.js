@@ -3,7 +3,7 @@
 (function () {
   const { by, make, number, visible, chip, load, state, data, notes } = tcsae;
   const indexes = {}; // of the report, by run: what each latent fires on
-  let runs = [], reading = null, chosen = { token: 0, latent: null };
+  let runs = [], reading = null, nReads = 0, chosen = { token: 0, latent: null };
 
   async function ask(name, question) {
     const answer = await fetch(`answer/${name}`, { method: "POST", body: JSON.stringify(question || {}) });
@@ -17,11 +17,15 @@
 
   async function read(event) {
     event?.preventDefault();
-    const began = performance.now();
+    const began = performance.now(), number = ++nReads;
     by("said").textContent = "reading…";
+    let answer = null, problem = "";
     try {
-      reading = await ask("read", { run: run().name, text: by("text").value });
-    } catch (error) { by("said").textContent = error.message; return; }
+      answer = await ask("read", { run: run().name, text: by("text").value });
+    } catch (error) { problem = error.message; }
+    if (number !== nReads) return; // something else was asked for since
+    if (problem) { by("said").textContent = problem; return; }
+    reading = answer;
     by("said").textContent = `${reading.tokens.length} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s`;
     await about(run().name);
     document.body.dataset.weights = run().weights;
