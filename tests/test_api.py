@@ -29,6 +29,7 @@ def made(tiny_store, tmp_path_factory):
     return tcsae.open_store(tiny_store), runs, tcsae.evaluate(tiny_store, runs, temporal=False)
 
 
+@pytest.mark.slow
 def test_runs_and_figures_are_those_of_the_commands(made, tmp_path):
     store, runs, evaluation = made
     options = [f"--set={key}={value}" for key, value in SMALL.items()] + ["--set=data.hook=blocks.2.hook_resid_post"]
@@ -96,6 +97,7 @@ def test_a_config_in_place_of_presets(made, tmp_path):
             tcsae.train(store, tmp_path / "runs", config=config, **more)
 
 
+@pytest.mark.slow
 def test_harvest_makes_and_reuses_a_store(tiny_lm, tiny_corpus, tmp_path):
     settings = {"model": tiny_lm, "dataset": tiny_corpus, "hook": "blocks.1.hook_resid_post", "sequence_length": 32}
     plan = tcsae.harvest(tmp_path / "a.zarr", tokens="1K", dry_run=True, **settings)

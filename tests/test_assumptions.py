@@ -68,6 +68,7 @@ def hook_of(name: str) -> str:
     return f"{'encoder_' if name in ('t5', 'bart') else ''}blocks.1.hook_resid_post"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_activations_are_those_of_each_sequence_alone(folders, name, batch_size):
@@ -165,6 +166,7 @@ def test_what_no_way_of_batching_cures_is_refused():
     check(_in_the_batch, batch_size=1)
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_once(tiny_config, tmp_path, monkeypatch):
     """By the bridge, the plain model, the sample and the tails together; the tail that was saved is read back."""
     from tcsae.harvest.run import harvest

@@ -135,6 +135,7 @@ def test_a_foreign_sae_that_does_not_fit_says_what_to_set(tiny_store, tmp_path):
         tcsae.train(tiny_store, tmp_path, preset="relu-l1", set=settings, init_from="gated")
 
 
+@pytest.mark.slow
 def test_a_text_by_the_command(command, tiny_store, tiny_lm, tmp_path):
     run = tcsae.train(tiny_store, tmp_path, preset="topk", set=SMALL, steps=3)[0]
     done = command("feature", "--text", "the model reads each token", "--model", str(tiny_lm))

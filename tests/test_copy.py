@@ -115,6 +115,7 @@ def test_a_taken_place_is_refused(tiny_store, tmp_path):
         copy_store(tiny_store, str(tmp_path / "c.zarr"), nothing)
 
 
+@pytest.mark.slow
 def test_a_zip_is_read_as_it_is_by_us_and_by_zarr(tiny_store, tmp_path):
     target = str(tmp_path / "a.zip")
     store, local = copy_store(tiny_store, target, nothing), open_store(tiny_store)

@@ -122,6 +122,7 @@ def test_no_store_is_left_or_overwritten(tmp_path):
         tcsae.create_store(tmp_path / "b.zarr", hooks={"a": 2}, sequence_length=LENGTH, codec="float61")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "compact"])
 def test_train_and_eval_take_it(tmp_path, codec):
     from click.testing import CliRunner

@@ -126,6 +126,7 @@ def test_no_figure_comes_of_damaged_weights(store, runs, kind):
     check_line(call(store, runs, *COMMANDS["eval"]), WEIGHTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_evaluation_is_done_again_and_no_report_is_made_of_it(store, runs, kind):
     path = runs / "run" / EVALUATION

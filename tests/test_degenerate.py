@@ -124,6 +124,7 @@ def test_no_pair_at_a_lag_is_no_autocorrelation(tmp_path):
     assert ", - at 8; permuted" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_one_label_has_no_share(tmp_path):
     """One document, and one position: no variance lies between labels, and 0 would say that there is none."""
     (one,) = evaluate(make_store(tmp_path, [16]), tmp_path / "runs")
@@ -146,6 +147,7 @@ def test_an_empty_train_split_gives_no_figure_around_its_mean(tmp_path):
     assert "its train split has no position from 1 on, so there are no principal components" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("report",), ("feature", "--id", "0")])
 def test_nothing_to_look_at_is_one_line(tmp_path, command):
     store = make_store(tmp_path, [16] * 6, train_length=1)
@@ -211,6 +213,7 @@ def test_strata_of_documents_are_drawn_as_all_would_be(monkeypatch):
     assert abs(np.corrcoef(found[:, :8].sum(1), found[:, 8:16].sum(1))[0, 1] + 8 / 29) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_open", [1, 3])
 def test_few_open_documents_give_the_same_figures(tmp_path, monkeypatch, n_open):
     """Documents of several sequences, across batches and blocks."""
@@ -236,6 +239,7 @@ def test_few_open_documents_give_the_same_figures(tmp_path, monkeypatch, n_open)
     assert json.loads((tmp_path / "parts" / "run0" / "eval.json").read_text())["n_documents"] == 30
 
 
+@pytest.mark.slow
 def test_open_rows_do_not_grow_with_the_documents():
     sums = one_pass._Accumulator(2, Resamplings(20_000), 16)
     for start in range(0, 20_000, 100):

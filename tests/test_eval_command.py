@@ -160,6 +160,7 @@ def test_probes_are_compared_on_the_same_documents(tmp_path_factory, tmp_path, m
         assert differences(tmp_path, one, same)[name]["interval"] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_losses_that_no_sae_changes_are_worked_out_once(store, tmp_path, monkeypatch):
     calls: list[int] = []
     hidden = Tail.hidden
@@ -245,6 +246,7 @@ def test_foreign_saes_stand_in_the_same_table(store, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: theirs: its SAE reads d_model 99")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
 def test_a_dead_sae_has_figures_and_says_so(store, tmp_path, activation):
     sae = make_sae(activation)

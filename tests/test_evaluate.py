@@ -157,6 +157,7 @@ def test_figures_equal_a_plain_recomputation(store, model, tmp_path, activation,
     assert set(found["metrics"]) | set(found["baselines"]) == set(found["definitions"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["topk", "gelu"])
 def test_a_layer_norm_is_undone_by_the_statistics_of_x(store, model, tmp_path, activation):
     sae = make_sae(activation, layer_norm="in_out")
@@ -164,6 +165,7 @@ def test_a_layer_norm_is_undone_by_the_statistics_of_x(store, model, tmp_path, a
     assert_same(evaluate_runs(store, tmp_path)[0][0]["metrics"], naive(store, sae, model, 1))
 
 
+@pytest.mark.slow
 def test_baselines_are_scored_as_saes_that_output_them(store, model, tmp_path):
     mean = torch.from_numpy(store.array(f"statistics/{HOOK}/mean")[:]).float()
     constant = {"zero_output": torch.zeros(WIDTH), "mean_output": mean}
@@ -273,6 +275,7 @@ def spoil(path: Path, name: str, value: float) -> None:
     safetensors.torch.save_file(tensors, path / "sae_weights.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, message",
     [

@@ -381,6 +381,7 @@ NAMES_GIVEN = st.sampled_from(
 SMOOTH = st.sampled_from(["ema=0.3", "ema=2", "ema", "mean=0", "mean=1G", "hysteresis=nan", "x=1", "=", "scale=-1"])
 
 
+@pytest.mark.slow
 @share(15)
 @given(NAMES_GIVEN, NAMES_GIVEN, SMOOTH | st.text(max_size=5), st.integers(-1, 40), st.integers(0, 5))
 def test_options(place, name, other, smooth, number, which):

@@ -91,6 +91,7 @@ def test_temporal_terms_equal_autograd_over_windows(lengths, window, kind, pairs
     )
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=7), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_contrastive_term_equals_autograd_pair_by_pair(lengths, seed):

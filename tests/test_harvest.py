@@ -140,6 +140,7 @@ def uninterrupted(short, tmp_path_factory):
     return location
 
 
+@pytest.mark.slow
 def test_a_sealed_store_is_used_as_it_is(short, uninterrupted, monkeypatch, capfd):
     monkeypatch.setattr("tcsae.harvest.capture.load_bridge", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr("tcsae.harvest.documents.Corpus._rows", lambda *_: pytest.fail("the corpus was read"))
@@ -150,6 +151,7 @@ def test_a_sealed_store_is_used_as_it_is(short, uninterrupted, monkeypatch, capf
     assert toy.traces(uninterrupted) == []
 
 
+@pytest.mark.slow
 def test_fresh_starts_anew_and_deletes_activation_stores_only(short, uninterrupted, tmp_path):
     location = tmp_path / "store.zarr"
     shutil.copytree(uninterrupted, location)
@@ -221,6 +223,7 @@ def test_a_changed_recipe_is_refused_by_name(short, uninterrupted, change, words
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_not_a_number_stops_the_harvest_and_names_the_place(short, store, tiny_lm, tmp_path):
     """A model whose embedding of one token is NaN: the first sequence with that token is named."""
     folder = tmp_path / "broken"
@@ -352,6 +355,7 @@ def model_with_code(tiny_lm, tmp_path):
     return folder, ran
 
 
+@pytest.mark.slow
 def test_code_of_a_model_does_not_run_unless_it_is_trusted(short, model_with_code, tmp_path, monkeypatch):
     folder, ran = model_with_code
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -414,6 +418,7 @@ def test_a_device_that_is_not_here_is_named(short, uninterrupted, tmp_path, monk
     assert harvest(str(uninterrupted), short).manifest.recipe.model.device == "cpu"
 
 
+@pytest.mark.slow
 def test_half_precision_is_stored_and_its_tail_verified_in_float32(short, uninterrupted, tmp_path, monkeypatch):
     """What a GPU does in bfloat16, here on the CPU, past the front door."""
     monkeypatch.setattr("tcsae.harvest.resolve.check_dtype", lambda *_: None)
@@ -451,6 +456,7 @@ def test_the_command_harvests_prints_a_summary_and_one_line_of_what_is_wrong(tin
     assert "n_tokens: 2000, not 1000" in wrong.stderr and "--fresh" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_another_split_rule_warns_about_the_embedded_model(tiny_corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("tcsae.harvest.run.write_sequences", lambda *_: pytest.fail("far enough"))
     for every, warned in ((4, True), (20, False)):

@@ -96,6 +96,7 @@ def test_without_room_nothing_begins(tiny_config, tmp_path, monkeypatch):
     assert harvest(str(location), tiny_config, force=True).manifest.state == "sealed"
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_another_harvest_is_refused_as_that_is(tiny_config, tmp_path):
     location = tmp_path / "store.zarr"
     assert toy.harvest_in_child(location, tiny_config, 1, "journal/sequences") == 9

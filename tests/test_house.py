@@ -77,11 +77,13 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in imports(ast.parse(path.read_text())) if name in MODULES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_rooms_import_downwards_only(path):
     assert {room_of(MODULES[name]) for name in imported_modules(path)} <= MAY_IMPORT[room_of(path)]
 
 
+@pytest.mark.slow
 def test_no_import_circle():
     """By taking away, again and again, whatever imports nothing that is left."""
     left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}

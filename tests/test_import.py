@@ -145,6 +145,7 @@ def test_without_boundaries_vectors_are_single_and_windows_are_refused(tmp_path,
     assert train("--preset", "topk", "--set", "data.skip_first=0").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_start_token_cuts_packed_documents_and_streams(tmp_path):
     ids = np.where(GRID[1] % 4 == 1, 7, IDS + 100)
     for flat in (False, True):

@@ -119,6 +119,7 @@ def test_workers_give_the_same_batches(store, n_workers):
     assert places(loader) == places(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchdata") is None, reason="torchdata is not installed")
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_torchdatas_stateful_loader_goes_on(store, n_workers):

@@ -47,6 +47,7 @@ def command(store, runs, *arguments: str):
     return CliRunner().invoke(cli, ["--store", store.location, "--runs", str(runs), "latents", *arguments])
 
 
+@pytest.mark.slow
 def test_every_part_has_its_rows_and_every_figure_a_definition(store, done):
     runs, measured = done
     assert measured.refused == [] and list(measured.runs) == ["a", "b"] and measured.processor_s > 0
@@ -119,6 +120,7 @@ def test_figures_of_anything_else_are_none(store, runs, change):
     assert load_latents(runs / "a", content) is None and load_latents(runs / "b", store.content) is not None
 
 
+@pytest.mark.slow
 def test_the_tables_name_cost_and_single_latents(store, runs):
     done = command(store, runs, "--tokens", "1000", "--sample", "2", "--widest", "1", "--part", "effects", "--details")
     assert done.exit_code == 0, done.output

@@ -88,6 +88,7 @@ def replace_linear(trainer: Trainer) -> Trainer:
     return alone
 
 
+@pytest.mark.slow
 def test_it_is_trained_saved_and_read_as_saelens_reads_it(planted, tmp_path):
     store = planted[0]
     runs = [Run(kind, "slow-linear", make_config(kind)) for kind in ("sfa", "pca")]

@@ -48,6 +48,7 @@ def by_the_book(sae: PersistentAutoencoder, sequence: torch.Tensor) -> torch.Ten
     return torch.stack(states)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=20), st.integers(0, 3))
 def test_states_reconstructions_and_gradients_are_the_equations(lengths, seed):
@@ -168,6 +169,7 @@ def test_it_is_trained_saved_evaluated_and_refused_an_export(store, tmp_path):
     assert export.exit_code == 1 and "has sae.predictor=decay, which has no form in" in export.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(store, tmp_path, monkeypatch):
     chosen = [f"--set={one}" for one in (*SMALL, "steps=12", "guard.checkpoint_steps=5")]
     assert command(store, tmp_path / "whole", "train", "--preset=persistent", *chosen).exit_code == 0

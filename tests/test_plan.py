@@ -29,6 +29,7 @@ def test_names_say_what_was_set():
     assert names(Request(["topk"], ["data.seed=4"], init_from="old")) == ["topk-seed4-from-old"]
 
 
+@pytest.mark.slow
 def test_hooks_get_names_of_their_own(tmp_path):
     first, other, odd = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "tower:7 pooled"
     with tcsae.create_store(tmp_path / "a.zarr", hooks={first: 4, other: 6, odd: 5}, sequence_length=3) as creation:

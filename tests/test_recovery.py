@@ -47,6 +47,7 @@ def scored(store, rows: np.ndarray, encode, skip_first: int = 1) -> Planted:
     return planted
 
 
+@pytest.mark.slow
 def test_the_truth_as_a_code_is_recovered_whole(store):
     truth = load_truth(store)
     order = np.random.default_rng(0).permutation(truth.n_features)

@@ -74,6 +74,7 @@ def test_offline_a_branch_is_what_it_was(monkeypatch, kind, error, capfd):
         find(kind, "own/er", "mian", OLD)
 
 
+@pytest.mark.slow
 def test_a_sealed_store_of_the_hub_opens_offline(tiny_config, tiny_lm, tiny_corpus, tmp_path, monkeypatch):
     """The same command, after the Hub was there for the first one."""
     import datasets

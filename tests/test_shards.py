@@ -123,6 +123,7 @@ def narrow_chunks(monkeypatch):
     monkeypatch.setattr(layout, "SHARD_BATCHES", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow_chunks")
 def test_a_wide_model_runs_in_whole_batches(wide, tmp_path, monkeypatch):
     shapes: list[tuple[int, int]] = []
@@ -170,6 +171,7 @@ def test_killed_between_the_chunks_of_a_shard_and_extended(wide, tmp_path, monke
     assert toy.traces(location) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow_chunks")
 def test_a_store_that_does_not_say_so_has_one_chunk_a_shard(wide, tmp_path):
     location = tmp_path / "store.zarr"

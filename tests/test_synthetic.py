@@ -178,6 +178,7 @@ class KillError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["write_shard", "commit", "finish_sequences", "seal", "truth"])
 def test_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, step):
     path, config = tmp_path / "a.zarr", planted_config("small", TINY)

@@ -146,6 +146,7 @@ def test_it_is_trained_beside_others_saved_and_evaluated(store, tmp_path, name):
     assert evaluation["metrics"]["mse"] * evaluation["n_tokens"] == pytest.approx(float(error), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(store, tmp_path, monkeypatch):
     settings = [f"--set={one}" for one in (*SMALL, "steps=12", "guard.checkpoint_steps=5")]
     assert command(store, tmp_path / "whole", "train", "--preset=tfa", *settings).exit_code == 0

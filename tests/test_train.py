@@ -68,6 +68,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(path / "sae_weights.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_is_a_folder_that_says_everything(store, tmp_path):
     (record,) = train_runs(store, tmp_path, plan_runs(store, Request(["topk"], SMALL)))
     path = tmp_path / record["name"]
@@ -249,6 +250,7 @@ def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
         assert not sae(x).any()
 
 
+@pytest.mark.slow
 def test_batchtopk_infers_with_the_average_l0_it_was_trained_for(store, tmp_path):
     (record,) = train_runs(store, tmp_path, plan_runs(store, Request(["batchtopk"], SMALL)))
     sae = load_sae(tmp_path / record["name"])

@@ -57,6 +57,7 @@ def test_a_longer_run_is_the_one_trained_at_once(store, tmp_path):
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_killed_on_its_longer_way_it_is_still_the_shorter_run(store, tmp_path):
     (short,), (long,) = planned(store, 20, *CONSTANT), planned(store, 45, *CONSTANT)
     train_runs(store, tmp_path, [short])

@@ -133,6 +133,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoilt, message",
     [

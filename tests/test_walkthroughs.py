@@ -72,6 +72,7 @@ def test_a_new_loss(monkeypatch, tcsae_command, tmp_path):
         assert all(line["temporal"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_sae(monkeypatch, tcsae_command, tmp_path):
     kind = module_of("shared/sae/halftopk.py").HALF_TOPK
     monkeypatch.setitem(KINDS, "halftopk", kind)
@@ -86,6 +87,7 @@ def test_a_new_kind_of_sae(monkeypatch, tcsae_command, tmp_path):
     assert (code > 0).any()
 
 
+@pytest.mark.slow
 def test_a_new_measure(monkeypatch, tcsae_command, tmp_path):
     silence = module_of("evaluate/measures/silence.py").Silence
     assert isinstance(silence(3), Measure)
