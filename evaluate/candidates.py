@@ -1,6 +1,6 @@
 """Which folders below --runs are evaluated, with which options, and what of that is done already."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -315,6 +315,35 @@ def load(run: Candidate) -> Loaded:
         return Loaded(run, sae, file_digest(run.path / WEIGHTS))
     except OSError as error:
         raise RunError(f"{run.path / WEIGHTS} cannot be read ({reason(error)}). Start again once it can.") from error
+
+
+def sparse_runs(
+    store: Store, runs_path: Path, names: Collection[str], why_not: Callable[[Loaded, Sequence[Loaded]], str]
+) -> tuple[list[Loaded], list[str]]:
+    """Runs with a sparse code, read at all positions from skip_first on; and why others are left out, a line each.
+
+    `why_not(run, those taken before it)`: what else stands against a run; empty for nothing. Raises RunError if none is
+    left, or there is none.
+    """
+    runs: list[Loaded] = []
+    refused: list[str] = []
+    for path in evaluable(runs_path, names):
+        try:
+            loaded = load(candidate(store, path, EvalRequest()))
+        except TcsaeError as error:
+            refused.append(f"{path.name}: {error}")
+            continue
+        dense = "" if loaded.sae.kind.mostly_zero else f"its code is dense ({loaded.sae.config.activation})."
+        if reason := dense or why_not(loaded, runs):
+            refused.append(f"{path.name}: {reason}")
+            continue
+        rules = loaded.run.options.rules
+        if rules.has_holes or rules.max_norm is not None:
+            say(f"{path.name}: all positions from {rules.skip_first} on are counted, whatever else it left out.")
+        runs.append(loaded)
+    if not runs:
+        raise RunError(f"{runs_path} has no run with a sparse code that can be measured. {refused[0]}")
+    return runs, refused
 
 
 class Work(NamedTuple):

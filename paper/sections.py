@@ -149,6 +149,16 @@ def _to(twin: Arm, *compared: Arm) -> tuple[Line, ...]:
     return (Line(twin, None, X), Line(twin), *(Line(arm, twin) for arm in compared))
 
 
+PERSISTENCE = (
+    "explained_variance",
+    "slowness_to_x",
+    "rho_1_within",
+    "rho_8_within",
+    "jaccard_corrected",
+    "document_share",
+    "probe_document",
+)
+"""Figures of the questions about order and topic."""
 TABLE = "table"
 """Key of the paper's own table, which is put together in `first_table`."""
 TABLE_ARMS = [
@@ -193,15 +203,7 @@ SECTIONS = (
                 )
             ),
         ),
-        (
-            "explained_variance",
-            "slowness_to_x",
-            "rho_1_within",
-            "rho_8_within",
-            "jaccard_corrected",
-            "document_share",
-            "probe_document",
-        ),
+        PERSISTENCE,
         "no temporal term",
     ),
     Section(
@@ -270,15 +272,7 @@ SECTIONS = (
                 for line in _to(PLAIN.on(store), *(arm.on(store) for arm in (CONTRASTIVE, arms.LOCAL, arms.TOPIC)))
             ),
         ),
-        (
-            "explained_variance",
-            "slowness_to_x",
-            "rho_1_within",
-            "rho_8_within",
-            "jaccard_corrected",
-            "document_share",
-            "probe_document",
-        ),
+        PERSISTENCE,
         "the same store without the term",
     ),
     Section(

@@ -32,9 +32,10 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
     """End on the names of what failed: where messages are long, the last lines of a log show nothing else."""
+    yield
     failures = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
     for report in failures:
         terminalreporter.write_line(f"failed: {report.nodeid[:150]}")

@@ -133,6 +133,14 @@ def test_it_is_trained_beside_others_resumed_and_evaluated(store, tmp_path):
     assert done.exit_code == 0, done.output
     sae = tcsae.load_sae(next((tmp_path / "a").glob("crosscoder-3*")))
     assert sae.config.window == 3
+    name = next((tmp_path / "a").glob("crosscoder-3*")).name
+    shown = [tcsae_command(store, tmp_path / "a", "feature", "--run", name, "--id", str(i)) for i in range(4)]
+    assert {one.exit_code for one in shown} == {0}
+    (first, *_) = [one.stdout for one in shown if "active at none" not in one.stdout]
+    norms = sae.window_rows[next(i for i in range(4) if shown[i].stdout == first)].square().sum(1)
+    for at, share in zip(("at t-2", "at t-1", "at t "), norms / norms.sum(), strict=True):
+        (line,) = [line for line in first.splitlines() if line.startswith(at)]
+        assert f"{float(share):.0%} of its norm" in line
     assert sae.W_dec.shape == (24, 3 * D)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     evaluation = json.loads(next((tmp_path / "a").glob("crosscoder-3*/eval.json")).read_text())

@@ -137,7 +137,7 @@ def test_the_tables_name_cost_and_single_latents(store, runs):
     [
         (["--latents", "3,x"], 2, "give numbers of latents with commas between"),
         (["--latents", "40", "--part", "effects"], 1, "--latents 40: the SAE has latents 0 to 39. Name some of these."),
-        (["--run", "dense"], 1, "no run whose latents can be measured. dense: its code is dense (gelu)"),
+        (["--run", "dense"], 1, "no run with a sparse code that can be measured. dense: its code is dense (gelu)"),
         (["--run", "wide"], 1, "its latents write to 2 positions at once (a crosscoder)"),
         (["--run", "nobody"], 1, "nobody"),
     ],

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from toy_interrupted import check_goes_on
 
 import tcsae
 from tcsae.shared.base.errors import ConfigError
@@ -18,7 +19,6 @@ from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.persistent import PersistentAutoencoder, TimeOrder, run_states
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.sae.whole_sequences import read_out
-from tcsae.train.trainer import Trainer
 
 D, D_SAE, K = 6, 24, 3
 
@@ -171,22 +171,7 @@ def test_it_is_trained_saved_evaluated_and_refused_an_export(store, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(store, tmp_path, monkeypatch):
-    chosen = [f"--set={one}" for one in (*SMALL, "steps=12", "guard.checkpoint_steps=5")]
-    assert command(store, tmp_path / "whole", "train", "--preset=persistent", *chosen).exit_code == 0
-    step = Trainer.step
-
-    def interrupted(trainer, batch):
-        if trainer.progress.n_steps == 8:
-            raise KeyboardInterrupt
-        return step(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    command(store, tmp_path / "killed", "train", "--preset=persistent", *chosen)
-    monkeypatch.undo()
-    again = command(store, tmp_path / "killed", "train", "--preset=persistent", "--preset=topk", *chosen)
-    assert again.exit_code == 0, again.output
-    files = [next((tmp_path / name).glob("persistent-*/*.safetensors")).read_bytes() for name in ("whole", "killed")]
-    assert files[0] == files[1]
+    check_goes_on("persistent", SMALL, lambda runs, *more: command(store, runs, "train", *more), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("value", ["0", "1", "nan"])

@@ -235,6 +235,22 @@ def test_a_text_is_read_and_a_feature_changed_in_the_browser(page):
     assert toy.one_of(page, "#latent").get_attribute("value") == latent
 
 
+def test_the_answer_to_an_older_question_is_dropped(page):
+    """The first answer is held back until the second is shown."""
+    page.execute_script(
+        "const real = window.fetch; let late = 1500; window.fetch = async (...all) => { const wait = late; late = 0; "
+        "const answer = await real(...all); await new Promise((go) => setTimeout(go, wait)); return answer; };"
+    )
+    text = toy.one_of(page, "#text")
+    for words in ("one sequence", TEXT):
+        text.clear()
+        text.send_keys(words)
+        toy.one_of(page, "#read").click()
+    toy.wait(page, lambda: toy.one_of(page, "#tokens").get_attribute("textContent") == TEXT)
+    page.execute_async_script("setTimeout(arguments[0], 2500)")
+    assert toy.one_of(page, "#tokens").get_attribute("textContent") == TEXT
+
+
 def test_training_is_followed_as_it_goes(page, server):
     name = next(path.name for path in server[2].iterdir() if path.name.startswith("topk"))
     file = server[2] / name / "metrics.jsonl"

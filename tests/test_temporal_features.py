@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_interrupted import check_goes_on
 
 import tcsae
 from tcsae.evaluate.measures.core import Output, token_predictions
@@ -19,7 +20,6 @@ from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.sae.temporal_features import TemporalFeatureAutoencoder
 from tcsae.shared.sae.whole_sequences import read_out
-from tcsae.train.trainer import Trainer
 
 D, F, K = 6, 24, 3
 GOLDEN = Path(__file__).parent / "golden" / "peers_tfa.safetensors"
@@ -148,22 +148,7 @@ def test_it_is_trained_beside_others_saved_and_evaluated(store, tmp_path, name):
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(store, tmp_path, monkeypatch):
-    settings = [f"--set={one}" for one in (*SMALL, "steps=12", "guard.checkpoint_steps=5")]
-    assert command(store, tmp_path / "whole", "train", "--preset=tfa", *settings).exit_code == 0
-    step = Trainer.step
-
-    def interrupted(trainer, batch):
-        if trainer.progress.n_steps == 8:
-            raise KeyboardInterrupt
-        return step(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    command(store, tmp_path / "killed", "train", "--preset=tfa", *settings)
-    monkeypatch.undo()
-    again = command(store, tmp_path / "killed", "train", "--preset=tfa", "--preset=topk", *settings)
-    assert again.exit_code == 0, again.output
-    files = [next((tmp_path / name).glob("tfa-*/*.safetensors")).read_bytes() for name in ("whole", "killed")]
-    assert files[0] == files[1]
+    check_goes_on("tfa", SMALL, lambda runs, *more: command(store, runs, "train", *more), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-SAME, NEAR, OPPOSITE = 0.7, 0.9, -0.9
+from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE
+
+SAME, NEAR = 0.7, 0.9
 BLOCK = 1024
 
 REDUNDANCY = {
     "latents": "decoder rows that are not zero",
-    "antipodal_pairs": f"pairs of rows with a cosine below {OPPOSITE}: two sides of one signed direction",
+    "antipodal_pairs": f"pairs of rows with a cosine below {ANTIPODAL_COSINE}: two sides of one signed direction",
     "near_duplicates": f"pairs with a cosine above {NEAR}",
     "has_neighbour": f"share of rows with another within a cosine of {SAME}",
     "nearest_cosine": "median over rows of the largest cosine with another",
@@ -54,7 +56,7 @@ def redundancy(rows: Float[ndarray, "n d"]) -> dict[str, float]:
         cosines = units[start : start + BLOCK] @ units.T
         at = np.arange(len(cosines))
         cosines[at, start + at] = np.nan
-        opposite += int((cosines < OPPOSITE).sum())
+        opposite += int((cosines < ANTIPODAL_COSINE).sum())
         near += int((cosines > NEAR).sum())
         if len(units) > 1:
             nearest[start : start + BLOCK] = np.nanmax(cosines, axis=1)

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tcsae.evaluate.candidates import EvalRequest, Loaded, candidate, evaluable, load
+from tcsae.evaluate.candidates import Loaded, sparse_runs
 from tcsae.evaluate.latents.latents_file import LATENTS_VERSION, load_latents, save_latents
 from tcsae.evaluate.latents.material import MIN_FIRINGS, Coded
 from tcsae.evaluate.latents.parts import DEFINITIONS, WORK
 from tcsae.evaluate.latents.settings_of_latents import EFFECTS, LatentsRequest
 from tcsae.evaluate.latents.shared_inputs import SharedInputs, choose_latents
-from tcsae.shared.base.console import progress, say
-from tcsae.shared.base.errors import RunError, TcsaeError
+from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import remove_dead_partials_in
 from tcsae.shared.base.signals import stop_on_signals
 from tcsae.shared.store.reader import Store
@@ -40,7 +39,7 @@ def measure_latents(store: Store, runs_path: Path, request: LatentsRequest | Non
     StoreError if the eval split has no position to count.
     """
     request, start = request or LatentsRequest(), time.process_time()
-    runs, refused = _usable(store, runs_path, request)
+    runs, refused = sparse_runs(store, runs_path, request.names, _why_not)
     measured, shared_of = {}, {}
     with stop_on_signals() as stop, progress("latents", len(runs) * len(request.parts), "parts") as advance:
         for loaded in runs:
@@ -106,26 +105,6 @@ def _is_done(store: Store, held: dict[str, Any], part: str, request: LatentsRequ
     return measured.get("options") == request.options() and not tail_is_back
 
 
-def _usable(store: Store, runs_path: Path, request: LatentsRequest) -> tuple[list[Loaded], list[str]]:
-    """Runs with a sparse code of one decoder row a latent, and why others are left out."""
-    runs: list[Loaded] = []
-    refused: list[str] = []
-    for path in evaluable(runs_path, request.names):
-        try:
-            loaded = load(candidate(store, path, EvalRequest()))
-        except TcsaeError as error:
-            refused.append(f"{path.name}: {error}")
-            continue
-        config = loaded.sae.config
-        if not loaded.sae.kind.mostly_zero:
-            refused.append(f"{path.name}: its code is dense ({config.activation}), so single latents say little.")
-        elif config.window > 1:
-            refused.append(f"{path.name}: its latents write to {config.window} positions at once (a crosscoder).")
-        else:
-            rules = loaded.run.options.rules
-            if rules.has_holes or rules.max_norm is not None:
-                say(f"{path.name}: all positions from {rules.skip_first} on are counted, whatever else it left out.")
-            runs.append(loaded)
-    if not runs:
-        raise RunError(f"{runs_path} has no run whose latents can be measured. {refused[0]}")
-    return runs, refused
+def _why_not(loaded: Loaded, _: Sequence[Loaded]) -> str:
+    window = loaded.sae.config.window
+    return f"its latents write to {window} positions at once (a crosscoder)." if window > 1 else ""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tcsae.evaluate.candidates import EvalRequest, candidate, evaluable, load
+from tcsae.evaluate.candidates import Loaded, sparse_runs
 from tcsae.evaluate.probing.given_labels import read_labels
 from tcsae.evaluate.probing.suite import (
     ALL,
@@ -45,7 +45,7 @@ def probe_runs(
     or if no label has enough tokens.
     """
     start = time.monotonic(), time.process_time()
-    runs, refused = _runs(store, runs_path, names)
+    runs, refused = sparse_runs(store, runs_path, names, _why_not)
     hook, skip_first = runs[0].run.options.hook, runs[0].run.options.skip_first
     tokens = choose_tokens(store, hook, skip_first, QUICK_TOKENS if quick else None)
     asked, groups, has_corpus = free_labels(store, tokens)
@@ -89,28 +89,13 @@ def probe_runs(
     return result
 
 
-def _runs(store: Store, runs_path: Path, names: Collection[str]) -> tuple[list[Any], list[str]]:
-    """Runs with a sparse code that agree on hook and first positions with the first, and why others are left out."""
-    runs: list[Any] = []
-    refused = []
-    for path in evaluable(runs_path, names):
-        try:
-            loaded = load(candidate(store, path, EvalRequest()))
-        except RunError as error:
-            refused.append(f"{path.name}: {error}")
-            continue
-        options = loaded.run.options
-        if not loaded.sae.kind.mostly_zero:
-            refused.append(f"{path.name}: its code is dense ({loaded.sae.config.activation}), so k latents say little.")
-        elif runs and (options.hook, options.skip_first) != (runs[0].run.options.hook, runs[0].run.options.skip_first):
-            refused.append(
-                f"{path.name}: it reads {options.hook} from position {options.skip_first} on. Name it alone."
-            )
-        else:
-            runs.append(loaded)
-    if not runs:
-        raise RunError(f"{runs_path} has no run to probe. {refused[0] if refused else 'Train one: tcsae train'}")
-    return runs, refused
+def _why_not(loaded: Loaded, before: Sequence[Loaded]) -> str:
+    """All are probed on the same activations: those of the first."""
+    options = loaded.run.options
+    first = before[0].run.options if before else options
+    if (options.hook, options.skip_first) == (first.hook, first.skip_first):
+        return ""
+    return f"it reads {options.hook} from position {options.skip_first} on. Name it alone."
 
 
 def _rate(label: Label) -> float:
