@@ -10,12 +10,13 @@ import numpy as np
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
 from tcsae.evaluate.planted.truth import CLASSES, FAST, SLOW_RARE, Truth, load_truth
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.console import say
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest, json_digest, write_json
+from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.folder import EVALUATION, WEIGHTS, is_finished, load_evaluation, load_sae, read_object, writing
 from tcsae.shared.store.reader import Store
 from tcsae.synthetic.identifiability import ARMS, PLAIN, TEMPORAL, WIDER, Grid, Size

@@ -133,6 +133,9 @@ def test_it_is_trained_beside_others_resumed_and_evaluated(store, tmp_path):
     assert done.exit_code == 0, done.output
     sae = tcsae.load_sae(next((tmp_path / "a").glob("crosscoder-3*")))
     assert sae.config.window == 3
+    page = tcsae_command(store, tmp_path / "a", "report", "--out", str(tmp_path / "report"))
+    assert page.exit_code == 0, page.output
+    assert "Report of 2 SAEs" in page.output, "the two are compared, though their decoder rows differ in length"
     name = next((tmp_path / "a").glob("crosscoder-3*")).name
     shown = [tcsae_command(store, tmp_path / "a", "feature", "--run", name, "--id", str(i)) for i in range(4)]
     assert {one.exit_code for one in shown} == {0}

@@ -9,9 +9,9 @@ import numpy as np
 
 from tcsae.evaluate.candidates import evaluable
 from tcsae.evaluate.dictionary.similarity import AGREEMENT, REDUNDANCY, null_cosine, pair, redundancy
-from tcsae.evaluate.planted.recovery_figures import decoder_rows
 from tcsae.shared.base.console import echo, table
 from tcsae.shared.base.errors import RunError
+from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.folder import load_sae
 from tcsae.shared.sae.saelens import is_foreign, load_foreign
 

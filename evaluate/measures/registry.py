@@ -16,10 +16,11 @@ from tcsae.evaluate.measures.concentration import Concentration
 from tcsae.evaluate.measures.core import Code, n_latents
 from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
-from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens, decoder_rows
+from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
 from tcsae.evaluate.planted.truth import MODEL, load_truth, truth_path
 from tcsae.shared.base.console import say
 from tcsae.shared.base.device import Readout
+from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.reader import Split

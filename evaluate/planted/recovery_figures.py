@@ -18,7 +18,6 @@ from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
 from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
 from tcsae.evaluate.planted.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
-from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 RECOVERED_F1, RECOVERED_COSINE = 0.5, 0.7
@@ -230,12 +229,6 @@ class Planted:
             definitions |= ABSORPTION
             figures["absorption"] = _ratio(sums["absorbed"], sums["pairs"])
         return figures, definitions
-
-
-def decoder_rows(sae: SparseAutoencoder) -> Float[ndarray, "d_sae d_model"]:
-    """Each latent's direction; of a code for several positions their mean."""
-    rows = sae.W_dec.detach().cpu().float()
-    return rows.view(len(rows), -1, sae.config.d_model).mean(1).numpy()
 
 
 def _found(keys: Int[ndarray, " a"], asked: Int[ndarray, " b"]) -> tuple[Int[ndarray, " b"], ndarray]:

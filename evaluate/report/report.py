@@ -28,6 +28,7 @@ from tcsae.shared.base.console import progress
 from tcsae.shared.base.files import file_digest, json_digest, remove_dead_partials, write_folder
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.lm.token_text import TokenTexts
+from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.folder import EVALUATION, writing
 from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
@@ -212,7 +213,7 @@ class _Report:
         for a, b in itertools.combinations(runs, 2):
             if a.hook == b.hook:
                 self.stop.check(UNWRITTEN)
-                rows = a.loaded.sae.W_dec, b.loaded.sae.W_dec
+                rows = [torch.from_numpy(decoder_rows(one.loaded.sae)) for one in (a, b)]
                 pairs = matched_latents(*rows, self.alive[a.number], self.alive[b.number])
                 pages.data(f"compare/{a.number}-{b.number}.js", "pair", f"{a.number}-{b.number}", pairs)
 

@@ -20,6 +20,12 @@ PART_ENTRIES = 8 << 20
 """Of pre-activations or of windows, at most: 32 MB."""
 
 
+def decoder_rows(sae: SparseAutoencoder) -> Float[ndarray, "d_sae d_model"]:
+    """Each latent's direction; of a code for several positions their mean."""
+    rows = sae.W_dec.detach().cpu().float()
+    return rows.view(len(rows), -1, sae.config.d_model).mean(1).numpy()
+
+
 def read_out(
     sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], lengths: Int[ndarray, " n_sequences"]
 ) -> tuple[Float[Tensor, "n d_model"], SparseCode]:
