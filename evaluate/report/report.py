@@ -213,8 +213,8 @@ class _Report:
         for a, b in itertools.combinations(runs, 2):
             if a.hook == b.hook:
                 self.stop.check(UNWRITTEN)
-                rows = [torch.from_numpy(decoder_rows(one.loaded.sae)) for one in (a, b)]
-                pairs = matched_latents(*rows, self.alive[a.number], self.alive[b.number])
+                of_a, of_b = (torch.from_numpy(decoder_rows(one.loaded.sae)) for one in (a, b))
+                pairs = matched_latents(of_a, of_b, self.alive[a.number], self.alive[b.number])
                 pages.data(f"compare/{a.number}-{b.number}.js", "pair", f"{a.number}-{b.number}", pairs)
 
     def _shared(self, pages: page_files.Pages) -> None:

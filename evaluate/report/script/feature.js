@@ -95,7 +95,10 @@
       make("td", { class: "n" }, `${Math.round(100 * share)}%`), make("td", { class: "n" }, number(cosine)),
       make("td", {}, ...tokens.slice(0, 4).map((token) => chip(token)))));
     const head = ["position", "of its norm²", "cosine with t", "promotes"].map((name) => make("th", { scope: "col" }, name));
-    return block("At each position of the window", "its decoder rows", make("table", { class: "window-rows" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines)));
+    const table = make("table", { class: "window-rows" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines));
+    const rowsOf = block("At each position of the window", "its decoder rows", table);
+    rowsOf.classList.add("whole-row");
+    return rowsOf;
   }
 
   function neighbours(title, about, pairs) {
