@@ -170,7 +170,6 @@ METHODS = (
         shuffled=SHUFFLED,
         about="arXiv 2607.17117: each latent keeps a learned share of its state; L0 is that of what a token adds.",
     ),
-    Method("TFA, past alone", "tfa-past", shuffled=SHUFFLED, about="The same without a look at the present token."),
     Method(
         "SFA + BatchTopK",
         "slow-linear",

@@ -45,7 +45,7 @@ class Place:
 
 METHODS = (
     "topk", "batchtopk", "jumprelu", "relu-l1", "temporal-topk", "temporal-topk-penalised", "temporal-matryoshka",
-    "local-contrast", "topic", "t-sae", "slow-linear", "crosscoder-3", "tfa",
+    "local-contrast", "topic", "t-sae", "slow-linear", "crosscoder-3", "tfa", "persistent",
 )  # fmt: skip
 """Presets of the table: one of each family. The paper's are dense or not trained."""
 
