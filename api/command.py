@@ -57,14 +57,12 @@ def _show_text(place: Place, name: str | None, latent: int | None, text: str, mo
     store = open_store(place.store)
     sae, recipe = load_sae(_one_run(place, name)), store.manifest.recipe.model
     try:
-        found = find_model(model or recipe.name, None, recipe)
+        lm = find_model(model or recipe.name, None, recipe)
     except ModelError as error:
         raise ModelError(f"{error} Where it is now, say with --model.") from error
-    if found.revision != recipe.revision:
-        raise ModelError(
-            f"{found.source} is {found.revision}, not the store's {recipe.revision}. Give another --model."
-        )
-    shown = activations(sae, found, text, hook=sae.metadata.hook or store.hook())
+    if lm.revision != recipe.revision:
+        raise ModelError(f"{lm.source} is {lm.revision}, not the store's {recipe.revision}. Give another --model.")
+    shown = activations(sae, lm, text, hook=sae.metadata.hook or store.hook())
     console = Console(highlight=False)
     for one in shown.shaded(*([] if latent is None else [latent])):
         console.print(one, soft_wrap=True)

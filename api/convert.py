@@ -107,12 +107,12 @@ def _sample(store: Store, hook: str | None, skip_first: int, n_tokens: int) -> F
     batches = store.iterate(
         "train", batch_tokens=CHUNK, hook=names.get(hook, hook) if hook else None, skip_first=skip_first
     )
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     for batch in batches:
-        found.append(batch.x[batch.valid])
-        if sum(map(len, found)) >= n_tokens:
+        parts.append(batch.x[batch.valid])
+        if sum(map(len, parts)) >= n_tokens:
             break
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def _threshold(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], k: float) -> float:

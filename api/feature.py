@@ -63,11 +63,11 @@ def feature(
     """
     opened: Any = store if isinstance(store, Store) else open_store(store)
     path = run.path if isinstance(run, Run) else Path(run)
-    found = candidate(opened, path, EvalRequest())
-    sae = load(found).sae
+    candidate_run = candidate(opened, path, EvalRequest())
+    sae = load(candidate_run).sae
     if not 0 <= latent < sae.config.d_sae:
         raise ConfigError(f"Latent {latent}: {path.name} has latents 0 to {sae.config.d_sae - 1}.")
-    part = Excerpt(opened.split(split), found.options.hook, found.options.rules, max_tokens)
+    part = Excerpt(opened.split(split), candidate_run.options.hook, candidate_run.options.rules, max_tokens)
     with progress(f"feature {latent}", total=part.n_tokens) as advance:
         (features,) = collect_features(part, [sae], advance)
     largest, texts = float(features.contexts.maximum()[latent]), TokenTexts(opened)

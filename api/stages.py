@@ -107,10 +107,10 @@ def evaluate(
     options = options_of(evaluate_command, _naming(settings, runs), PRINTED)
     request = EvalRequest(**{one.name: options[one.name] for one in fields(EvalRequest) if one.name in options})
     place = Place(_location(store), str(_folder(runs)))
-    found = evaluate_as_asked(place, request, options["device"], options["precision"])
-    if found.refused and not found.evaluations:
-        raise RunError(found.refused[-1])
-    return Evaluation(_folder(runs), found.evaluations, found.refused)
+    evaluated = evaluate_as_asked(place, request, options["device"], options["precision"])
+    if evaluated.refused and not evaluated.evaluations:
+        raise RunError(evaluated.refused[-1])
+    return Evaluation(_folder(runs), evaluated.evaluations, evaluated.refused)
 
 
 @documented(report_command, without=("tracker",))

@@ -70,13 +70,13 @@ class TextActivations:
 
     def shaded(self, *latents: int) -> list[ShadedText]:
         """The text shaded by each of these latents, by default by those with the largest values."""
-        found = []
+        texts = []
         for latent in latents or [peak.latent for peak in self.top()]:
             values = self.latent(latent)
             peak = float(values.max()) if len(values) else 0.0
             shares = (values.clamp(min=0) / (peak or 1.0)).tolist()
-            found.append(ShadedText(self.tokens, shares, f"latent {latent}, peak {peak:.3g}"))
-        return found
+            texts.append(ShadedText(self.tokens, shares, f"latent {latent}, peak {peak:.3g}"))
+        return texts
 
     def to_pandas(self) -> "pd.DataFrame":
         """A row for each active latent of each token."""

@@ -120,8 +120,8 @@ def measure(
         if tail is not None:
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
-            for i, found in _losses(tail, batch, x, spliced).items():
-                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents, torch.stack(tuple(found)))
+            for i, of_system in _losses(tail, batch, x, spliced).items():
+                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents, torch.stack(tuple(of_system)))
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
@@ -311,8 +311,8 @@ def _losses(
     tail: Tail, batch: EvalBatch, x: Float[Tensor, "batch position d_model"], spliced: Mapping[int, Tensor]
 ) -> dict[int, Losses]:
     has_next = batch.has_next_on_host
-    found = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, has_next)
-    return dict(zip((CLEAN, *spliced), found, strict=True))
+    losses = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, has_next)
+    return dict(zip((CLEAN, *spliced), losses, strict=True))
 
 
 def _counts(

@@ -72,8 +72,8 @@ def evaluate_runs(
             say(f"Evaluated already: {', '.join(evaluations)}. Do it again with --force.")
         for options, runs in work.groups.items():
             check_writable(loaded.run.path for loaded in runs)
-            found = _evaluate(Group(store, runs_path, options, runs, ours, stop, torch.device(device)))
-            evaluations |= {loaded.run.name: one for loaded, one in zip(runs, found, strict=False)}
+            made = _evaluate(Group(store, runs_path, options, runs, ours, stop, torch.device(device)))
+            evaluations |= {loaded.run.name: one for loaded, one in zip(runs, made, strict=False)}
     if ours.rank:
         return Evaluated([], [])
     return Evaluated([evaluations[name] for name in work.order], work.refused)
@@ -132,9 +132,9 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         of_codes = measures.figures(i) | {"dense latents": dense_latents(one.sae, firings, common["n_tokens"], sample)}
         probed = observer.probe_draws.get(i, {}) if observer else {}
         spent = {"seconds": round(time.monotonic() - start, 2), "seconds_shared_by": len(group.runs)}
-        found = Figures(rows[i], probed, firings)
+        of_run = Figures(rows[i], probed, firings)
         shared = common | spent | {"temporal": temporal, "measures": of_codes}
-        evaluations.append(write_evaluation(group, one, found, shared))
+        evaluations.append(write_evaluation(group, one, of_run, shared))
     return evaluations
 
 
@@ -214,17 +214,17 @@ def evaluate_parallel(
     folders = evaluable(runs_path, request.names)
     if len(folders) < ours.world and has_rendezvous():
         start_group(ours, device)
-        found = evaluate_runs(store, runs_path, request, ours, device)
+        evaluated = evaluate_runs(store, runs_path, request, ours, device)
         wait_for_all(ours)
-        return found
+        return evaluated
     mine = [path.name for path in folders][ours.rank :: ours.world]
     names = ", ".join(mine) or "none, as there are fewer runs than processes"
     say(f"Rank {ours.rank} of {ours.world} evaluates {names}.")
-    found = Evaluated([], [])
+    evaluated = Evaluated([], [])
     if mine:
-        found = evaluate_runs(store, runs_path, replace(request, names=tuple(mine)), device=device)
+        evaluated = evaluate_runs(store, runs_path, replace(request, names=tuple(mine)), device=device)
     if not has_rendezvous():
-        return found
+        return evaluated
     wait_for_all(ours)
     if ours.rank:
         return Evaluated([], [])

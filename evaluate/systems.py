@@ -85,8 +85,8 @@ class SmoothedOutput:
         if kind == HYSTERESIS:
             threshold = self.sae.learned_threshold.detach()
             lower = torch.minimum(threshold, threshold / value)
-            found = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
-            return stay_above(found, lengths, threshold.cpu())
+            above = self._joined(x, lambda part: threshold_code(self.sae.pre_activations(part), lower))
+            return stay_above(above, lengths, threshold.cpu())
         kernel = smoothing_kernel(self.smoothing, max(lengths, default=0))
         made = filtered(join_codes([code for _, code in code_parts(self.sae, x)]).to("cpu"), lengths, kernel)
         return keep_largest(made, self.sae.config.k) if kind == EMA_TOPK and isinstance(made, SparseCode) else made

@@ -451,9 +451,10 @@ def _local_files(path: Path) -> tuple[str, list[Path]]:
     files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if _ending(file) in MARKUP]
     kinds = sorted({READERS.get(_ending(file), "text") for file in files})
     if len(kinds) != 1:
-        found = f"files for {' and '.join(kinds)}, which are read differently" if kinds else "nothing that can be read"
+        differ = f"files for {' and '.join(kinds)}, which are read differently"
+        content = differ if kinds else "nothing that can be read"
         raise DataError(
-            f"{path} holds {found}. Give a file, or a folder with one kind of files: .txt, .md or .rst (a "
+            f"{path} holds {content}. Give a file, or a folder with one kind of files: .txt, .md or .rst (a "
             "document each), .jsonl, .json (both also .gz or .zst) or .parquet."
         )
     if any(file.suffix == ".zst" for file in files) and importlib.util.find_spec("zstandard") is None:

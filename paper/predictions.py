@@ -90,11 +90,11 @@ def slower_at_equal_cost(results: Results, kind: str, other: str) -> bool:
 
 def smoothed_at(results: Results, slowness: float) -> list[float]:
     """Explained variance of each way to smooth a plain SAE's codes, between its rungs, at this relative change."""
-    found = []
+    variances = []
     for rule in dict.fromkeys(arm.smooth.partition("=")[0] for arm in SMOOTHED):
         arms = [PLAIN, *(arm for arm in SMOOTHED if arm.smooth.startswith(f"{rule}="))]
-        found.append(interpolated([(results.mean(arm, SLOW), results.mean(arm, EV)) for arm in arms], slowness))
-    return found
+        variances.append(interpolated([(results.mean(arm, SLOW), results.mean(arm, EV)) for arm in arms], slowness))
+    return variances
 
 
 def group_gain(results: Results, arm: Arm) -> float:

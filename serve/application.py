@@ -114,23 +114,24 @@ def _runs(model: LiveModel) -> dict[str, Any]:
 
 
 def _read(model: LiveModel, asked: dict[str, Any]) -> dict[str, Any]:
-    found = model.read(_value(asked, "run", str), _value(asked, "text", str))
-    return {"tokens": [model.texts[token] for token in found.ids], "latents": found.latents, "active": found.n_active}
+    reading = model.read(_value(asked, "run", str), _value(asked, "text", str))
+    tokens = [model.texts[token] for token in reading.ids]
+    return {"tokens": tokens, "latents": reading.latents, "active": reading.n_active}
 
 
 def _change(model: LiveModel, asked: dict[str, Any]) -> dict[str, Any]:
     change = Change(
         kind=_value(asked, "kind", str), latent=_value(asked, "latent", int), value=_value(asked, "value", float)
     )
-    found = model.change(
+    changed = model.change(
         _value(asked, "run", str), _value(asked, "text", str), change, _value(asked, "n_continued", int)
     )
     return {
-        "kl": [round(value, 5) for value in found.kl],
-        "promoted": [[model.texts[token], round(value, 4)] for token, value in found.promoted],
-        "suppressed": [[model.texts[token], round(value, 4)] for token, value in found.suppressed],
-        "clean": [model.texts[token] for token in found.clean],
-        "changed": [model.texts[token] for token in found.changed],
+        "kl": [round(value, 5) for value in changed.kl],
+        "promoted": [[model.texts[token], round(value, 4)] for token, value in changed.promoted],
+        "suppressed": [[model.texts[token], round(value, 4)] for token, value in changed.suppressed],
+        "clean": [model.texts[token] for token in changed.clean],
+        "changed": [model.texts[token] for token in changed.changed],
     }
 
 

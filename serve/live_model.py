@@ -91,9 +91,9 @@ class LiveModel:
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text. Raises ConfigError for none or too many."""
-        found = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = ([] if self.begins is None else [self.begins]) + list(found)
-        if not found or len(ids) > self.limit:
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = ([] if self.begins is None else [self.begins]) + list(encoded)
+        if not encoded or len(ids) > self.limit:
             raise ConfigError(f"The text has {len(ids)} tokens; give 1 to {self.limit}.")
         return ids
 
@@ -175,5 +175,5 @@ def changed_by(
     return by[..., None] * sae.W_dec.detach()[change.latent]
 
 
-def _pairs(found: Any) -> list[tuple[int, float]]:
-    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+def _pairs(top: Any) -> list[tuple[int, float]]:
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

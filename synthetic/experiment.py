@@ -139,10 +139,10 @@ def score(store: Store, truth: Truth, path: Path) -> dict[str, Any]:
         planted.add(sae.encode_sparse(x))
         wide = np.concatenate([x.double().numpy(), np.ones((len(x), 1))], 1)
         moments += wide.T @ wide
-    found = planted.per_feature()
+    scored = planted.per_feature()
     values = {
-        "f1": found["f1"],
-        "recovered": found["recovered"],
+        "f1": scored["f1"],
+        "recovered": scored["recovered"],
         "snr": signal_to_noise(truth, moments),
         "amplitude": truth.amplitudes,
     }
@@ -167,9 +167,9 @@ def signal_to_noise(truth: Truth, moments: np.ndarray) -> np.ndarray:
 def load_scores(path: Path) -> dict[str, Any] | None:
     """A run's scores, if they are of the weights that lie there and whole; None: score it (again)."""
     try:
-        found = read_object(path / SCORES, "")
-        whole = found.get("digest") == json_digest({key: one for key, one in found.items() if key != "digest"})
-        return found if whole and found["weights"] == file_digest(path / WEIGHTS) else None
+        scores = read_object(path / SCORES, "")
+        whole = scores.get("digest") == json_digest({key: one for key, one in scores.items() if key != "digest"})
+        return scores if whole and scores["weights"] == file_digest(path / WEIGHTS) else None
     except (RunError, OSError, KeyError):
         return None
 

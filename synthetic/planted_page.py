@@ -39,7 +39,7 @@ def write_planted_page(place: Place, size: Size, out: Path) -> Path:
 
 def method_figures(place: Place, size: Size) -> dict[str, list[dict[str, Any]]]:
     """Of each preset, for every seed: EV, L0, and the recovery overall and by class."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    by_preset: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for cell in table_cells(size):
         store = open_store(place.store(cell.name))
         for run in runs_of(store, size, cell):
@@ -50,8 +50,8 @@ def method_figures(place: Place, size: Size) -> dict[str, list[dict[str, Any]]]:
             figures |= measures["planted"]["figures"]
             figures |= {f"F1 {one}": measures[f"planted_{one}"]["figures"]["f1"] for one in CLASSES_SHOWN}
             slow = measures["planted_slow_rare"]["figures"]
-            found[run.preset].append(figures | {one: slow[one] for one in ("onset_distance", "offset_distance")})
-    return found
+            by_preset[run.preset].append(figures | {one: slow[one] for one in ("onset_distance", "offset_distance")})
+    return by_preset
 
 
 def diagram(grid: Grid) -> bytes:

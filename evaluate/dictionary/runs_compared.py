@@ -29,9 +29,9 @@ def compared(runs_path: str, names: Collection[str]) -> dict[str, Any]:
     for first, second in itertools.combinations(rows, 2):
         if rows[first].shape[1] != rows[second].shape[1]:
             continue
-        found = pair(rows[first], rows[second])
-        matched = zip(found.first.tolist(), found.second.tolist(), found.cosine.round(4).tolist(), strict=True)
-        about = {"run": first, "with": second, **found.figures()}
+        pairing = pair(rows[first], rows[second])
+        matched = zip(pairing.first.tolist(), pairing.second.tolist(), pairing.cosine.round(4).tolist(), strict=True)
+        about = {"run": first, "with": second, **pairing.figures()}
         about["null_cosine"] = null_cosine(rows[first], len(rows[second]))
         pairs.append(about | {"matched": [list(one) for one in matched]})
     if names and len(rows) > 1 and not pairs:

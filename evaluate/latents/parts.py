@@ -16,7 +16,7 @@ from tcsae.evaluate.latents.material import Coded
 from tcsae.evaluate.latents.settings_of_latents import BITS, EFFECTS, REPEATS, SAE, TEXT, TOKENS, Budget
 from tcsae.evaluate.latents.shared_inputs import Chosen, SharedInputs
 
-TOGETHER, RANDOM = "the widest 1% at once", "random directions"
+WIDEST, RANDOM = "the widest 1% at once", "random directions"
 N_RANDOM = 4
 """Random directions that are steered along."""
 N_NULL = 16
@@ -60,7 +60,7 @@ def effects(shared: SharedInputs, coded: Coded, chosen: Chosen) -> dict[str, Any
     share = coded.widths / max(coded.widths.sum(), 1e-30)
     columns: dict[str, Any] = {
         "latent": latents.tolist(),
-        "is_sample": [True] * len(chosen.sample) + [False] * len(chosen.widest),
+        "is_sample": [True] * len(chosen.sample) + [False] * len(chosen.wide),
         "density": (coded.n_firings[latents] / coded.code.shape[0]).tolist(),
         "width_share": share[latents].tolist(),
         "ev_lost": lost[latents].tolist(),
@@ -97,7 +97,7 @@ def _ablation(
 ) -> tuple[Rows, dict[str, Any], dict[str, list[float | None]]]:
     """Rows, columns, and the KL at each lag after an ablation."""
     assert shared.tail is not None
-    items = [*([one] for one in chosen.all.tolist()), chosen.together.tolist()]
+    items = [*([one] for one in chosen.all.tolist()), chosen.widest.tolist()]
     everywhere = ablation.ablated(coded, shared.tail, items, budget.sequences)
     kl = ablation.kl_after(coded, shared.tail, items, budget.events, shared.request.seed)
     later, after = ablation.later_share(kl), np.nansum(kl, -1)
@@ -113,7 +113,7 @@ def _ablation(
             "later_share": median(later[which, one]),
         }
 
-    sample, together = slice(0, len(chosen.sample)), slice(len(items) - 1, None)
+    sample, widest = slice(0, len(chosen.sample)), slice(len(items) - 1, None)
     null = {"kl_after": median(after[sample, random]), "later_share": median(later[sample, random])}
     columns = {
         "ce_lost": everywhere.ce,
@@ -126,14 +126,14 @@ def _ablation(
         "kl_after_span": after[:, span],
         **{f"kl_{kind}": kl[:, i] for i, kind in enumerate(ablation.KINDS)},
     }
-    rows: Rows = {SAE: figures(sample), TOGETHER: figures(together), RANDOM: null}
+    rows: Rows = {SAE: figures(sample), WIDEST: figures(widest), RANDOM: null}
     curves = {
         name: _median_curve(kl[which, i])
         for name, (which, i) in {
             "one latent": (sample, one),
             "one latent, throughout": (sample, span),
-            "widest 1%": (together, one),
-            "widest 1%, throughout": (together, span),
+            "widest 1%": (widest, one),
+            "widest 1%, throughout": (widest, span),
             "random direction": (sample, random),
         }.items()
     }

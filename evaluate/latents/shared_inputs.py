@@ -28,16 +28,16 @@ class Chosen(NamedTuple):
 
     sample: Int[ndarray, " n_sample"]
     """Those given, or live ones drawn at random."""
-    widest: Int[ndarray, " n_widest"]
+    wide: Int[ndarray, " n_wide"]
     """Others, with the widest contributions; none where latents are given."""
-    together: Int[ndarray, " n_together"]
+    widest: Int[ndarray, " n_widest"]
     """The widest hundredth of the live ones, to be ablated at once."""
     are_drawn: bool = True
     """Whether the sample is one."""
 
     @property
     def all(self) -> Int[ndarray, " n"]:
-        return np.concatenate([self.sample, self.widest])
+        return np.concatenate([self.sample, self.wide])
 
 
 def choose_latents(coded: Coded, request: LatentsRequest) -> Chosen:
@@ -46,12 +46,12 @@ def choose_latents(coded: Coded, request: LatentsRequest) -> Chosen:
     if unknown := [one for one in request.latents if one >= n_latents]:
         raise ConfigError(f"--latents {unknown[0]}: the SAE has latents 0 to {n_latents - 1}. Name some of these.")
     by_width = live[np.argsort(-coded.widths[live], kind="stable")]
-    together = by_width[: -(-len(live) // 100)]
+    widest = by_width[: -(-len(live) // 100)]
     if request.latents:
-        return Chosen(np.array(request.latents, np.int64), by_width[:0], together, are_drawn=False)
+        return Chosen(np.array(request.latents, np.int64), by_width[:0], widest, are_drawn=False)
     rng = np.random.default_rng(request.seed)
     sample = np.sort(rng.permutation(live)[: budget.sample])
-    return Chosen(sample, by_width[~np.isin(by_width, sample)][: budget.widest], together)
+    return Chosen(sample, by_width[~np.isin(by_width, sample)][: budget.widest], widest)
 
 
 class SharedInputs:

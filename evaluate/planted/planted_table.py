@@ -18,9 +18,9 @@ def show_planted(evaluations: Sequence[dict[str, Any]], details: bool) -> None:
     classes = [name for name in CLASSES if f"{PREFIX}_{name}" in measured[0]["measures"]]
     rows = []
     for one in measured:
-        found = one["measures"]
-        of_classes = [found[f"{PREFIX}_{name}"]["figures"]["f1"] for name in classes]
-        rows.append([one["name"], *(found[PREFIX]["figures"][name] for name in OVERALL), *of_classes])
+        measures = one["measures"]
+        of_classes = [measures[f"{PREFIX}_{name}"]["figures"]["f1"] for name in classes]
+        rows.append([one["name"], *(measures[PREFIX]["figures"][name] for name in OVERALL), *of_classes])
     titles = [name.replace("_", " ") for name in (*OVERALL, *(f"F1 {name}" for name in classes))]
     table("Recovery of planted features", ("", *titles), rows)
     if not details:

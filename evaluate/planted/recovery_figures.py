@@ -135,16 +135,16 @@ class Planted:
         )  # fmt: skip
         absorbed = (carried >= ABSORBED * tokens.pair_values) & ~_found(keys, tokens.pairs)[1]
         slow = self.truth.durations[feature[matched]] > 1
-        found = compare_segments(
+        compared = compare_segments(
             tokens.axis, tokens.segments, tokens.axis.keys(feature[matched][slow], token[matched][slow])
         )
         counts = (
             (tokens.features, 1), (of, 1), (of, tokens.values[at[hit]]), (of, given[hit]), (tokens.pairs % n, 1),
-            (tokens.pairs % n, absorbed), (found.feature, 1), (found.feature, found.missed),
-            (found.feature, found.fragments), (found.feature, found.has_onset),
-            *((found.feature, one * found.has_onset) for one in (found.onset, abs(found.onset))),
-            (found.feature, found.has_offset),
-            *((found.feature, one * found.has_offset) for one in (found.offset, abs(found.offset))),
+            (tokens.pairs % n, absorbed), (compared.feature, 1), (compared.feature, compared.missed),
+            (compared.feature, compared.fragments), (compared.feature, compared.has_onset),
+            *((compared.feature, one * compared.has_onset) for one in (compared.onset, abs(compared.onset))),
+            (compared.feature, compared.has_offset),
+            *((compared.feature, one * compared.has_offset) for one in (compared.offset, abs(compared.offset))),
         )  # fmt: skip
         for row, (where, weights) in zip(self._features, counts, strict=True):
             row += np.bincount(where, np.broadcast_to(weights, where.shape), n)
@@ -172,13 +172,13 @@ class Planted:
     def figures(self) -> dict[str, dict[str, Any]]:
         """{measure: {"figures": ..., "definitions": ...}}: overall, and of each class that was planted."""
         scores = self.per_feature()
-        found = {"planted": {"figures": self._overall(scores), "definitions": OVERALL}}
+        by_measure = {"planted": {"figures": self._overall(scores), "definitions": OVERALL}}
         for number, name in enumerate(CLASSES):
             which = self.truth.kinds == number
             if which.any():
                 figures, definitions = self._of_class(name, which, scores)
-                found[f"planted_{name}"] = {"figures": figures, "definitions": dict(definitions)}
-        return found
+                by_measure[f"planted_{name}"] = {"figures": figures, "definitions": dict(definitions)}
+        return by_measure
 
     def _overall(self, scores: Mapping[str, ndarray]) -> dict[str, float | None]:
         matching = self.matching

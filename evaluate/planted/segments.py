@@ -53,20 +53,20 @@ class Compared(NamedTuple):
     has_offset: Bool[ndarray, " m"]
 
 
-def compare_segments(axis: Axis, true: Int[ndarray, " a"], found: Int[ndarray, " b"]) -> Compared:
+def compare_segments(axis: Axis, true: Int[ndarray, " a"], code: Int[ndarray, " b"]) -> Compared:
     """True segments and a code's, both as `Axis.keys`."""
     starts, ends = true[_begins(true)], true[_ends(true)]
-    begins = _begins(found)
+    begins = _begins(code)
     number = begins.cumsum() - 1
-    found_starts, found_ends = found[begins], found[_ends(found)]
-    low, high = np.searchsorted(found, starts), np.searchsorted(found, ends, side="right")
+    code_starts, code_ends = code[begins], code[_ends(code)]
+    low, high = np.searchsorted(code, starts), np.searchsorted(code, ends, side="right")
     missed = high == low
-    at = [one.clip(0, max(0, len(found) - 1)) for one in (low, high - 1)]
-    first, last = (number[one] if len(found) else np.zeros(len(starts), np.int64) for one in at)
+    at = [one.clip(0, max(0, len(code) - 1)) for one in (low, high - 1)]
+    first, last = (number[one] if len(code) else np.zeros(len(starts), np.int64) for one in at)
     nothing = np.zeros(1, np.int64)
     onset, offset = (
-        np.where(missed, 0, (of_found if len(found) else nothing)[run] - ours)
-        for of_found, run, ours in ((found_starts, first, starts), (found_ends, last, ends))
+        np.where(missed, 0, (of_code if len(code) else nothing)[run] - ours)
+        for of_code, run, ours in ((code_starts, first, starts), (code_ends, last, ends))
     )
     inside = ~axis.first[starts % axis.n] & ~missed, ~axis.last[ends % axis.n] & ~missed
     return Compared(starts // axis.n, missed, np.where(missed, 0, last - first + 1), onset, offset, *inside)

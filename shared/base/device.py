@@ -30,8 +30,8 @@ def available_devices() -> list[str]:
     """Kinds of device that this machine has, fastest first."""
     import torch
 
-    found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
-    return [name for name, there in found if there]
+    devices = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
+    return [name for name, there in devices if there]
 
 
 def choose_device(asked: str) -> "torch.device":

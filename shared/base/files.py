@@ -276,12 +276,12 @@ def remove_dead_partials(path: Path) -> None:
     Its temporary names are `temporary_path`'s: 32 hexadecimal digits, so that no file of a user is taken for one.
     """
     name = path.name[:MAX_NAME]
-    _remove_dead(path.parent, lambda found: found.startswith(name) and bool(_TEMPORARY.fullmatch(found[len(name) :])))
+    _remove_dead(path.parent, lambda one: one.startswith(name) and bool(_TEMPORARY.fullmatch(one[len(name) :])))
 
 
 def remove_dead_partials_in(folder: Path) -> None:
     """The same of every name right in a folder."""
-    _remove_dead(folder, lambda found: bool(_TEMPORARY.search(found)))
+    _remove_dead(folder, lambda one: bool(_TEMPORARY.search(one)))
 
 
 def _remove_dead(folder: Path, is_temporary: Callable[[str], bool]) -> None:

@@ -122,9 +122,9 @@ def wandb_id(folder: Path) -> str:
     """The run's id there: drawn once, then kept in its folder."""
     file = folder / TRACKED
     try:
-        found = json.loads(file.read_text(encoding="utf8"))["wandb"]
-        if isinstance(found, str) and found:
-            return found
+        stored = json.loads(file.read_text(encoding="utf8"))["wandb"]
+        if isinstance(stored, str) and stored:
+            return stored
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -38,13 +38,13 @@ def pull_runs(repo: str, runs_path: Path, names: Collection[str] = (), revision:
 def run_folders_of(snapshot: Path) -> dict[str, Path]:
     """Folders of a repository that hold an SAE, by the name that they get: the path with - for /, or the repository's
     own name where they are its root."""
-    found = {}
+    folders = {}
     for config in sorted(snapshot.rglob(CONFIG)):
         if (config.parent / WEIGHTS).is_file():
             relative = PurePosixPath(config.parent.relative_to(snapshot).as_posix())
             name = "-".join(relative.parts) or snapshot.parents[1].name.rpartition("--")[2]
-            found[name.lstrip(".")] = config.parent
-    return found
+            folders[name.lstrip(".")] = config.parent
+    return folders
 
 
 def _place(source: Path, target: Path) -> Path:

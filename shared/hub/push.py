@@ -88,8 +88,8 @@ def _data_licence(api: Any, recipe: Recipe | None) -> str | None:
         )
     with suppress(TcsaeError), hub_errors(recipe.corpus.name, "dataset"):
         card = api.dataset_info(recipe.corpus.name).card_data
-        found = getattr(card, "license", None) if card is not None else None
-        return ", ".join(found) if isinstance(found, list) else found
+        licence = getattr(card, "license", None) if card is not None else None
+        return ", ".join(licence) if isinstance(licence, list) else licence
     return None
 
 
@@ -151,9 +151,9 @@ def _payload(store: Store, key: str) -> str | bytes:
     return store.objects.get(key)
 
 
-def _is_there(found: Any, digest: str) -> bool:
+def _is_there(listed: Any, digest: str) -> bool:
     """Whether a file of the repository has these bytes, as far as its listing says: LFS files by their sha256."""
-    lfs = getattr(found, "lfs", None)
+    lfs = getattr(listed, "lfs", None)
     return bool(digest) and lfs is not None and getattr(lfs, "sha256", None) == digest
 
 

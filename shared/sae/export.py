@@ -187,9 +187,9 @@ def _check_place(out: Path, files: tuple[str, ...]) -> None:
         others = sorted(path.name for path in out.iterdir() if path.name not in files)
         if not others:
             return
-        found = f"holds {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "")
+        reason = f"holds {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "")
     elif out.exists():
-        found = "is a file"
+        reason = "is a file"
     else:
         return
-    raise RunError(f"{out} {found}; an export goes into a new folder or over an earlier one. Give another --out.")
+    raise RunError(f"{out} {reason}; an export goes into a new folder or over an earlier one. Give another --out.")

@@ -114,13 +114,13 @@ LOADERS = {"ae.pt": load_dictionary, "sae.safetensors": load_sparsify, "params.n
 
 def _module(file: Path, read: Callable[[], _Read]) -> SparseAutoencoder:
     try:
-        found = read()
-        d_model, d_sae = found.state["W_enc"].shape
-        k = min(32, d_sae) if found.k is None else found.k
-        config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=found.activation, k=k, groups=found.groups)
-        check_finite(found.state, file, "No figure of it could be trusted.")
-        sae = (GatedAutoencoder if found.gated else SparseAutoencoder)(config)
-        sae.load_state_dict(found.state)
+        theirs = read()
+        d_model, d_sae = theirs.state["W_enc"].shape
+        k = min(32, d_sae) if theirs.k is None else theirs.k
+        config = SaeConfig(d_model=d_model, d_sae=d_sae, activation=theirs.activation, k=k, groups=theirs.groups)
+        check_finite(theirs.state, file, "No figure of it could be trusted.")
+        sae = (GatedAutoencoder if theirs.gated else SparseAutoencoder)(config)
+        sae.load_state_dict(theirs.state)
     except (
         OSError,
         KeyError,
@@ -135,7 +135,7 @@ def _module(file: Path, read: Callable[[], _Read]) -> SparseAutoencoder:
         safetensors.SafetensorError,
     ) as error:
         raise RunError(f"{file} does not hold the weights of such an SAE ({reason(error)}). {NOT_READ}") from error
-    sae.metadata = found.metadata
+    sae.metadata = theirs.metadata
     return sae.eval()
 
 

@@ -185,16 +185,16 @@ def select_topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n
     below that is among the k best.
     """
     n_groups, left = divmod(pre.shape[1], SELECT_GROUPS)
-    found = None
+    selected = None
     if not left and n_groups >= 2 * k:
         if static_shapes(pre):
-            found = _of_best_groups(pre, k, n_groups)
+            selected = _of_best_groups(pre, k, n_groups)
         elif pre.dtype != torch.bfloat16:  # which NumPy has not
-            found = _above_maxima(pre.detach().numpy(), k, n_groups)
-    if found is None:
+            selected = _above_maxima(pre.detach().numpy(), k, n_groups)
+    if selected is None:
         values, latents = pre.topk(k, dim=-1, sorted=False)
         return values, latents
-    return found
+    return selected
 
 
 def _of_best_groups(pre: Float[Tensor, "n d_sae"], k: int, n_groups: int) -> tuple[Tensor, Tensor]:

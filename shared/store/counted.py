@@ -86,7 +86,7 @@ def counted(
 def left_out(split: Split, rules: CountingRules | int, min_sequence_length: int = 1) -> dict[str, int]:
     """Tokens that each rule leaves out and none before it, in the order of the rules; of long enough sequences."""
     rules = as_rules(rules)
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for start in range(0, split.n_sequences, BLOCK_SEQUENCES):
         part = slice(start, min(start + BLOCK_SEQUENCES, split.n_sequences))
         usable = split.lengths[part] >= min_sequence_length
@@ -99,9 +99,9 @@ def left_out(split: Split, rules: CountingRules | int, min_sequence_length: int 
             steps["max_norm"] = _norms_within(split, split.store.hook(rules.hook), rules.max_norm)[part]
         for name, allowed in steps.items():
             after = before & allowed
-            found[name] = found.get(name, 0) + int(before.sum()) - int(after.sum())
+            counts[name] = counts.get(name, 0) + int(before.sum()) - int(after.sum())
             before = after
-    return found
+    return counts
 
 
 def excluded_ids(store: Store, names: Sequence[str]) -> Int[ndarray, " n_ids"]:

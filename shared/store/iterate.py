@@ -164,15 +164,15 @@ class SegmentDataset(IterableDataset):
             skip = 0
 
     def _read(self, ranges: list[tuple[int, int]], draw: tuple[int, int]) -> _Block:
-        length, found, values, n = self.store.sequence_length, [], [], 0
+        length, tables, values, n = self.store.sequence_length, [], [], 0
         for first, stop in ranges:
             sequence, start, count = segments(
                 self.split.lengths[first:stop], self.config.segment_length, self.config.skip_first
             )
-            found.append(np.stack([(sequence + n) * length + start, count, sequence + first, start], axis=1))
+            tables.append(np.stack([(sequence + n) * length + start, count, sequence + first, start], axis=1))
             values.append(self.split.read_stored(self.hook, first, stop))
             n += stop - first
-        table = np.concatenate(found)
+        table = np.concatenate(tables)
         if self.config.shuffle:
             table = table[np.random.default_rng([self.config.seed, *draw]).permutation(len(table))]
         stored = np.concatenate(values) if len(values) > 1 else values[0]
