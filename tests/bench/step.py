@@ -82,17 +82,28 @@ def bare(data: list[Batch], d_sae: int) -> dict[str, Callable[[], int]]:
 
 
 def bare_windows(x: torch.Tensor, d_sae: int, window: int) -> Callable[[], int]:
-    """A crosscoder's own encoder matmul and topk, on windows side by side."""
+    """A crosscoder's own products, on windows side by side: encoder matmul and topk; by torch's sparse kernels, of a
+    given code, the reconstruction, the gradients of its entries and of both weights."""
     windows = x[: N // window * window].view(-1, window * D_MODEL)
+    n, k = len(windows), window * K
     W_enc, bias = torch.randn(d_sae, window * D_MODEL) / D_MODEL**0.5, torch.zeros(d_sae)
-    code = torch.empty(len(windows), d_sae)
+    W_dec, pre = torch.randn(d_sae, window * D_MODEL), torch.empty(n, d_sae)
+    latents = torch.rand(n, d_sae).topk(k, dim=-1).indices.sort(-1).values
+    values, offsets = torch.rand(n * k), torch.arange(0, n * k + 1, k)
+    code = torch.sparse_csr_tensor(offsets, latents.flatten(), values, size=(n, d_sae))
+    by_latent, zeros = code.to_dense().T.to_sparse_csr(), torch.zeros(d_sae, window * D_MODEL)
+    at_entries = torch.sparse_csr_tensor(offsets, latents.flatten(), torch.zeros_like(values), size=(n, d_sae))
 
-    def encoder_topk() -> int:
-        torch.addmm(bias, windows, W_enc.T, out=code)
-        code.topk(window * K, dim=-1, sorted=False)
+    def products() -> int:
+        torch.addmm(bias, windows, W_enc.T, out=pre)
+        pre.topk(k, dim=-1, sorted=False)
+        x_hat = F.embedding_bag(latents, W_dec, per_sample_weights=values.view(n, k), mode="sum")
+        torch.sparse.sampled_addmm(at_entries, x_hat, W_dec.T, beta=0.0)
+        torch.addmm(zeros, by_latent, x_hat)
+        torch.addmm(zeros, by_latent, windows)
         return N
 
-    return encoder_topk
+    return products
 
 
 def bare_attention(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
@@ -131,7 +142,7 @@ def bare_states(x: torch.Tensor, d_sae: int) -> Callable[[], int]:
 
 TFA_D_SAE = 1024
 OWN_BASES = {
-    "crosscoder, 3 positions": "window matmul + topk",
+    "crosscoder, 3 positions": "window matmul, topk, sparse products",
     "tfa, 1024 latents": "tfa's matmuls",
     "persistent, segments of 128": "its topk and four matmuls",
 }
@@ -160,7 +171,7 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
         settings = ("temporal.weight=1", f"temporal.kind={kind}")
         found[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
     found["crosscoder, 3 positions"], _ = ours("topk", data, width, "sae.window=3", f"sae.k={3 * K}")
-    found["window matmul + topk"] = bare_windows(data[0].x, d_sae, 3)
+    found["window matmul, topk, sparse products"] = bare_windows(data[0].x, d_sae, 3)
     found["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
     found["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
     found["persistent, segments of 128"], _ = ours("persistent", whole, width)
