@@ -30,7 +30,7 @@ paper: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae paper
 
 planted: .venv/installed
-	$(BIN)/tcsae planted
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m tcsae planted
 
 fast: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=fast

@@ -86,6 +86,7 @@ def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
     \b
       tcsae planted --quick --out /tmp/results
       tcsae planted
+      torchrun --nproc-per-node 2 -m tcsae planted        stores dealt out to two processes
     """
     from click.core import ParameterSource
 
@@ -97,6 +98,7 @@ def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
     from pathlib import Path
 
     from tcsae.shared.base.console import say
+    from tcsae.shared.base.distributed import ranks
     from tcsae.synthetic.experiment import Place as Work
     from tcsae.synthetic.experiment import make_all
     from tcsae.synthetic.identifiability import FULL, QUICK
@@ -104,4 +106,5 @@ def planted(ctx: click.Context, quick: bool, work: str, out: str) -> None:
 
     size = QUICK if quick else FULL
     make_all(Work(Path(work)), size)
-    say(f"The page: {write_planted_page(Work(Path(work)), size, Path(out))}")
+    if ranks().rank == 0:
+        say(f"The page: {write_planted_page(Work(Path(work)), size, Path(out))}")

@@ -14,6 +14,7 @@ from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
 from tcsae.evaluate.planted.truth import CLASSES, FAST, SLOW_RARE, Truth, load_truth
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.console import say
+from tcsae.shared.base.distributed import ranks, start_group, wait_for_all
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest, json_digest, write_json
 from tcsae.shared.sae.crosscoder import decoder_rows
@@ -69,14 +70,22 @@ def grid_cells(size: Size) -> list[Cell]:
 
 
 def make_all(place: Place, size: Size) -> None:
-    """Every store, run and score. Raises Stopped after a signal, with all that is finished on disk."""
-    cells = [*table_cells(size), *grid_cells(size)]
+    """Every store, run and score; in parallel processes each makes every n-th cell, and waits for the others.
+
+    Raises Stopped after a signal, with all that is finished on disk; ConfigError for processes without a rendezvous.
+    """
+    ours, cells = ranks(), [*table_cells(size), *grid_cells(size)]
+    if ours.parallel:
+        start_group(ours)
     for i, cell in enumerate(cells):
+        if i % ours.world != ours.rank:
+            continue
         start = time.process_time()
         store = write_planted(str(place.store(cell.name)), planted_config("small", planting_of(size, cell)))
         _finish(place, cell, store, runs_of(store, size, cell))
         if (spent := time.process_time() - start) > 5:
             say(f"{cell.name}: cell {i + 1} of {len(cells)}, {spent / 60:.1f} minutes of processor time.")
+    wait_for_all(ours)
 
 
 def planting_of(size: Size, cell: Cell) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toy_ranks import spawn
 
+from tcsae.shared.base.distributed import Ranks
 from tcsae.shared.base.errors import RunError
 from tcsae.synthetic import experiment
 from tcsae.synthetic.experiment import METHODS, Place, make_all
@@ -45,8 +47,9 @@ def test_the_methods_are_presets():
 
 @pytest.mark.slow
 def test_the_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "METHODS", ("topk", "temporal-topk"))
-    monkeypatch.setattr("tcsae.synthetic.planted_page.METHODS", ("topk", "temporal-topk"))
+    few = ("topk", "temporal-topk")
+    monkeypatch.setattr(experiment, "METHODS", few)
+    monkeypatch.setattr("tcsae.synthetic.planted_page.METHODS", few)
     size, place, trained = replace(QUICK, steps=10), Place(tmp_path / "work"), []
     train = experiment.train_runs
 
@@ -76,3 +79,11 @@ def test_the_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not trained and scores.read_bytes() == whole, "scored anew, nothing trained"
     write_planted_page(place, size, tmp_path / "out")
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def do(_: Ranks) -> None:
+        experiment.METHODS = few
+        make_all(Place(tmp_path / "by-two"), size)
+
+    spawn(2, do)
+    write_planted_page(Place(tmp_path / "by-two"), size, tmp_path / "out")
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}, "as one process makes it"
