@@ -34,8 +34,8 @@ from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import Recipe
 from tcsae.shared.store.reader import Store
 
-UNTRAINED = "logged-"
-"""Presets whose SAEs are not trained on purpose: the only ones with 0 steps that get figures."""
+UNTRAINED = ("logged-", "untrained-")
+"""Beginnings of presets whose SAEs are not trained on purpose: the only ones with 0 steps that get figures."""
 FOREIGN_SKIP_FIRST = 1
 """Positions left out for an SAE that says nothing of it: our own default in training."""
 
@@ -188,7 +188,8 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         record, differences = load_record(path), []
     check_record(path, record)
     if record["steps"] == 0 and not record["preset"].startswith(UNTRAINED):
-        raise RunError(f"no figures: its SAE has taken 0 optimiser steps. Train it, or use a {UNTRAINED}* preset.")
+        names = ", ".join(f"{one}*" for one in UNTRAINED)
+        raise RunError(f"no figures: its SAE has taken 0 optimiser steps. Train it, or use one of {names}.")
     hook, width = record["hook"], record["sae"]["d_model"]
     d_store = store.d_model(hook)
     if width != d_store:

@@ -47,7 +47,7 @@ class SaeOutput:
 
 
 class CrosscoderOutput:
-    """A temporal crosscoder, read out on every window of each sequence."""
+    """A temporal crosscoder, read out on the window that ends at each token."""
 
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae = sae

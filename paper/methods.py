@@ -153,7 +153,7 @@ METHODS = (
     ),
     Method(
         "crosscoder, 3 positions, untrained",
-        "crosscoder-3",
+        "untrained-crosscoder-3",
         ("sae.d_sae=1024", "sae.k=48"),
         rates=(),
         about="Its first weights: what the window's shape gives alone.",

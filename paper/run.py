@@ -158,8 +158,9 @@ def _options(arm: Arm) -> tuple[bool, str, Documents]:
 def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict[str, list[Run]]:
     runs_of: dict[str, dict[str, Run]] = {}
     for arm in arms:
-        runs = plan(stores[arm.store], arm, size)
-        runs_of.setdefault(arm.store, {}).update({run.name: run for run in runs})
+        of_store = runs_of.setdefault(arm.store, {})
+        for run in plan(stores[arm.store], arm, size):
+            assert of_store.setdefault(run.name, run) == run, f"{run.name}: two arms, one folder"
     return {name: list(runs.values()) for name, runs in runs_of.items()}
 
 

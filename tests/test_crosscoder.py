@@ -50,26 +50,27 @@ def test_tiles_are_the_windows_of_each_run(lengths, window, stride, offset):
 
 @pytest.mark.slow
 @given(lengths_lists, st.integers(1, 4), st.sampled_from(["topk", "relu", "jumprelu", "gelu"]))
-def test_read_out_is_the_mean_over_the_windows_of_a_token(lengths, window, activation):
+def test_a_token_is_read_out_from_the_window_that_ends_at_it(lengths, window, activation):
     sae = make_sae(window, activation)
     x = torch.randn(sum(lengths), D, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         x_hat, code = read_out(sae, x, np.array(lengths))
         start = 0
         for length in lengths:
-            sums, n = torch.zeros(length, D), torch.zeros(length, 1)
-            codes = torch.zeros(length, 20)
-            for at in range(length - window + 1):
-                window_code = sae.encode(x[start + at : start + at + window].flatten())
-                sums[at : at + window] += sae.decode(window_code).view(window, D)
-                n[at : at + window] += 1
-                codes[at + window - 1] = window_code
-                if at == 0:
-                    codes[:window] = window_code
-            expected = sums / n if length >= window else sae.b_dec.view(window, D).mean(0).expand(length, D)
-            torch.testing.assert_close(x_hat[start : start + length], expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(code.dense()[start : start + length], codes, atol=1e-5, rtol=1e-5)
+            for at in range(length):
+                parts = sae.b_dec.view(window, D).clone()  # before the sequence: the decoder's bias
+                for back in range(min(window, at + 1)):
+                    parts[window - 1 - back] = x[start + at - back]
+                expected = sae.encode(parts.flatten())
+                torch.testing.assert_close(code.dense()[start + at], expected, atol=1e-5, rtol=1e-5)
+                last = sae.decode(expected).view(window, D)[-1]
+                torch.testing.assert_close(x_hat[start + at], last, atol=1e-5, rtol=1e-5)
             start += length
+
+
+def test_no_tokens_have_no_code():
+    x_hat, code = read_out(make_sae(3), torch.zeros(0, D), np.array([], np.int64))
+    assert x_hat.shape == (0, D) and code.n_tokens == 0
 
 
 def batch_of(lengths: list[int], x: torch.Tensor) -> Batch:

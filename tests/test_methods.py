@@ -1,15 +1,17 @@
 """Promise: `tcsae methods` tunes on one half of the documents, reports on the other, and shows what came out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tcsae.paper.methods import METHODS, RATES, SHUFFLED, Method, table_arm, tuning_arm
 from tcsae.paper.methods_run import compare_methods
 from tcsae.paper.results import Place, Source
-from tcsae.paper.run import Size
+from tcsae.paper.run import FULL, Size, plan
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.folder import load_record
+from tcsae.shared.store.reader import open_store
 from tcsae.train.presets import PRESETS, preset
 
 TINY = ("sae.d_sae=48", "sae.k=4", "data.n_segments=16")
@@ -33,6 +35,15 @@ def test_settings_of_every_row_are_settings(method):
         assert config.optimizer.lr == 1e-3
         assert config.sae.d_sae == 1024
     assert method.twin in {one.name for one in METHODS}
+
+
+def test_no_two_rows_share_a_run():
+    store = open_store(Path(__file__).parent / "golden" / "store-v1.zarr")
+    arms = [arm(method, rate) for method in METHODS for rate in (1e-3, 4e-3) for arm in (tuning_arm, table_arm)]
+    arms += [table_arm(method, 4e-3, shuffled=True) for method in METHODS if method.shuffled is not None]
+    configs: dict[str, object] = {}
+    for run in (run for arm in arms for run in plan(store, arm, FULL)):
+        assert configs.setdefault(run.name, run.config) == run.config, run.name
 
 
 def test_a_shuffled_twin_sees_no_order():

@@ -131,6 +131,10 @@ def _logged(
     return make
 
 
+def _untrained(make: Callable[[int], TrainConfig]) -> Callable[[int], TrainConfig]:
+    return lambda d_model: replace(make(d_model), steps=0)
+
+
 def _written(
     lambda_2: float, decay: Any = "cosine", layer_norm: Any = "none", plain: bool = False, phase: float = 0.0
 ) -> Callable[[int], TrainConfig]:
@@ -219,6 +223,7 @@ PRESETS = {
     ),
     "crosscoder-3": Preset("temporal crosscoder: a TopK code for 3 positions, 32 active a position", _crosscoder(3)),
     "crosscoder-5": Preset("the same for 5 positions", _crosscoder(5)),
+    "untrained-crosscoder-3": Preset("baseline: crosscoder-3 at its first weights", _untrained(_crosscoder(3))),
     "tfa": Preset(
         "temporal feature analysis: attention over past codes and a TopK code of the rest", _tfa("attention")
     ),
