@@ -43,7 +43,7 @@ TEMPORAL = {
     "probe_token": "probe: token",
     "probe_position": "probe: position",
 }
-SLOWNESS = "relative change (left: slower; 1: as fast as x)"
+SLOWNESS = "relative change (left: slower)"
 FRONTIERS = (
     ("Variance at which sparsity?", "l0", "L0", "explained_variance", "explained variance"),
     ("Predictions at which sparsity?", "l0", "L0", "ce_loss_increase", "delta CE, nats"),

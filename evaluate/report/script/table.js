@@ -27,7 +27,7 @@
       button.type = "button";
       button.className = "sort";
       button.setAttribute("aria-label", `Sort by ${head.textContent.trim()}`);
-      head.append("\u2060", button); // a word joiner: no line begins with the arrow
+      head.append(button);
       button.addEventListener("click", () => {
         const was = head.getAttribute("aria-sort");
         const descending = was ? was === "ascending" : head.classList.contains("n") && column > 0;
