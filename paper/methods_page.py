@@ -12,6 +12,7 @@ from tcsae.paper.methods import METHODS, RATES, T_SAE_RATES, Method, table_arm
 from tcsae.paper.page import STYLE, PageContext, finite, machine, rendered
 from tcsae.paper.results import Results, X, value_of
 from tcsae.paper.sections import difference, markdown, number
+from tcsae.paper.training_costs import Cost, cost_table
 from tcsae.shared.base.files import whole_file, write_atomic, write_json
 from tcsae.shared.sae.folder import writing
 
@@ -109,6 +110,7 @@ def write_methods(
     results: Results,
     chosen: Mapping[str, Chosen],
     made: PageContext,
+    costs: Mapping[str, Cost],
     methods: Sequence[Method] = METHODS,
     page: MethodsPage = METHODS_PAGE,
 ) -> Path:
@@ -125,6 +127,7 @@ def write_methods(
         table=_table(results, arms, twins, page.columns),
         shuffled=_shuffled(results, arms, chosen, methods),
         paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
+        costs=cost_table(costs),
         columns=[f"{column.heading}: `{name}`" for name, column in page.columns.items()],
         picture=f"{page.name}.svg",
         n_tokens=f"{methods[0].n_tokens:,}",
@@ -136,7 +139,9 @@ def write_methods(
     with writing(out, CURE):
         out.mkdir(parents=True, exist_ok=True)
         _draw(results, arms, out / f"{page.name}.svg")
-        write_json(out / f"{page.name}.json", _data(results, arms, chosen, twins, page.columns) | follows)
+        data = _data(results, arms, chosen, twins, page.columns)
+        data["costs"] = {name: cost._asdict() for name, cost in costs.items()}
+        write_json(out / f"{page.name}.json", data | follows)
         write_atomic(out / f"{page.name}.md", text.encode())
     return out / f"{page.name}.md"
 

@@ -9,6 +9,7 @@ from tcsae.paper.methods_page import METHODS_PAGE, Chosen, MethodsPage, write_me
 from tcsae.paper.page import PageContext
 from tcsae.paper.results import Place, Results, Source
 from tcsae.paper.run import Size, evaluate_arms, load_arm, make_store, read_times, timed, train_arms
+from tcsae.paper.training_costs import training_costs
 from tcsae.shared.base.console import say
 from tcsae.shared.base.distributed import ranks
 from tcsae.shared.base.errors import RunError
@@ -38,9 +39,12 @@ def compare_methods(
         table_arm(method, chosen[method.name].rate, shuffled=True) for method in methods if method.shuffled is not None
     ]
     _finish(place, stores, arms, size, results, "table")
+    # The other processes are done: steps are timed alone.
     if ranks().rank == 0:
+        trained = {method.name: arm for method, arm in zip(methods, arms, strict=False) if not method.smooth}
+        costs = training_costs(place, store, trained, size)
         made = PageContext(f"tcsae {page.name}{size.name}{asked.given}", bool(size.name), stores, read_times(place))
-        say(f"The page: {write_methods(out, results, chosen, made, methods, page)}")
+        say(f"The page: {write_methods(out, results, chosen, made, costs, methods, page)}")
 
 
 def _tried(method: Method, store: Store) -> list[float]:

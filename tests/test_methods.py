@@ -82,6 +82,10 @@ def test_the_page_has_every_row_and_the_rate_that_did_best(made):
         assert f"\n| {row['method']} | {sum(row['values']['explained_variance']) / 2:.4f}" in page
         assert row["method"] == "TopK" or row["minus"] == "TopK"
     assert page.count("crosscoder, 3 positions") >= 4
+    costs = data["costs"]
+    assert set(costs) == {method.name for method in FEW if not method.smooth}
+    assert costs["TopK"]["n_parameters"] == 2 * 48 * 128 + 48 + 128 and costs["TopK"]["tokens_s"] > 0
+    assert f"| TopK | {costs['TopK']['n_parameters']:,} | {costs['TopK']['tokens_s']:,.0f} | 1.00 |" in page
     assert (out / "methods.svg").read_bytes().startswith(b"<?xml")
     records = [load_record(path.parent) for path in place.runs("text").glob("*/tcsae.json")]
     assert {record["train"]["data"]["seed"] for record in records} == {0, 1, 100}
