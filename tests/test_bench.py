@@ -63,7 +63,7 @@ def test_the_report_is_one_line_of_json(bench, capsys):
     bench.report("smoke", times, base="b", batch=4)
     line = capsys.readouterr().out
     assert line.count("\n") == 1
-    found = json.loads(line)
-    assert found["figures"]["a"] == {"units_per_s": 0.4, "median": 1.25, "low": 0.5, "high": 2.0}
-    assert (found["bench"], found["rounds"], found["base"], found["batch"]) == ("smoke", 2, "b", 4)
-    assert found["commit"] and found["machine"]
+    result = json.loads(line)
+    assert result["figures"]["a"] == {"units_per_s": 0.4, "median": 1.25, "low": 0.5, "high": 2.0}
+    assert (result["bench"], result["rounds"], result["base"], result["batch"]) == ("smoke", 2, "b", 4)
+    assert result["commit"] and result["machine"]

@@ -60,13 +60,13 @@ def test_activations_are_the_plain_models(folders, tokens, family, batch_size):
     # The deepest is a block's input: under stop_at_layer=5 it would never fire.
     hooks = ("blocks.5.hook_resid_pre", "blocks.2.hook_mlp_out", "blocks.0.hook_resid_post")
     capture = Capture(find_model(str(folders[family])), hooks, batch_size)
-    found = capture.run(tokens, LENGTHS)
-    assert set(found) == set(hooks)
+    result = capture.run(tokens, LENGTHS)
+    assert set(result) == set(hooks)
     for i, expected in enumerate(naive(folders[family], family, tokens, LENGTHS)):
         for name in hooks:
-            assert found[name].dtype == np.float32
-            np.testing.assert_allclose(found[name][i, : LENGTHS[i]], expected[name], rtol=1e-4, atol=1e-4)
-    assert all(np.isfinite(values).all() for values in found.values()), "padding may be anything finite"
+            assert result[name].dtype == np.float32
+            np.testing.assert_allclose(result[name][i, : LENGTHS[i]], expected[name], rtol=1e-4, atol=1e-4)
+    assert all(np.isfinite(values).all() for values in result.values()), "padding may be anything finite"
 
 
 def test_names_are_resolved_and_heads_flattened(folders, tokens):
@@ -96,9 +96,9 @@ def test_the_plain_model_runs_where_it_catches_what_the_bridge_does(folders, tok
     monkeypatch.setattr("tcsae.harvest.capture.module_places", lambda *_: None)
     bridged = Capture(find_model(str(folders["neox"])), hooks, 4)
     assert bridged.attention == "eager" and bridged.hooks == capture.hooks
-    expected, found = bridged.run(tokens, LENGTHS), capture.run(tokens, LENGTHS)
+    expected, result = bridged.run(tokens, LENGTHS), capture.run(tokens, LENGTHS)
     for hook in hooks:
-        np.testing.assert_allclose(found[hook], expected[hook], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result[hook], expected[hook], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

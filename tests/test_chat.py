@@ -66,12 +66,12 @@ def text_by_role(store, split: str) -> dict[int, dict[str, str]]:
 
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
     one, names = store.split(split), store.manifest.recipe.roles
-    found: dict[int, dict[str, list[int]]] = {}
+    result: dict[int, dict[str, list[int]]] = {}
     for tokens, roles, length, document in zip(one.tokens, one.roles, one.lengths, one.documents, strict=True):
         for token, role in zip(tokens[:length], roles[:length], strict=True):
             if role:
-                found.setdefault(int(document), {}).setdefault(names[role - 1], []).append(int(token))
-    return {n: {role: tokenizer.decode(ids) for role, ids in roles.items()} for n, roles in found.items()}
+                result.setdefault(int(document), {}).setdefault(names[role - 1], []).append(int(token))
+    return {n: {role: tokenizer.decode(ids) for role, ids in roles.items()} for n, roles in result.items()}
 
 
 @pytest.mark.slow

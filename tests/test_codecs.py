@@ -39,13 +39,13 @@ def decode(rows: np.ndarray, codec: str, parameters: dict[str, np.ndarray]) -> n
 def test_compact_keeps_its_error_on_other_tokens(error):
     parameters = fit("compact", correlated(20000), error)
     x = correlated(5000, seed=7)
-    found = decode(encode(x, "compact", parameters), "compact", parameters)
+    result = decode(encode(x, "compact", parameters), "compact", parameters)
     norms = np.linalg.norm(x, axis=1)
     kept = x[norms <= np.percentile(norms, 99)].astype(np.float64)
     variance = np.square(kept - kept.mean(0)).sum(1).mean()
-    assert np.square(found - x.astype(np.float64)).sum(1).mean() / variance == pytest.approx(error, rel=0.15)
+    assert np.square(result - x.astype(np.float64)).sum(1).mean() / variance == pytest.approx(error, rel=0.15)
     # Massive tokens are no worse than the others: no number is off by more than rounding each coefficient gives.
-    assert np.linalg.norm(found - x, axis=1).max() <= parameters["step"][0] * np.sqrt(WIDTH) / 2 * 1.01 + 1e-3
+    assert np.linalg.norm(result - x, axis=1).max() <= parameters["step"][0] * np.sqrt(WIDTH) / 2 * 1.01 + 1e-3
     np.testing.assert_allclose(parameters["basis"] @ parameters["basis"].T, np.eye(WIDTH), atol=1e-5)
 
 

@@ -34,11 +34,11 @@ def test_a_compiled_step_is_one_graph_and_the_same():
     command = [sys.executable, str(script), json.dumps(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["breaks"] == 0
-    assert {name: one for name, one in found["largest"].items() if not one < 1e-5} == {}
-    assert found["largest"].keys() == CASES.keys() and found["graphs"] >= len(CASES)
-    assert found["broken"], "a function in which values decide was one graph"
+    result = json.loads(done.stdout)
+    assert result["breaks"] == 0
+    assert {name: one for name, one in result["largest"].items() if not one < 1e-5} == {}
+    assert result["largest"].keys() == CASES.keys() and result["graphs"] >= len(CASES)
+    assert result["broken"], "a function in which values decide was one graph"
 
 
 def test_by_default_nothing_is_compiled():

@@ -53,16 +53,16 @@ def call(trained_lm, tiny_corpus):
 @pytest.fixture(scope="module")
 def locations(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nulls")
-    found = {}
+    result = {}
     with pytest.MonkeyPatch.context() as patch:
         toy.small_steps(patch, 8)
         for kind in ("plain", *KINDS):
-            found[kind] = folder / f"{kind}.zarr"
-            done = call(found[kind], *([] if kind == "plain" else ["--control", kind]))
+            result[kind] = folder / f"{kind}.zarr"
+            done = call(result[kind], *([] if kind == "plain" else ["--control", kind]))
             assert done.exit_code == 0, done.output
             assert ("  control " in done.output) == (kind != "plain")
             assert kind == "plain" or f"  control {kind}, seed 0: " in done.output
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def test_counts_lengths_and_splits_are_the_stores(stores, kind):
 
 def of_documents(store, split):
     """Document -> its tokens, in order."""
-    found, one = {}, store.split(split)
+    result, one = {}, store.split(split)
     for i, document in enumerate(one.documents.tolist()):
-        found.setdefault(document, []).extend(one.tokens[i, : one.lengths[i]].tolist())
-    return found
+        result.setdefault(document, []).extend(one.tokens[i, : one.lengths[i]].tolist())
+    return result
 
 
 def test_permuted_documents_have_the_same_tokens_in_another_order(stores):

@@ -27,8 +27,8 @@ def nothing(n: int) -> None:
 
 
 def contents(location: str) -> dict[str, bytes]:
-    found = objects_at(location)
-    return {key: found.get(key) for key in found.listed()}
+    result = objects_at(location)
+    return {key: result.get(key) for key in result.listed()}
 
 
 class DiedError(BaseException):

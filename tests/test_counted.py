@@ -102,16 +102,16 @@ def test_an_epoch_has_what_counts_once_and_no_segment_spans_what_does_not(store,
         max_norm=rules.max_norm,
     )
     loader = SegmentLoader(store, config)
-    found, n_out = [], 0
+    result, n_out = [], 0
     for batch in itertools.islice(loader, -(-loader.n_segments // 5)):
         n_out += batch.n_left_out
         for part, start in zip(np.split(batch.x.numpy(), np.cumsum(batch.lengths)[:-1]), batch.starts, strict=True):
             assert len(part) <= 4
             np.testing.assert_array_equal(part[:, 0], part[0, 0])
             np.testing.assert_array_equal(part[:, 1], start + np.arange(len(part)))
-            found += [(int(s), int(p)) for s, p, _ in part]
+            result += [(int(s), int(p)) for s, p, _ in part]
     wanted = expected(store, rules, "train")
-    assert set(found) == wanted
+    assert set(result) == wanted
     assert loader.n_tokens + sum(loader.left_out().values()) == store.train.n_tokens
     if rules.max_norm is None:  # the last batch begins the next epoch
         assert len(wanted) == loader.n_tokens

@@ -39,14 +39,14 @@ def test_a_step_in_small_blocks_and_narrow_panels(monkeypatch, name):
         trainer.sae.threshold.data.fill_(1.5)
     small = {(sparse, "CACHED"): 0, (sparse, "READS"): 1, (sparse, "PANEL"): 5}
     small |= {(activations, "ROWS"): 3, (activations, "BLOCK_ENTRIES"): 96}
-    found = []
+    actual = []
     for patched in (False, True):
         for (module, constant), value in small.items() if patched else ():
             monkeypatch.setattr(module, constant, value)
         result = trainer.gradients(batch)
-        found.append((result.losses, [parameter.grad.clone() for parameter in trainer.parameters]))
+        actual.append((result.losses, [parameter.grad.clone() for parameter in trainer.parameters]))
         assert result.l0 > 0
-    (losses, gradients), (in_parts, of_parts) = found
+    (losses, gradients), (in_parts, of_parts) = actual
     assert in_parts == pytest.approx(losses)
     torch.testing.assert_close(of_parts, gradients)
 

@@ -49,10 +49,10 @@ def call(store: Store, runs: Path, *arguments: str) -> Result:
 
 
 def all_intervals(evaluation: dict) -> list[list[float] | None]:
-    found = list(evaluation["intervals"].values())
+    result = list(evaluation["intervals"].values())
     for part in (*evaluation["temporal"]["groups"].values(), evaluation["temporal"]["x"]):
-        found += [row["interval"] for row in part["measures"].values()]
-    return found
+        result += [row["interval"] for row in part["measures"].values()]
+    return result
 
 
 @pytest.mark.slow
@@ -63,9 +63,9 @@ def test_few_documents_have_no_interval_anywhere(tmp_path, lengths):
     one, other = evaluate(store, tmp_path / "runs", toy.make_sae(), toy.make_sae(seed=2))
     assert set(map(str, all_intervals(one))) == {"None"}
     assert one["metrics"]["explained_variance"] is not None
-    found = differences(tmp_path / "runs", one, other)
-    assert {row["interval"] for row in found.values()} == {None}
-    assert found["mse"]["difference"] == pytest.approx(one["metrics"]["mse"] - other["metrics"]["mse"])
+    result = differences(tmp_path / "runs", one, other)
+    assert {row["interval"] for row in result.values()} == {None}
+    assert result["mse"]["difference"] == pytest.approx(one["metrics"]["mse"] - other["metrics"]["mse"])
     done = call(store, tmp_path / "runs", "eval")
     assert f"{one['metrics']['explained_variance']:.4f} ±-" in done.stdout
     assert "none of fewer than 5 documents" in " ".join(done.stdout.split())
@@ -95,10 +95,10 @@ def test_predictions_of_few_documents_have_no_interval(tmp_path):
 def test_an_interval_takes_five_documents(kind, n):
     values = list(map(float, range(n)))
     if kind == "jackknife":
-        found = jackknife(1.0, values)
+        result = jackknife(1.0, values)
     else:
-        found = interval(resamplings(n) @ torch.tensor(values, dtype=torch.float64))
-    assert (found is None) == (n < 5)
+        result = interval(resamplings(n) @ torch.tensor(values, dtype=torch.float64))
+    assert (result is None) == (n < 5)
 
 
 @pytest.mark.slow
@@ -181,10 +181,10 @@ def test_probes_without_a_class_name_nothing():
         torch.stack((torch.arange(4).repeat_interleave(60), torch.full((240,), -1), torch.arange(240) % 8)),
     )  # fmt: skip
     plan.targets[1, :60] = 0  # a class that only documents to train on have
-    found, draws = probes.probe(plan, torch.randn(240, 5, generator=torch.Generator().manual_seed(0)))
-    assert set(found["probe_token"].values()) == {None}
+    result, draws = probes.probe(plan, torch.randn(240, 5, generator=torch.Generator().manual_seed(0)))
+    assert set(result["probe_token"].values()) == {None}
     assert draws["probe_token"].isnan().all()
-    assert found["probe_document"]["value"] is not None
+    assert result["probe_document"]["value"] is not None
 
 
 # Memory: sums on resamplings, in blocks.
@@ -195,22 +195,22 @@ def test_blocks_of_weights_are_the_draws_of_all_documents(monkeypatch, n_documen
     expected = np.random.default_rng(0).multinomial(n_documents, np.full(n_documents, 1 / n_documents), N_RESAMPLINGS)
     monkeypatch.setattr(intervals, "FOLD", 7)
     drawn = Resamplings(n_documents)
-    found = torch.cat([drawn.weights(*block) for block in drawn.blocks()], 1)
-    assert (found[0] == 1).all()
-    assert (found[1:].numpy() == expected).all()
+    result = torch.cat([drawn.weights(*block) for block in drawn.blocks()], 1)
+    assert (result[0] == 1).all()
+    assert (result[1:].numpy() == expected).all()
     values = torch.randn(n_documents, 3, dtype=torch.float64)
-    torch.testing.assert_close(drawn.sums(values), found @ values)
+    torch.testing.assert_close(drawn.sums(values), result @ values)
 
 
 def test_strata_of_documents_are_drawn_as_all_would_be(monkeypatch):
     monkeypatch.setattr(intervals, "STRATUM", 8)
     monkeypatch.setattr(intervals, "FOLD", 4)
     drawn = Resamplings(37)
-    found = torch.cat([drawn.weights(*block) for block in drawn.blocks()], 1)[1:]
-    assert (found.sum(1) == 37).all(), "each resampling has as many documents as the split"
-    assert found.mean(0).sub(1).abs().max() < 0.15
-    assert found.var(0).sub(36 / 37).abs().max() < 0.25
-    assert abs(np.corrcoef(found[:, :8].sum(1), found[:, 8:16].sum(1))[0, 1] + 8 / 29) < 0.1
+    result = torch.cat([drawn.weights(*block) for block in drawn.blocks()], 1)[1:]
+    assert (result.sum(1) == 37).all(), "each resampling has as many documents as the split"
+    assert result.mean(0).sub(1).abs().max() < 0.15
+    assert result.var(0).sub(36 / 37).abs().max() < 0.25
+    assert abs(np.corrcoef(result[:, :8].sum(1), result[:, 8:16].sum(1))[0, 1] + 8 / 29) < 0.1
 
 
 @pytest.mark.slow
@@ -233,9 +233,9 @@ def test_few_open_documents_give_the_same_figures(tmp_path, monkeypatch, n_open)
     (parts,) = evaluate_runs(store, tmp_path / "parts", EvalRequest(temporal=False, force=True))[0]
     for name, value in whole["metrics"].items():
         assert parts["metrics"][name] == (value and pytest.approx(value, rel=1e-12)), name
-    for name, found in whole["intervals"].items():
-        assert parts["intervals"][name] == (found and pytest.approx(found, rel=1e-10)), name
-    assert all(math.isfinite(value) for found in whole["intervals"].values() if found for value in found)
+    for name, result in whole["intervals"].items():
+        assert parts["intervals"][name] == (result and pytest.approx(result, rel=1e-10)), name
+    assert all(math.isfinite(value) for result in whole["intervals"].values() if result for value in result)
     assert json.loads((tmp_path / "parts" / "run0" / "eval.json").read_text())["n_documents"] == 30
 
 

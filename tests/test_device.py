@@ -71,7 +71,7 @@ def on(device: torch.device, name: str, settings: tuple[str, ...]) -> tuple[Trai
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_step_is_the_same_on_another_device(name, settings):
-    found = []
+    result = []
     for device in (torch.device("cpu"), FAR):
         trainer, batch = on(device, name, settings)
         losses = dict(trainer.gradients(batch).losses)
@@ -79,9 +79,9 @@ def test_a_step_is_the_same_on_another_device(name, settings):
         lines = [metrics_line(trainer, trainer.step(batch)) for _ in range(3)]
         sae = trainer.finished_sae()
         assert {type(tensor) for tensor in sae.tensors().values()} == {torch.Tensor}
-        found.append((losses, gradients, lines))
+        result.append((losses, gradients, lines))
         assert {parameter.device.type for parameter in trainer.sae.parameters()} == {device.type}
-    (losses, gradients, lines), (far_losses, far_gradients, far_lines) = found
+    (losses, gradients, lines), (far_losses, far_gradients, far_lines) = result
     assert far_losses == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(far_gradients, gradients)
     for line, far in zip(lines, far_lines, strict=True):
@@ -92,7 +92,7 @@ def test_a_step_is_the_same_on_another_device(name, settings):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> dict[str, Store]:
-    found = {}
+    result = {}
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(12, WIDTH))
     x = ((rng.random((80, LENGTH, 12)) < 0.2) @ directions).astype(np.float32)
@@ -102,8 +102,8 @@ def stores(tmp_path_factory) -> dict[str, Store]:
         with tcsae.create_store(path, hooks={"h": WIDTH}, sequence_length=LENGTH, codec=codec) as creation:
             creation.append("train", {"h": x}, lengths=lengths)
             creation.append("eval", {"h": x[:10]})
-        found[codec] = tcsae.open_store(path)
-    return found
+        result[codec] = tcsae.open_store(path)
+    return result
 
 
 @pytest.mark.slow

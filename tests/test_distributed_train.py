@@ -97,12 +97,12 @@ def steps(location: str, run: Run, ours: Ranks | None) -> tuple[dict[str, torch.
     for batch, _ in zip(loader, range(20), strict=False):
         result = trainer.step(batch._replace(x=batch.x.double()))
         told.append(metrics_line(trainer, result))
-    found = {name: one.detach().clone() for name, one in trainer.sae.named_parameters()}
-    found |= {
+    actual = {name: one.detach().clone() for name, one in trainer.sae.named_parameters()}
+    actual |= {
         "since": trainer.tokens_since_fired,
         "progress": torch.tensor(list(asdict(trainer.progress).values())[:3]),
     }
-    return found, told
+    return actual, told
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +118,13 @@ def done(location, tmp_path_factory):
             auxk.AUX_TOKENS = 16  # of some 50: which tokens it looks at has to go by the whole batch
             if ours.parallel:
                 start_group(ours)
-            found = {kind: steps(location, make_run(kind), ours if ours.parallel else None) for kind in KINDS}
-            torch.save(found, folder / f"{ours.rank}.pt")
+            result = {kind: steps(location, make_run(kind), ours if ours.parallel else None) for kind in KINDS}
+            torch.save(result, folder / f"{ours.rank}.pt")
 
         if world not in known:
             spawn(world, do)
-            found = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-            known[world] = {kind: [one[kind] for one in found] for kind in KINDS}
+            result = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+            known[world] = {kind: [one[kind] for one in result] for kind in KINDS}
         return known[world]
 
     return find
@@ -135,11 +135,11 @@ def done(location, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_in_float64_are_those_of_one_process(done, kind, world):
     ((weights, lines),) = done(1)[kind]
-    for found, ours in done(world)[kind]:
+    for result, ours in done(world)[kind]:
         for one, other in zip(ours, lines, strict=True):
             assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
         for name in weights:
-            torch.testing.assert_close(found[name], weights[name], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(result[name], weights[name], rtol=1e-9, atol=1e-11)
     assert ("aux" in lines[-1]) == (not kind.startswith("written"))
     assert any(line.get("aux") for line in lines) or not kind.startswith("topk")
 

@@ -61,10 +61,10 @@ def test_from_text_to_figures(tiny_config, tmp_path, monkeypatch):
         tcsae("eval", "--no-temporal", runs=runs / str(i))
     for i, hook in enumerate(store.hooks):
         (path,) = (runs / str(i)).glob("*/eval.json")
-        found = json.loads(path.read_text())
-        assert found["trained_on"] == store.content != before
-        assert 0.3 < found["metrics"]["explained_variance"] < 1
-        has_tail = found["metrics"]["ce_loss_with_sae"] is not None
+        result = json.loads(path.read_text())
+        assert result["trained_on"] == store.content != before
+        assert 0.3 < result["metrics"]["explained_variance"] < 1
+        has_tail = result["metrics"]["ce_loss_with_sae"] is not None
         assert has_tail == (hook == toy.RESIDUAL)
 
 
@@ -87,11 +87,11 @@ def test_every_measure_of_many_runs_without_the_language_model(tiny_store, tmp_p
     printed = tcsae("eval", "--baselines", "--details")
     evaluations = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/eval.json")}
     assert len(evaluations) == len(PRESETS)
-    for name, found in evaluations.items():
+    for name, result in evaluations.items():
         assert f"│ {name}" in printed and f"{name}: autocorrelation by lag" in printed
-        assert found["baselines"].keys() == {"pca", "random_topk", "untrained", "zero_output", "mean_output"}
-        assert None not in [found["metrics"][key] for key in ("explained_variance", "ce_loss_score", "kl_div_score")]
-        rows = found["temporal"]["groups"]["all"]["measures"]
+        assert result["baselines"].keys() == {"pca", "random_topk", "untrained", "zero_output", "mean_output"}
+        assert None not in [result["metrics"][key] for key in ("explained_variance", "ce_loss_score", "kl_div_score")]
+        rows = result["temporal"]["groups"]["all"]["measures"]
         assert {"rho_1_within", "dwell", "boundary_auc", "position_share"} <= rows.keys()
         for row in rows.values():
             if row["value"] is not None and row["null"] is not None:

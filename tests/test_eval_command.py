@@ -75,15 +75,15 @@ def test_a_ratio_of_next_to_nothing_is_a_dash(cosine, shown):
 
 def test_intervals_hold_the_figure_and_grow_as_documents_get_fewer(store, tmp_path):
     make_run(tmp_path, "one", make_sae(), store)
-    found = evaluate_runs(store, tmp_path)[0][0]
-    for name, value in found["metrics"].items():
+    result = evaluate_runs(store, tmp_path)[0][0]
+    for name, value in result["metrics"].items():
         if name not in ("dead_fraction", "ce_loss_score_mean", "ce_loss_score_unigrams"):  # the toy's gaps are small
-            low, high = found["intervals"][name]
+            low, high = result["intervals"][name]
             assert low <= value <= high, name
             assert low < high or name in ("l0", "l0_nonzero", "ce_loss_with_ablation"), name
     draws = safetensors.torch.load_file(tmp_path / "one" / REPLICATES)
     assert len(draws["ce_loss_score"]) == N_RESAMPLINGS + 1
-    assert float(draws["mse"][0]) == found["metrics"]["mse"]
+    assert float(draws["mse"][0]) == result["metrics"]["mse"]
     spread = [float(resamplings(n)[1:].matmul(torch.arange(n).double()).std() / n) / n for n in (5, 500)]
     assert spread[0] > 5 * spread[1]
 
@@ -99,9 +99,9 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     evaluations = {one["name"]: one for one in evaluate_runs(store, tmp_path)[0]}
     same = differences(tmp_path, evaluations["a"], evaluations["b"])
     assert {tuple(one["interval"]) for one in same.values() if one["interval"]} == {(0.0, 0.0)}, "paired: no noise left"
-    found = differences(tmp_path, evaluations["a"], evaluations["other"])["mse"]
-    assert found["difference"] == pytest.approx(found["a"] - found["b"])
-    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    result = differences(tmp_path, evaluations["a"], evaluations["other"])["mse"]
+    assert result["difference"] == pytest.approx(result["a"] - result["b"])
+    assert result["interval"][0] < result["difference"] < result["interval"][1]
     slow = differences(tmp_path, evaluations["a"], evaluations["other"])["rho_1"]
     assert slow["difference"] == pytest.approx(slow["a"] - slow["b"])
     evaluations["b"]["options"]["skip_first"] = 3
@@ -120,9 +120,9 @@ def test_seeds_are_compared_over_seeds_and_documents(store, tmp_path):
     runs = {one["name"]: one for one in evaluate_runs(store, tmp_path)[0]}
     alone = [differences(tmp_path, runs[f"a{i}"], runs[f"b{i}"]) for i in (0, 1)]
     for name in ("mse", "rho_1_within"):
-        found = printed["differences"][name]
-        assert found["difference"] == pytest.approx(sum(one[name]["difference"] for one in alone) / 2)
-        assert found["interval"][0] < found["difference"] < found["interval"][1]
+        result = printed["differences"][name]
+        assert result["difference"] == pytest.approx(sum(one[name]["difference"] for one in alone) / 2)
+        assert result["interval"][0] < result["difference"] < result["interval"][1]
     same = seed_differences(tmp_path, [runs["a0"], runs["a1"]], [runs["a0"], runs["a1"]])
     assert {tuple(one["interval"]) for one in same.values() if one["interval"]} == {(0.0, 0.0)}
     assert "and 2 seeds" in call(store, tmp_path, *pairs).stdout
@@ -153,10 +153,10 @@ def test_probes_are_compared_on_the_same_documents(tmp_path_factory, tmp_path, m
         make_run(tmp_path, name, make_sae(seed=seed), store)
     one, same, other = evaluate_runs(store, tmp_path)[0]
     for name in ("probe_document", "probe_token", "probe_position"):
-        found = differences(tmp_path, one, other)[name]
-        assert found["a"] == one["temporal"]["groups"]["all"]["measures"][name]["value"]
-        assert found["difference"] == pytest.approx(found["a"] - found["b"])
-        assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+        result = differences(tmp_path, one, other)[name]
+        assert result["a"] == one["temporal"]["groups"]["all"]["measures"][name]["value"]
+        assert result["difference"] == pytest.approx(result["a"] - result["b"])
+        assert result["interval"][0] <= result["difference"] <= result["interval"][1]
         assert differences(tmp_path, one, same)[name]["interval"] == [0.0, 0.0]
 
 
@@ -195,12 +195,12 @@ def test_splicing_replaces_what_it_says(store, tmp_path, splice):
     """At skip_first = LENGTH - 2 nearly nothing is counted: only "all" still replaces the rest."""
     make_run(tmp_path, "one", make_sae(), store)
     request = EvalRequest(splice=splice, skip_first=toy.LENGTH - 2, temporal=False)
-    found = evaluate_runs(store, tmp_path, request)[0][0]
-    near = abs(found["metrics"]["ce_loss_with_sae"] - found["metrics"]["ce_loss_without_sae"])
-    zero = found["baselines"]["zero_output"]["kl_div_with_sae"]
-    ablated = found["metrics"]["kl_div_with_ablation"]
+    result = evaluate_runs(store, tmp_path, request)[0][0]
+    near = abs(result["metrics"]["ce_loss_with_sae"] - result["metrics"]["ce_loss_without_sae"])
+    zero = result["baselines"]["zero_output"]["kl_div_with_sae"]
+    ablated = result["metrics"]["kl_div_with_ablation"]
     assert (zero == pytest.approx(ablated, rel=1e-6)) == (splice == "all")
-    assert found["splice"].startswith("xhat stands at the counted" if splice == "counted" else "xhat stands at all")
+    assert result["splice"].startswith("xhat stands at the counted" if splice == "counted" else "xhat stands at all")
     assert near >= 0
 
 
@@ -213,10 +213,10 @@ def test_losses_are_those_of_the_logits(store, monkeypatch, factor, block):
     tail._unembedding.weight.mul_(factor)
     (batch, *_) = batches(store.eval, toy.HOOK, 1)
     others = [batch.x * 0.7, batch.x.flip(0)]
-    found = sequence_losses(tail, batch.x, others, batch.tokens, batch.counted, batch.has_next)
+    result = sequence_losses(tail, batch.x, others, batch.tokens, batch.counted, batch.has_next)
     p = tail.logits(batch.x).double().log_softmax(-1)
     targets = batch.tokens.roll(-1, 1).long()[..., None]
-    for one, x in zip(found, (batch.x, *others), strict=True):
+    for one, x in zip(result, (batch.x, *others), strict=True):
         q = tail.logits(x).double().log_softmax(-1)
         ce = torch.where(batch.counted & batch.has_next, -q.gather(2, targets).squeeze(2), 0).sum(1)
         kl = torch.where(batch.counted, (p.exp() * (p - q)).sum(2), 0).sum(1)
@@ -254,10 +254,10 @@ def test_a_dead_sae_has_figures_and_says_so(store, tmp_path, activation):
     make_run(tmp_path, "dead", sae, store)
     done = call(store, tmp_path)
     assert done.exit_code == 0, done.output
-    found = evaluation(tmp_path, "dead")
-    assert (found["metrics"]["dead_fraction"], found["metrics"]["l0"]) == (1.0, 0.0)
-    assert found["metrics"]["explained_variance"] is not None
-    measures = found["temporal"]["groups"]["all"]["measures"]
+    result = evaluation(tmp_path, "dead")
+    assert (result["metrics"]["dead_fraction"], result["metrics"]["l0"]) == (1.0, 0.0)
+    assert result["metrics"]["explained_variance"] is not None
+    measures = result["temporal"]["groups"]["all"]["measures"]
     assert {measures[name]["value"] for name in ("jaccard_adjacent", "rho_1", "dwell", "token_share")} == {None}
     core = json.loads((tmp_path / "dead" / FILE).read_text())
     assert core["eval_result_metrics"]["misc_metrics"]["frac_alive"] == 0

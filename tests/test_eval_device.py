@@ -39,7 +39,7 @@ def numbers(found, path=()):
 @pytest.fixture(scope="module")
 def both(store, tmp_path_factory) -> list[dict]:
     """Evaluations on the CPU and on the pretended device, whose tail is a stand-in (transformers makes CPU tensors)."""
-    found = []
+    result = []
     for device in (torch.device("cpu"), FAR):
         runs = tmp_path_factory.mktemp(device.type)
         for i, kind in enumerate(KINDS):
@@ -51,8 +51,8 @@ def both(store, tmp_path_factory) -> list[dict]:
             patch.setattr(TemporalObserver, "add_up", torch.no_grad()(inspect.unwrap(TemporalObserver.add_up)))
             request = EvalRequest(baselines=True, smooth=("ema=0.3",))
             evaluations = evaluate_runs(store, runs, request, device=device).evaluations
-        found.append({one["name"]: one for one in evaluations})
-    return found
+        result.append({one["name"]: one for one in evaluations})
+    return result
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ class ToyTail:
 
 
 def test_losses_through_a_tail_are_the_same_on_another_device(store):
-    found = []
+    result = []
     for device in (torch.device("cpu"), FAR):
         (batch, *_) = batches(store.eval, toy.HOOK, 1)
         x = batch.x.to(device)
@@ -93,9 +93,9 @@ def test_losses_through_a_tail_are_the_same_on_another_device(store):
         )
         unchecked = getattr(sequence_losses, "__wrapped__", sequence_losses)
         losses = unchecked(ToyTail(device), x, [spliced], batch.tokens, batch.counted, batch.has_next)
-        found.append([one.cpu() for pair in losses for one in pair])
-    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
-    assert found[0][2].sum() != found[0][0].sum()
+        result.append([one.cpu() for pair in losses for one in pair])
+    torch.testing.assert_close(result[1], result[0], atol=1e-4, rtol=1e-3)
+    assert result[0][2].sum() != result[0][0].sum()
 
 
 @pytest.mark.parametrize("command", ["eval", "report"])

@@ -150,11 +150,11 @@ def test_figures_equal_a_plain_recomputation(store, model, tmp_path, activation,
     evaluations, refused = evaluate_runs(store, tmp_path)
     assert not refused
     assert evaluations == [json.loads((path / "eval.json").read_text())]
-    found = evaluations[0]
-    assert_same(found["metrics"], naive(store, sae, model, skip_first))
-    assert found["n_tokens"] == np.maximum(store.eval.lengths - skip_first, 0).sum()
-    assert found["n_predictions"] == np.maximum(store.eval.lengths - 1 - skip_first, 0).sum()
-    assert set(found["metrics"]) | set(found["baselines"]) == set(found["definitions"])
+    result = evaluations[0]
+    assert_same(result["metrics"], naive(store, sae, model, skip_first))
+    assert result["n_tokens"] == np.maximum(store.eval.lengths - skip_first, 0).sum()
+    assert result["n_predictions"] == np.maximum(store.eval.lengths - 1 - skip_first, 0).sum()
+    assert set(result["metrics"]) | set(result["baselines"]) == set(result["definitions"])
 
 
 @pytest.mark.slow
@@ -177,14 +177,14 @@ def test_baselines_are_scored_as_saes_that_output_them(store, model, tmp_path):
         sae.b_dec.data = value
         with np.errstate(invalid="ignore"):
             expected = naive(store, sae, model, 1)
-        found = baselines[name]
+        result = baselines[name]
         undefined = {"dead_fraction", "l0", "l0_nonzero", "l1", "l1_signed"}
-        assert {found[key] for key in undefined} == {None}, "a constant has no latents"
+        assert {result[key] for key in undefined} == {None}, "a constant has no latents"
         if name == "zero_output":  # 0 / 0 in the plain recomputation
-            assert (found["cossim"], found["relative_reconstruction_bias"]) == (0.0, None)
+            assert (result["cossim"], result["relative_reconstruction_bias"]) == (0.0, None)
             undefined |= {"cossim", "relative_reconstruction_bias"}
         kept = expected.keys() - undefined
-        assert_same({key: found[key] for key in kept}, {key: expected[key] for key in kept})
+        assert_same({key: result[key] for key in kept}, {key: expected[key] for key in kept})
 
 
 @pytest.mark.slow

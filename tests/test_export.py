@@ -123,12 +123,12 @@ def test_tensors_are_exactly_those_that_a_strict_load_wants(export, tmp_path, ac
 def test_config_says_where_the_sae_is_from(export, tmp_path):
     path = make_run(tmp_path / "runs", "topk")
     export("--to", "dictionary_learning", "--run", path.name)
-    found = json.loads((path / "export-dictionary_learning" / "config.json").read_text())
-    trainer = found["trainer"]
+    result = json.loads((path / "export-dictionary_learning" / "config.json").read_text())
+    trainer = result["trainer"]
     assert (trainer["activation_dim"], trainer["dict_size"], trainer["k"], trainer["layer"]) == (D_MODEL, D_SAE, K, 4)
     assert (trainer["trainer_class"], trainer["lm_name"], trainer["steps"]) == ("TopKTrainer", "toy", 7)
-    assert found["buffer"]["ctx_len"] == 32
-    assert found["tcsae"]["store"] == "c0ffee"
+    assert result["buffer"]["ctx_len"] == 32
+    assert result["tcsae"]["store"] == "c0ffee"
 
 
 def by_sparsify(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,9 +44,9 @@ def whole(short, tmp_path_factory):
 
 def test_no_budget_shrinks_as_more_is_asked_for():
     for every in (2, 3, 20, 1000):
-        found = [budgets(n, every, 50) for n in range(10, 3000)]
+        result = [budgets(n, every, 50) for n in range(10, 3000)]
         for split in ("train", "eval"):
-            values = [one[split] for one in found]
+            values = [one[split] for one in result]
             assert values == sorted(values)
 
 

@@ -85,9 +85,9 @@ def codes(place):
     store, sae = open_store(place / "a.zarr"), load_sae(place / "runs" / RUN)
     x = torch.from_numpy(store.eval.read(store.hook(), 0, store.eval.n_sequences))
     with torch.no_grad():
-        found = sae.encode(x.view(-1, x.shape[-1])).view(*x.shape[:2], -1).numpy()
-    found[~counted(store.eval, 1)] = 0
-    return found
+        result = sae.encode(x.view(-1, x.shape[-1])).view(*x.shape[:2], -1).numpy()
+    result[~counted(store.eval, 1)] = 0
+    return result
 
 
 def export(place, out, form: str, **options) -> str:
@@ -145,7 +145,7 @@ def test_delphi_reads_every_activation_of_whole_contexts(place, codes, tmp_path,
     assert edges[0][0] == 0
     assert edges[-1][1] == codes.shape[-1] - 1
     assert all(last + 1 == first for (_, last), (first, _) in itertools.pairwise(edges))
-    found = np.zeros_like(expected)
+    result = np.zeros_like(expected)
     for first, last in edges:
         data = safetensors.numpy.load_file(module / f"{first}_{last}.safetensors")
         assert data["activations"].dtype == np.float16
@@ -154,8 +154,8 @@ def test_delphi_reads_every_activation_of_whole_contexts(place, codes, tmp_path,
         np.testing.assert_array_equal(data["tokens"], tokens)
         context, position, latent = data["locations"].astype(np.int64).T
         assert latent.max() <= last - first
-        found[context, position, latent + first] = data["activations"]
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
+        result[context, position, latent + first] = data["activations"]
+    np.testing.assert_allclose(result, expected, rtol=2e-3, atol=1e-4)
     assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()
 
 

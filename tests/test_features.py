@@ -41,12 +41,12 @@ def whole_code(store: Store, sae) -> tuple[torch.Tensor, np.ndarray]:
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gelu"])
 def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activation):
     """`eval` and the report may never mean two things by one name."""
-    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
     latents = [0, 7, 21]
     for latent in latents:
         which = torch.arange(toy.LATENTS) == latent
-        pooled = latent_measures(found.sums, found.sums, which)
-        ours = {name: float(values[latent]) for name, values in found.figures.measures.items()}
+        pooled = latent_measures(result.sums, result.sums, which)
+        ours = {name: float(values[latent]) for name, values in result.figures.measures.items()}
         for name in (
             "rho_1",
             "rho_1_within",
@@ -58,33 +58,33 @@ def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activatio
             "document_share",
         ):
             assert ours[name] == pytest.approx(pooled.values[name], nan_ok=True), name
-        np.testing.assert_allclose(found.figures.rho[:, latent], pooled.curves["rho_1_within"], rtol=1e-9)
-        assert float(found.figures.rho_null[latent]) == pytest.approx(pooled.nulls["rho_1_within"])
-    assert list(found.figures.measures) == list(MEASURES)
-    dead = {name: float(values[3]) for name, values in found.figures.measures.items() if activation != "gelu"}
+        np.testing.assert_allclose(result.figures.rho[:, latent], pooled.curves["rho_1_within"], rtol=1e-9)
+        assert float(result.figures.rho_null[latent]) == pytest.approx(pooled.nulls["rho_1_within"])
+    assert list(result.figures.measures) == list(MEASURES)
+    dead = {name: float(values[3]) for name, values in result.figures.measures.items() if activation != "gelu"}
     assert all(np.isnan(value) for name, value in dead.items() if name != "density")
 
 
 def test_density_and_sequences_are_counted(store):
     sae = toy.make_sae("relu")
-    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     code, counted = whole_code(store, sae)
     on = code > 0
-    np.testing.assert_allclose(found.figures.measures["density"], on.sum((0, 1)) / counted.sum())
-    assert found.contexts.n_sequences.tolist() == on.any(1).sum(0).tolist()
-    np.testing.assert_allclose(found.contexts.maximum(), code.amax((0, 1)).clamp(min=0), rtol=1e-6)
-    np.testing.assert_allclose(found.contexts.total, code.clamp(min=0).sum((0, 1)), rtol=1e-5)
-    assert found.alive.tolist() == on.any(1).any(0).tolist()
-    assert not found.alive[3]
-    assert found.n_tokens == counted.sum()
+    np.testing.assert_allclose(result.figures.measures["density"], on.sum((0, 1)) / counted.sum())
+    assert result.contexts.n_sequences.tolist() == on.any(1).sum(0).tolist()
+    np.testing.assert_allclose(result.contexts.maximum(), code.amax((0, 1)).clamp(min=0), rtol=1e-6)
+    np.testing.assert_allclose(result.contexts.total, code.clamp(min=0).sum((0, 1)), rtol=1e-5)
+    assert result.alive.tolist() == on.any(1).any(0).tolist()
+    assert not result.alive[3]
+    assert result.n_tokens == counted.sum()
 
 
 def test_a_part_of_a_split_is_its_first_documents(store):
-    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
     ends = np.append(np.flatnonzero(np.diff(store.eval.documents)) + 1, store.eval.n_sequences)
     n = next(end for end in ends if store.eval.lengths[:end].sum() >= 50)
-    assert found.n_tokens == np.maximum(store.eval.lengths[:n] - 1, 0).sum()
-    assert int(found.contexts.top.sequence.max()) < n
+    assert result.n_tokens == np.maximum(store.eval.lengths[:n] - 1, 0).sum()
+    assert int(result.contexts.top.sequence.max()) < n
 
 
 def random_code(seed: int, n_sequences: int, length: int, d_sae: int, density: float) -> torch.Tensor:
@@ -113,18 +113,18 @@ def test_the_strongest_sequences_are_kept_whole_however_batches_are_cut(seed, cu
     for latent in range(7):
         firing = (peaks[:, latent] > 0).nonzero().squeeze(1).tolist()
         expected = sorted(firing, key=lambda i: -float(peaks[i, latent]))
-        found = ours.contexts(latent)
-        strongest = [one for one in found if one.quantile is None]
+        result = ours.contexts(latent)
+        strongest = [one for one in result if one.quantile is None]
         assert [one.sequence for one in strongest] == expected[:N_TOP]
-        assert len({one.sequence for one in found}) == len(found)
-        for one in found:
+        assert len({one.sequence for one in result}) == len(result)
+        for one in result:
             # float16 shares of the peak: below 6e-5 of it their steps no longer shrink.
             np.testing.assert_allclose(one.activations, code[one.sequence, :, latent], rtol=1e-3, atol=6e-8)
         again = other.contexts(latent)
-        assert [(one.sequence, one.quantile) for one in found] == [(one.sequence, one.quantile) for one in again]
+        assert [(one.sequence, one.quantile) for one in result] == [(one.sequence, one.quantile) for one in again]
         if len(firing) <= N_SAMPLED:  # exact
             ascending = sorted(firing, key=lambda i: float(peaks[i, latent]))
-            for one in found[len(strongest) :]:
+            for one in result[len(strongest) :]:
                 assert one.sequence == ascending[round(one.quantile * (len(firing) - 1))]
 
 
@@ -167,19 +167,19 @@ def test_the_map_is_that_of_principal_components_and_joins_opposite_latents():
     rows[7] = -2 * rows[3]
     alive = torch.ones(40, dtype=torch.bool)
     alive[11] = False
-    found = decoder_map(rows, alive, nearest_by_decoder(rows, alive).opposite)
+    result = decoder_map(rows, alive, nearest_by_decoder(rows, alive).opposite)
     unit = torch.nn.functional.normalize(rows, dim=1)[alive].double()
     centred = unit - unit.mean(0)
     _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
-    assert found.explained == pytest.approx(float(singular[:2].square().sum() / singular.square().sum()), rel=1e-4)
-    places = found.places["PCA"]
+    assert result.explained == pytest.approx(float(singular[:2].square().sum() / singular.square().sum()), rel=1e-4)
+    places = result.places["PCA"]
     assert places.shape == (39, 2)
     assert np.abs(places).max() == pytest.approx(1, abs=1e-5)
     for axis in range(2):
         assert abs(np.corrcoef(places[:, axis], centred @ axes[axis])[0, 1]) == pytest.approx(1, abs=1e-5)
-    assert found.pairs[0][:2] == (3, 7)
-    assert found.pairs[0][2] == pytest.approx(-1, abs=1e-5)
-    assert all(11 not in pair and pair[2] <= -OPPOSITE_FROM for pair in found.pairs)
+    assert result.pairs[0][:2] == (3, 7)
+    assert result.pairs[0][2] == pytest.approx(-1, abs=1e-5)
+    assert all(11 not in pair and pair[2] <= -OPPOSITE_FROM for pair in result.pairs)
     none = torch.zeros(40, dtype=torch.bool)
     assert decoder_map(rows, none, nearest_by_decoder(rows, none).opposite).pairs == []
 
@@ -191,15 +191,15 @@ def test_saes_are_matched_by_the_nearest_row_both_ways(monkeypatch):
     alive, other = torch.ones(20, dtype=torch.bool), torch.ones(30, dtype=torch.bool)
     alive[4] = other[9] = False
     b[17] = 3 * a[2]
-    found = matched_latents(a, b, alive, other)
+    result = matched_latents(a, b, alive, other)
     unit = [torch.nn.functional.normalize(rows, dim=1) for rows in (a, b)]
     cosines = (unit[0] @ unit[1].T).masked_fill(~other, -2)
     cosines[~alive] = -2
-    assert found["a"][0] == cosines[alive].argmax(1).tolist()
-    assert found["b"][0] == cosines.T[other].argmax(1).tolist()
-    np.testing.assert_allclose(found["a"][1], cosines[alive].amax(1), atol=6e-4)
-    np.testing.assert_allclose(found["b"][1], cosines.T[other].amax(1), atol=6e-4)
-    assert found["a"][0][2] == 17
+    assert result["a"][0] == cosines[alive].argmax(1).tolist()
+    assert result["b"][0] == cosines.T[other].argmax(1).tolist()
+    np.testing.assert_allclose(result["a"][1], cosines[alive].amax(1), atol=6e-4)
+    np.testing.assert_allclose(result["b"][1], cosines.T[other].amax(1), atol=6e-4)
+    assert result["a"][0][2] == 17
     assert matched_latents(a, b, alive, torch.zeros(30, dtype=torch.bool)) == {"a": None, "b": None}
 
 
@@ -207,14 +207,14 @@ def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
     monkeypatch.setattr("tcsae.evaluate.report.features.likeness.DECODER_BLOCK", 7)
     monkeypatch.setattr("tcsae.evaluate.report.features.likeness.PAIR_BLOCK", 50)
-    (found,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
-    cosines[:, ~found.alive] = -1
-    near, opposite = nearest_by_decoder(sae.W_dec, found.alive)
+    cosines[:, ~result.alive] = -1
+    near, opposite = nearest_by_decoder(sae.W_dec, result.alive)
     np.testing.assert_allclose(near.likeness, cosines.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
     assert near.latents[:, 0].tolist() == cosines.argmax(1).tolist()
-    other = (unit @ unit.T).masked_fill(torch.eye(toy.LATENTS, dtype=torch.bool) | ~found.alive, 1)
+    other = (unit @ unit.T).masked_fill(torch.eye(toy.LATENTS, dtype=torch.bool) | ~result.alive, 1)
     np.testing.assert_allclose(opposite.likeness, (-other).topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
     assert opposite.latents[:, 0].tolist() == other.argmin(1).tolist()
     code, counted = whole_code(store, sae)
@@ -222,14 +222,14 @@ def test_the_nearest_latents(store, monkeypatch):
     both = on.T @ on
     either = on.sum(0)[:, None] + on.sum(0) - both
     jaccard = (both / either.clamp(min=1)).fill_diagonal_(-1)
-    together, correlated = found.firing.nearest(found.alive)
+    together, correlated = result.firing.nearest(result.alive)
     np.testing.assert_allclose(together.likeness, jaccard.topk(N_NEAREST, 1).values.clamp(min=0), rtol=1e-5)
     values = np.corrcoef(code[torch.from_numpy(counted)].clamp(min=0).double().T.numpy() + 0.0)
-    values[:, ~found.alive] = -1
+    values[:, ~result.alive] = -1
     np.fill_diagonal(values, -1)
     best = -np.sort(-np.nan_to_num(values, nan=0), 1)[:, :N_NEAREST]
     np.testing.assert_allclose(correlated.likeness, best.clip(min=0), atol=1e-4)
-    assert found.firing.n_tokens == counted.sum()
+    assert result.firing.n_tokens == counted.sum()
 
 
 def test_firing_together_is_counted_on_a_bounded_sample(monkeypatch):
@@ -256,19 +256,19 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
     generator = torch.Generator().manual_seed(0)
     mean, directions = torch.randn(toy.WIDTH, generator=generator), torch.randn(5, toy.WIDTH, generator=generator)
     tokens = torch.arange(0, toy.VOCABULARY, 2)
-    found = logit_lens(tail, mean, directions, tokens)
+    result = logit_lens(tail, mean, directions, tokens)
     for i, direction in enumerate(directions):
         change = tail.logits((mean + direction).view(1, 1, -1))[0, 0] - tail.logits(mean.view(1, 1, -1))[0, 0]
         change = (change - change.mean())[tokens]
         best = change.argsort(descending=True)[:8]
-        assert found.promoted[i].tolist() == tokens[best].tolist()
-        np.testing.assert_allclose(found.gains[i], change[best], atol=1e-4)
-        assert found.suppressed[i, 0] == tokens[change.argmin()]
-        assert found.losses[i, 0] == pytest.approx(float(change.min()), abs=1e-4)
+        assert result.promoted[i].tolist() == tokens[best].tolist()
+        np.testing.assert_allclose(result.gains[i], change[best], atol=1e-4)
+        assert result.suppressed[i, 0] == tokens[change.argmin()]
+        assert result.losses[i, 0] == pytest.approx(float(change.min()), abs=1e-4)
         counts, edges = np.histogram(change.numpy(), N_BINS)
-        assert found.counts[i].sum() == len(tokens)
-        assert abs(found.counts[i].numpy() - counts).sum() <= 4, "a change on an edge may fall on either side"
-        assert (found.lowest[i], found.highest[i]) == pytest.approx((edges[0], edges[-1]), abs=1e-4)
+        assert result.counts[i].sum() == len(tokens)
+        assert abs(result.counts[i].numpy() - counts).sum() <= 4, "a change on an edge may fall on either side"
+        assert (result.lowest[i], result.highest[i]) == pytest.approx((edges[0], edges[-1]), abs=1e-4)
     without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
     lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, 1))
     assert lenses.of(toy.HOOK, directions[:, None]) is None
@@ -278,11 +278,11 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
 def test_a_crosscoder_s_latent_has_a_row_for_each_position(store):
     sae = toy.make_sae("topk", window=3)
     part = Excerpt(store.eval, toy.HOOK, 1)
-    (found,) = collect_features(part, [sae], lambda _: None)
-    latent = int(found.alive.nonzero()[0])
+    (result,) = collect_features(part, [sae], lambda _: None)
+    latent = int(result.alive.nonzero()[0])
     rows = sae.W_dec.detach()[latent].view(1, 3, toy.WIDTH)
     lenses = Lenses(store, part).of(toy.HOOK, rows)
-    data = feature_data(found, sae, lenses, part.tokens, [latent])
+    data = feature_data(result, sae, lenses, part.tokens, [latent])
     ((shown,),) = [chunk.values() for chunk in data.chunks.values()]
     assert [tokens for _, _, tokens in shown["window"]] == [lens.promoted[0].tolist() for lens in lenses]
     assert shown["up"][0][0] == shown["window"][2][2][0], "the token's own position is the last"

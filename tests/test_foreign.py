@@ -82,9 +82,9 @@ def test_it_computes_what_saelens_writes_down(tmp_path, architecture, config):
     f, x_hat = plain(weights_of(architecture), x, architecture, config)
     with torch.no_grad():
         code = sae.encode_sparse(torch.from_numpy(x))
-        found = sae.decode_sparse(code, torch.from_numpy(x))
+        result = sae.decode_sparse(code, torch.from_numpy(x))
     np.testing.assert_allclose(code.dense().numpy(), f, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.numpy(), x_hat, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(result.numpy(), x_hat, rtol=1e-4, atol=1e-4)
     assert 0 < (f > 0).mean() < 1
 
 
@@ -255,9 +255,9 @@ def recipe_with(prepend_bos: bool, model: str = "EleutherAI/pythia-70m-deduped")
 @pytest.mark.parametrize("says", [None, False, True])
 @pytest.mark.parametrize("has", [False, True])
 def test_prepend_bos_is_compared_with_the_stores(says, has):
-    found = foreign_differences(recipe_with(has), {"prepend_bos": says})
-    assert len(found) == (says is not None and says != has)
-    assert all(line.startswith(f"prepend_bos={str(says).lower()} ") for line in found)
+    result = foreign_differences(recipe_with(has), {"prepend_bos": says})
+    assert len(result) == (says is not None and says != has)
+    assert all(line.startswith(f"prepend_bos={str(says).lower()} ") for line in result)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_prepend_bos_is_compared_with_the_stores(says, has):
     ],
 )
 def test_seqpos_slice_is_compared_with_what_is_counted(positions, skip_first, differs):
-    found = foreign_differences(recipe_with(False), {"seqpos_slice": positions}, skip_first)
-    assert len(found) == differs
-    assert all(line.startswith(f"seqpos_slice={positions} ") for line in found)
+    result = foreign_differences(recipe_with(False), {"seqpos_slice": positions}, skip_first)
+    assert len(result) == differs
+    assert all(line.startswith(f"seqpos_slice={positions} ") for line in result)
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def test_a_reader_from_the_page_reads_what_was_put_in(tmp_path, codec):
             store.append(split, {"h": values}, lengths=lengths[split])
     ours = tcsae.open_store(tmp_path / "a.zarr")
     for split, values in x.items():
-        found = read(tmp_path / "a.zarr", split, "h")
-        np.testing.assert_allclose(found, ours.split(split).read("h", 0, len(values)), atol=1e-5)
+        result = read(tmp_path / "a.zarr", split, "h")
+        np.testing.assert_allclose(result, ours.split(split).read("h", 0, len(values)), atol=1e-5)
         valid = np.arange(5) < lengths[split][:, None]
-        off = np.square(found[valid] - values[valid]).mean(0).sum() / np.square(spectrum).sum()
+        off = np.square(result[valid] - values[valid]).mean(0).sum() / np.square(spectrum).sum()
         allowed = {"float16": 2e-6, "float32": 0, "bfloat16": 1e-4, "int8": 1e-4, "compact": 1.2e-2}
         assert off <= allowed["float16" if split == "eval" and codec != "float32" else codec]
-        assert not found[~valid].any()
+        assert not result[~valid].any()
 
 
 def test_golden_compact_store():
@@ -64,10 +64,10 @@ def test_golden_compact_store():
     place = np.arange(40 * 4 * 6).reshape(40, 4, 6)
     expected = np.sin(place * 0.7) * np.arange(6, 0, -1)
     valid = np.arange(4) < store.train.lengths[:, None]
-    for found in (store.train.read("h", 0, 40), read(GOLDEN / "compact-v2.zarr", "train", "h")):
-        off = np.square(found - expected)[valid].sum(1).mean() / expected[valid].var(0).sum()
+    for result in (store.train.read("h", 0, 40), read(GOLDEN / "compact-v2.zarr", "train", "h")):
+        off = np.square(result - expected)[valid].sum(1).mean() / expected[valid].var(0).sum()
         assert 5e-3 < off < 1.5e-2
-        assert not found[~valid].any()
+        assert not result[~valid].any()
     np.testing.assert_allclose(store.eval.read("h", 0, 2), expected[:2], atol=4e-3)
 
 

@@ -27,8 +27,8 @@ In names: `n_` for counts.
 
 
 def test_entries_are_the_list_items_of_its_section():
-    found = Glossary({"explained_variance": "not this", "density": "share of tokens"}, README).entries
-    assert [(entry.terms, entry.text) for entry in found] == [
+    result = Glossary({"explained_variance": "not this", "density": "share of tokens"}, README).entries
+    assert [(entry.terms, entry.text) for entry in result] == [
         (["token"], "one position of one sequence."),
         (["EV", "explained_variance"], "see there, 1 is perfect."),
         (["L0"], "active: latents."),

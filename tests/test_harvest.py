@@ -375,9 +375,9 @@ def test_without_a_bos_token_none_is_prepended(short, tiny_lm, tmp_path):
     shutil.copytree(tiny_lm, folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
-            found = json.loads((folder / name).read_text())
-            found.pop("bos_token", None)
-            (folder / name).write_text(json.dumps(found))
+            result = json.loads((folder / name).read_text())
+            result.pop("bos_token", None)
+            (folder / name).write_text(json.dumps(result))
     model = dataclasses.replace(short.model, name=str(folder))
     config = dataclasses.replace(short, model=model, sequences=dataclasses.replace(short.sequences, prepend_bos=True))
     with pytest.raises(ModelError, match="The tokenizer of no-bos has no BOS token. Leave --prepend-bos out"):
@@ -447,9 +447,9 @@ def test_the_command_harvests_prints_a_summary_and_one_line_of_what_is_wrong(tin
     assert done.exit_code == 0, done.output
     for words in ("sequences", "bytes a token", RESIDUAL, "tail", "not a residual stream", "documents read; "):
         assert words in done.stdout
-    found = open_store(tmp_path / "store.zarr")
-    assert (found.train.tokens[:, 0] == 0).all(), "BOS"
-    assert (found.train.starts % 31 == 0).all()
+    result = open_store(tmp_path / "store.zarr")
+    assert (result.train.tokens[:, 0] == 0).all(), "BOS"
+    assert (result.train.starts % 31 == 0).all()
     wrong = CliRunner().invoke(cli, [*store, *options, "--tokens", "1K"])
     assert wrong.exit_code == 1
     assert wrong.stderr.startswith("Error: ") and wrong.stderr.count("\n") == 1

@@ -49,14 +49,14 @@ HEAVY = ("torch", "zarr", "transformers", "transformer_lens", "datasets", "numpy
 
 
 def imports(tree: ast.AST) -> set[str]:
-    found = set()
+    result = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import of {node.module}: between files of the package write tcsae...."
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            result |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return result
 
 
 def room_of(path: Path) -> str:

@@ -83,15 +83,15 @@ def arrays(path, form: str, flat: bool = False, documents: bool = False):
 
 def stored_tokens(store) -> dict[int, tuple[float, ...]]:
     """id -> activations, of every token of both splits; each id stands once."""
-    found: dict[int, tuple[float, ...]] = {}
+    result: dict[int, tuple[float, ...]] = {}
     for split in (store.train, store.eval):
         x = split.read(store.hooks[0], 0, split.n_sequences)
         for row, length in enumerate(split.lengths):
             assert (np.diff(split.tokens[row, :length]) > 0).all(), "consecutive tokens of the source"
             for position in range(length):
-                assert found.setdefault(int(split.tokens[row, position]), tuple(x[row, position].tolist()))
-    assert len(found) == store.train.n_tokens + store.eval.n_tokens
-    return found
+                assert result.setdefault(int(split.tokens[row, position]), tuple(x[row, position].tolist()))
+    assert len(result) == store.train.n_tokens + store.eval.n_tokens
+    return result
 
 
 SOURCES = {
@@ -115,9 +115,9 @@ def test_every_token_is_there_once_with_its_activations(tmp_path, make, form, op
     assert not list(find_faults(store.location, [].append))
     assert counts["tokens_read"] == X[..., 0].size
     assert counts["tokens_dropped_short"] == 0
-    found = stored_tokens(store)
+    result = stored_tokens(store)
     expected = {int(i): tuple(one.tolist()) for i, one in zip(IDS.flat, X.reshape(-1, WIDTH), strict=True)}
-    assert found == expected
+    assert result == expected
     assert store.train.n_documents + store.eval.n_documents == n_documents
     assert store.eval.n_documents > 0
     if form == "vllm":

@@ -42,11 +42,11 @@ def store(request, tmp_path_factory) -> tcsae.Store:
 
 def places(batches) -> list[tuple[int, int]]:
     """(sequence, position) of every valid vector, in order, as the vectors themselves say."""
-    found = []
+    result = []
     for batch in batches:
         assert (batch.x[~batch.valid] == 0).all()
-        found += [(round(float(s)), round(float(p))) for s, p, _ in batch.x[batch.valid]]
-    return found
+        result += [(round(float(s)), round(float(p))) for s, p, _ in batch.x[batch.valid]]
+    return result
 
 
 def expected(store, split: str, skip_first: int) -> set[tuple[int, int]]:
@@ -58,12 +58,12 @@ def expected(store, split: str, skip_first: int) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("options", [{}, {"skip_first": 0, "shuffle": False}, {"buffer_sequences": 8, "seed": 3}])
 def test_each_position_comes_once_an_epoch(store, split, segment_length, options):
     batches = store.iterate(split, segment_length, batch_tokens=24, **options)
-    found = places(batches)
-    assert len(found) == len(set(found))
-    assert set(found) == expected(store, split, options.get("skip_first", 1))
+    result = places(batches)
+    assert len(result) == len(set(result))
+    assert set(result) == expected(store, split, options.get("skip_first", 1))
     assert len(list(batches)) == len(batches)
     if "shuffle" in options:
-        assert found == sorted(found)
+        assert result == sorted(result)
     for batch in batches:
         at = batch.sequences[:, None] * LENGTH + batch.starts[:, None] + torch.arange(batch.x.shape[1])
         assert torch.equal(batch.tokens, torch.where(batch.valid, at, 0))

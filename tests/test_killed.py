@@ -71,16 +71,16 @@ def uninterrupted(short, tmp_path_factory):
 
 def test_killed_in_every_phase_the_bytes_are_the_same(short, uninterrupted, tmp_path, capfd):
     location = tmp_path / "store.zarr"
-    kept, found = [], []
+    kept, result = [], []
     for key, number, before in DEATHS:
         assert toy.harvest_in_child(location, short, number, key, before) == 9, (key, number)
         kept.append(toy.records(location))
-        found.append({path.name for path in location.iterdir()})
+        result.append({path.name for path in location.iterdir()})
     said = capfd.readouterr().err
     assert all(before <= after for before, after in itertools.pairwise(kept)), "no record is lost"
     numbers = [int(line.split(" goes on: ")[1].split(" of ")[0]) for line in said.splitlines() if "shards are" in line]
     assert numbers == sorted(numbers) and len(set(numbers)) >= 9, "the log says how many shards were kept"
-    died = dict(zip((key for key, _, _ in DEATHS), zip(kept, found, strict=True), strict=False))
+    died = dict(zip((key for key, _, _ in DEATHS), zip(kept, result, strict=True), strict=False))
     assert "plan" not in died["journal/sequences"][0] and "plan" in died["/train/activations"][0]
     assert "tail" in died["/tokenizer/"][1] and "statistics" not in died["/tokenizer/"][1]
     assert "statistics" in died["/statistics/"][1] and "checksums" not in died["/statistics/"][1]

@@ -33,8 +33,8 @@ def test_bits_given_the_last_token_are_conditional_entropies():
     for column in on.T:
         both, last = [(column[t - 1], column[t]) for t in pairs], [column[t - 1] for t in pairs]
         expected += entropy(both) - entropy(last)
-    found = pattern_bits_given_last(csr_array(on), sequence)
-    assert found == pytest.approx(expected) and found < 0.7 * pattern_bits(csr_array(on))
+    result = pattern_bits_given_last(csr_array(on), sequence)
+    assert result == pytest.approx(expected) and result < 0.7 * pattern_bits(csr_array(on))
     shuffled = csr_array(on[rng.permutation(500)])
     assert pattern_bits_given_last(shuffled, sequence) == pytest.approx(pattern_bits(shuffled), rel=0.02)
 
@@ -56,24 +56,24 @@ def planted_code(n: int = 4000) -> np.ndarray:
 
 def test_cofiring_of_planted_pairs():
     on = planted_code()
-    found = cofiring(csr_array(on))
-    assert found["dense"] == 1
-    assert found["twins"] == pytest.approx(2 / 7)
+    result = cofiring(csr_array(on))
+    assert result["dense"] == 1
+    assert result["twins"] == pytest.approx(2 / 7)
     lifts, follows = [], []
     for i in range(7):
         joint = [(on[:, i] & on[:, j]).sum() for j in range(7)]
         of_i = [joint[j] * len(on) / (on[:, i].sum() * on[:, j].sum()) for j in range(7) if j != i and joint[j] >= 10]
         lifts.append(max(of_i))
         follows.append(max(joint[j] / on[:, i].sum() for j in range(6) if j != i) > 0.9)  # 6 is dense
-    assert found["followers"] == pytest.approx(np.mean(follows)) and follows[2] and not follows[3]
-    assert found["cofiring_lift"] == pytest.approx(np.median(lifts))
+    assert result["followers"] == pytest.approx(np.mean(follows)) and follows[2] and not follows[3]
+    assert result["cofiring_lift"] == pytest.approx(np.median(lifts))
 
 
 def test_the_null_of_cofiring_is_null():
     on = csr_array(planted_code())
     null = shifted(on)
     assert (np.bincount(null.indices, minlength=7) == np.bincount(on.indices, minlength=7)).all()
-    found = cofiring(null)
-    assert found["twins"] == found["followers"] == 0 and found["cofiring_lift"] < 1.7
-    assert found["dense"] == 1
+    result = cofiring(null)
+    assert result["twins"] == result["followers"] == 0 and result["cofiring_lift"] < 1.7
+    assert result["dense"] == 1
     assert cofiring(csr_array((10, 3)))["cofiring_lift"] is None

@@ -75,11 +75,11 @@ def test_intervals_are_over_the_latents_drawn():
     values = rng.normal(size=400)
     columns = {"ce_lost": [*values[:-1].tolist(), None], "auc_text": (0.9 + 0.1 * values).tolist()}
     every = Chosen(np.arange(400), np.arange(0), np.arange(1))
-    found = intervals(columns, every)
-    low, high = found["ce_lost"]
+    result = intervals(columns, every)
+    low, high = result["ce_lost"]
     assert low < np.median(values[:-1]) < high and high - low == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.25)
     share = (values > 0).mean()
-    assert found["readable"] == pytest.approx([share - 0.049, share + 0.049], abs=0.015) and "kl_after" not in found
+    assert result["readable"] == pytest.approx([share - 0.049, share + 0.049], abs=0.015) and "kl_after" not in result
     assert intervals(columns, every._replace(are_drawn=False)) == {}
     assert intervals(columns, every._replace(sample=np.arange(7))) == {}
 

@@ -93,18 +93,18 @@ def frequent(coded: Coded, n: int) -> list[int]:
 def test_ablation_is_the_whole_models(toy):
     first, second, third = frequent(toy.coded, 3)
     items = [[first], [second], [first, second, third], [3]]  # 3 is dead
-    found, lost = ablated(toy.coded, toy.tail, items, 1000), ev_lost(toy.coded)
+    result, lost = ablated(toy.coded, toy.tail, items, 1000), ev_lost(toy.coded)
     for i, latents in enumerate(items[:3]):
         ce, kl, ev = toy.naive(latents)
-        assert found.ce[i] == pytest.approx(ce, rel=2e-3, abs=2e-6)
-        assert found.kl[i] == pytest.approx(kl, rel=2e-3, abs=2e-6)
+        assert result.ce[i] == pytest.approx(ce, rel=2e-3, abs=2e-6)
+        assert result.kl[i] == pytest.approx(kl, rel=2e-3, abs=2e-6)
         if len(latents) == 1:
             assert lost[latents[0]] == pytest.approx(ev, rel=1e-3)
-            assert found.ce_per_firing[i] * toy.coded.n_firings[latents[0]] == pytest.approx(
-                found.ce[i] * toy.sequences.n_predictions
+            assert result.ce_per_firing[i] * toy.coded.n_firings[latents[0]] == pytest.approx(
+                result.ce[i] * toy.sequences.n_predictions
             )
-    assert found.ce[3] == found.kl[3] == found.n_sequences[3] == 0, "what is never on costs nothing"
-    assert (found.n_seen == found.n_sequences).all()
+    assert result.ce[3] == result.kl[3] == result.n_sequences[3] == 0, "what is never on costs nothing"
+    assert (result.n_seen == result.n_sequences).all()
 
 
 def test_a_part_of_the_sequences_is_scaled_up(toy):
@@ -118,7 +118,7 @@ def test_a_part_of_the_sequences_is_scaled_up(toy):
 def test_kl_after_one_token_and_over_a_span(toy):
     """Every event of one latent against whole-model runs."""
     (latent,) = frequent(toy.coded, 1)
-    found = kl_after(toy.coded, toy.tail, [[latent]], 10_000)[0]
+    result = kl_after(toy.coded, toy.tail, [[latent]], 10_000)[0]
     sums, counts = np.zeros((2, LAGS + 1)), np.zeros((2, LAGS + 1))
     for sequence in range(toy.store.eval.n_sequences):
         whole = -toy.contribution(sequence, [latent])
@@ -135,10 +135,10 @@ def test_kl_after_one_token_and_over_a_span(toy):
                 counts[i, : len(kl)] += 1
     with np.errstate(invalid="ignore"):
         expected = sums / counts
-    assert np.array_equal(np.isnan(found[:2]), np.isnan(expected)) and not np.isnan(expected[:, 0]).any()
-    assert np.nan_to_num(found[:2]) == pytest.approx(np.nan_to_num(expected), rel=5e-3, abs=2e-6)
-    assert found[2, 0] > 0, "the random direction is as long"
-    share = later_share(found)
+    assert np.array_equal(np.isnan(result[:2]), np.isnan(expected)) and not np.isnan(expected[:, 0]).any()
+    assert np.nan_to_num(result[:2]) == pytest.approx(np.nan_to_num(expected), rel=5e-3, abs=2e-6)
+    assert result[2, 0] > 0, "the random direction is as long"
+    share = later_share(result)
     assert 0 < share[0] < 1 and share[1] >= share[0] * 0.5
 
 
@@ -147,22 +147,22 @@ def test_steering_reaches_the_same_kl_and_promotes_what_it_points_at(toy):
     assert len(set(at)) == 5
     unembedding = toy.model.get_output_embeddings().weight.detach().numpy()
     directions = np.stack([toy.coded.rows[frequent(toy.coded, 1)[0]], 100 * unembedding[7], np.zeros(16, np.float32)])
-    found = steered(toy.sequences, toy.tail, directions.astype(np.float32), at)
-    assert found.kl[:2, 0] == pytest.approx(STEER_KL, rel=0.06)
-    assert np.isnan(found.strength[2]) and np.isnan(found.kl[2]).all()
+    result = steered(toy.sequences, toy.tail, directions.astype(np.float32), at)
+    assert result.kl[:2, 0] == pytest.approx(STEER_KL, rel=0.06)
+    assert np.isnan(result.strength[2]) and np.isnan(result.kl[2]).all()
     median = float(np.median(torch.linalg.vector_norm(toy.sequences.x, dim=1)))
     unit = torch.from_numpy(directions[0] / np.linalg.norm(directions[0]))
     side, kl = [], []
     for sequence, position in at:
         change = torch.zeros(int(toy.sequences.lengths[sequence]), 16)
-        change[position] = unit * float(found.strength[0] * median)
+        change[position] = unit * float(result.strength[0] * median)
         clean, changed = toy.log_probs(sequence), toy.log_probs(sequence, change)
         kl.append(float((clean.exp() * (clean - changed)).sum(-1)[position]))
         ids = torch.from_numpy(toy.store.eval.tokens[sequence]).long()
         last = min(position + LAGS, len(change) - 2)
         side += [float(clean[i, ids[i + 1]] - changed[i, ids[i + 1]]) for i in range(position + 1, last + 1)]
-    assert found.kl[0, 0] == pytest.approx(np.mean(kl), rel=1e-2)
-    assert found.side_effect[0] == pytest.approx(np.mean(side), rel=2e-2, abs=1e-5)
+    assert result.kl[0, 0] == pytest.approx(np.mean(kl), rel=1e-2)
+    assert result.side_effect[0] == pytest.approx(np.mean(side), rel=2e-2, abs=1e-5)
 
 
 def test_a_direction_of_its_own_token_promotes_it(toy):
@@ -172,7 +172,7 @@ def test_a_direction_of_its_own_token_promotes_it(toy):
     lens = Tail(make_tail(toy.tail.model, toy.tail.n_layers))
     unembedding = toy.model.get_output_embeddings().weight.detach().numpy()
     rows = unembedding[[7, 30, 55]]
-    found = steered(toy.sequences, lens, rows - rows.mean(1, keepdims=True), places(toy.sequences, 6))
-    assert all(token in found.promoted[i, 0] for i, token in enumerate((7, 30, 55)))
-    assert np.nan_to_num(found.kl[:, 1:]).max() < 1e-6, "no attention, so nothing comes later"
-    assert np.nan_to_num(found.side_effect) == pytest.approx(0, abs=1e-6)
+    result = steered(toy.sequences, lens, rows - rows.mean(1, keepdims=True), places(toy.sequences, 6))
+    assert all(token in result.promoted[i, 0] for i, token in enumerate((7, 30, 55)))
+    assert np.nan_to_num(result.kl[:, 1:]).max() < 1e-6, "no attention, so nothing comes later"
+    assert np.nan_to_num(result.side_effect) == pytest.approx(0, abs=1e-6)

@@ -25,8 +25,8 @@ def store(tiny_lm, tiny_corpus, tmp_path_factory) -> tcsae.Store:
 
 @pytest.fixture(scope="module", params=["plain", "bridge"])
 def model(request, tiny_lm):
-    found = find_model(str(tiny_lm))
-    return load_plain(found) if request.param == "plain" else load_bridge(found)
+    result = find_model(str(tiny_lm))
+    return load_plain(result) if request.param == "plain" else load_bridge(result)
 
 
 def sae_of(hook: str = HOOKS[0], **config) -> SparseAutoencoder:
@@ -187,32 +187,32 @@ def test_a_module_by_its_path(tiny_lm):
 
 def test_a_text_shaded(tiny_lm):
     text = "the model reads one token and writes each window"
-    found = tcsae.activations(sae_of(), str(tiny_lm), text)
-    assert "".join(found.tokens) == text
-    peaks = found.top(3)
+    result = tcsae.activations(sae_of(), str(tiny_lm), text)
+    assert "".join(result.tokens) == text
+    peaks = result.top(3)
     assert len({peak.latent for peak in peaks}) == 3
     for peak in peaks:
-        values = found.latent(peak.latent)
+        values = result.latent(peak.latent)
         assert peak.value == float(values.max()) == float(values[peak.position])
-        assert found.tokens[peak.position] == peak.token and peak.position > 0
-    frame = found.to_pandas()
+        assert result.tokens[peak.position] == peak.token and peak.position > 0
+    frame = result.to_pandas()
     assert frame["value"].max() == pytest.approx(peaks[0].value) and frame["position"].min() >= 1
-    assert f"latent {peaks[0].latent}, peak" in repr(found) and "⟦" in repr(found)
-    assert "background:#" in found._repr_html_()
+    assert f"latent {peaks[0].latent}, peak" in repr(result) and "⟦" in repr(result)
+    assert "background:#" in result._repr_html_()
     console = Console(force_terminal=True, width=200, color_system="truecolor")
     with console.capture() as capture:
-        console.print(found)
+        console.print(result)
     assert "\x1b[38;2;244;244;240;48;2" in capture.get()
     with pytest.raises(tcsae.ConfigError, match="Latent 99"):
-        found.latent(99)
+        result.latent(99)
     with pytest.raises(tcsae.DataError, match="no token"):
         tcsae.activations(sae_of(), str(tiny_lm), "")
 
 
 def test_the_same_text_through_a_bridge(tiny_lm):
     bridge = load_bridge(find_model(str(tiny_lm)))
-    found = [tcsae.activations(sae_of(), one, "the model reads") for one in (bridge, str(tiny_lm))]
-    torch.testing.assert_close(found[0].code.dense(), found[1].code.dense(), rtol=1e-4, atol=1e-4)
+    result = [tcsae.activations(sae_of(), one, "the model reads") for one in (bridge, str(tiny_lm))]
+    torch.testing.assert_close(result[0].code.dense(), result[1].code.dense(), rtol=1e-4, atol=1e-4)
 
 
 def test_hostile_text_stays_text():
@@ -229,12 +229,12 @@ def test_a_features_contexts(store, tmp_path):
     assert not json.loads((tmp_path / "mine" / "cfg.json").read_text())["metadata"].get("store")
     activity = torch.cat([sae.encode(torch.from_numpy(one.activations[HOOKS[0]][1:])) for one in store.eval])
     latent = int((activity > 0).sum(0).argmax())
-    found = tcsae.feature(store, tmp_path / "mine", latent)
-    assert found.maximum == pytest.approx(float(activity[:, latent].max()), rel=1e-3)
-    assert found.density == pytest.approx(float((activity[:, latent] > 0).float().mean()))
-    first = found.contexts[0]
+    result = tcsae.feature(store, tmp_path / "mine", latent)
+    assert result.maximum == pytest.approx(float(activity[:, latent].max()), rel=1e-3)
+    assert result.density == pytest.approx(float((activity[:, latent] > 0).float().mean()))
+    first = result.contexts[0]
     texts = {store.tokens_text(i, "eval") for i in range(len(store.eval))}
     assert "".join(first.tokens) in texts and max(first.shares) == pytest.approx(1, rel=1e-3)
-    assert f"latent {latent} of mine" in str(found) and "background" in found._repr_html_()
+    assert f"latent {latent} of mine" in str(result) and "background" in result._repr_html_()
     with pytest.raises(tcsae.ConfigError, match="Latent 40: mine has latents 0 to 39"):
         tcsae.feature(store, tmp_path / "mine", 40)

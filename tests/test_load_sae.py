@@ -141,10 +141,10 @@ def test_each_form_gives_its_codes_and_survives_saving(tmp_path, form):
 
 def test_metadata_of_a_run(tmp_path):
     write_own(tmp_path, "topk")
-    found = tcsae.load_sae(tmp_path).metadata
-    assert (found.form, found.model, found.store) == ("tcsae", "toy", "c0ffee")
-    assert (found.context_size, found.prepend_bos, found.skip_first) == (32, False, 2)
-    assert found.record["steps"] == 7
+    result = tcsae.load_sae(tmp_path).metadata
+    assert (result.form, result.model, result.store) == ("tcsae", "toy", "c0ffee")
+    assert (result.context_size, result.prepend_bos, result.skip_first) == (32, False, 2)
+    assert result.record["steps"] == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "float16"])

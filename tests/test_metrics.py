@@ -118,20 +118,20 @@ def test_a_resampling_is_the_split_with_its_documents_repeated(seed, n, n_docume
     tokens = torch.from_numpy(np.repeat(np.arange(n), weights[documents.numpy()]))
     repeated = sums(x[tokens], x_hat[tokens], f[tokens])
     resampled = per_document.weighted(torch.from_numpy(weights).double()[None])
-    found, expected = (figure_rows(one, none_of(one)) for one in (resampled, repeated))
+    result, expected = (figure_rows(one, none_of(one)) for one in (resampled, repeated))
     for key, value in expected.items():  # undefined where all the tokens drawn are one
-        assert float(found[key]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), key
+        assert float(result[key]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), key
 
 
 def test_skipped_positions_enter_one_figure_only():
     arrays = example(3, 30)
     counted, skipped = sums(*(one[5:] for one in arrays)), sums(*(100 * one[:5] for one in arrays))
-    found, without = figures(counted, skipped), figures(counted, none_of(skipped))
+    result, without = figures(counted, skipped), figures(counted, none_of(skipped))
     all_positions = [torch.cat([one[5:], 100 * one[:5]]) for one in arrays]
-    assert found["explained_variance_all_positions"] == pytest.approx(naive(*all_positions)["explained_variance"])
-    assert found["explained_variance_all_positions"] != pytest.approx(found["explained_variance"], rel=1e-3)
-    assert found | {"explained_variance_all_positions": 0} == without | {"explained_variance_all_positions": 0}
-    assert found.keys() | {"dead_fraction"} == DEFINITIONS.keys()
+    assert result["explained_variance_all_positions"] == pytest.approx(naive(*all_positions)["explained_variance"])
+    assert result["explained_variance_all_positions"] != pytest.approx(result["explained_variance"], rel=1e-3)
+    assert result | {"explained_variance_all_positions": 0} == without | {"explained_variance_all_positions": 0}
+    assert result.keys() | {"dead_fraction"} == DEFINITIONS.keys()
 
 
 def test_a_perfect_reconstruction():
@@ -186,9 +186,9 @@ def test_shifting_moves_figures_as_they_are_defined(seed, shift):
 def test_undefined_figures_are_none():
     constant = torch.full((20, D_MODEL), 3.3)
     one = sums(constant, constant * 0.5, torch.zeros(20, D_SAE))
-    found = figures(one, none_of(one))
-    assert found["explained_variance"] is None
-    assert found["l0"] == 0.0
+    result = figures(one, none_of(one))
+    assert result["explained_variance"] is None
+    assert result["l0"] == 0.0
     empty = sums(*(part[:0] for part in example(0, 5)))
     assert set(figures(empty, empty).values()) == {None}
 
@@ -197,10 +197,10 @@ def test_a_token_of_zeros_counts_without_a_division():
     x, x_hat, f = example(0, 3)
     x[0], x_hat[1] = 0, 0
     one = sums(x, x_hat, f)
-    found, norms = figures(one, none_of(one)), x_hat.norm(dim=1).double()
+    result, norms = figures(one, none_of(one)), x_hat.norm(dim=1).double()
     cosine = float(x[2].double() @ x_hat[2].double()) / float(x[2].double().norm() * x_hat[2].double().norm())
-    assert found["cossim"] == pytest.approx(cosine / 3)
-    assert found["l2_ratio"] == pytest.approx(float(norms[0] + norms[2] / x[2].norm()) / 3, rel=1e-6)
+    assert result["cossim"] == pytest.approx(cosine / 3)
+    assert result["l2_ratio"] == pytest.approx(float(norms[0] + norms[2] / x[2].norm()) / 3, rel=1e-6)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 20), st.integers(1, D_SAE))

@@ -215,9 +215,9 @@ def test_any_manifest_is_read_or_refused_in_one_line(original, seed, junk):
     node[key] = junk
     signed = json.loads(json.dumps({**manifest, "digest": json_digest({**manifest, "digest": ""})}))
     try:
-        found = check_manifest("a.zarr", signed)
+        result = check_manifest("a.zarr", signed)
     except TcsaeError as error:
         assert "\n" not in str(error)
         return
-    found.n_objects()
-    found.to_json()
+    result.n_objects()
+    result.to_json()

@@ -110,8 +110,8 @@ def good_verdict(monkeypatch, most_dead: int = 300) -> None:
     real = Readout.values
 
     def values(self: Readout) -> np.ndarray:
-        found = real(self)
-        return np.array([1.0, 1.0, 1.0, 1.0, 0.0, most_dead]) if self.what == "guard" else found
+        result = real(self)
+        return np.array([1.0, 1.0, 1.0, 1.0, 0.0, most_dead]) if self.what == "guard" else result
 
     monkeypatch.setattr(Readout, "values", values)
 

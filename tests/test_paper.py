@@ -21,9 +21,9 @@ def made(tmp_path_factory):
     """(the folder of results, the options that made it, what was printed)."""
     folder = tmp_path_factory.mktemp("paper")
     options = ("--quick", "--work", folder / "work", "--out", folder / "results")
-    found = run(*options)
-    assert found.exit_code == 0, found.output
-    return folder / "results", options, found.output
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    return folder / "results", options, result.output
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +86,23 @@ def test_again_it_does_nothing_twice(made):
 
 
 def test_one_question_alone(made, tmp_path):
-    found = run("--quick", "--work", made[1][2], "--out", tmp_path, "--only", "lengths")
-    assert found.exit_code == 0
+    result = run("--quick", "--work", made[1][2], "--out", tmp_path, "--only", "lengths")
+    assert result.exit_code == 0
     assert (tmp_path / "README.md").exists()
 
 
 def test_an_unknown_question_is_refused():
-    found = CliRunner().invoke(cli, ["paper", "--only", "lenghts"])
-    assert found.exit_code == 1
-    assert found.output.startswith("Error: Unknown question 'lenghts'")
-    assert "lengths" in found.output
+    result = CliRunner().invoke(cli, ["paper", "--only", "lenghts"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: Unknown question 'lenghts'")
+    assert "lengths" in result.output
 
 
 @pytest.mark.parametrize("option", ["--store", "--runs"])
 def test_it_has_stores_and_runs_of_its_own(option):
-    found = CliRunner().invoke(cli, [option, "a", "paper", "--quick"])
-    assert found.exit_code == 2
-    assert f"{option} is not for paper, which has stores and runs of its own below --work" in found.output
+    result = CliRunner().invoke(cli, [option, "a", "paper", "--quick"])
+    assert result.exit_code == 2
+    assert f"{option} is not for paper, which has stores and runs of its own below --work" in result.output
 
 
 def test_any_model_and_text(make_lm, tiny_corpus, tmp_path):
@@ -111,8 +111,8 @@ def test_any_model_and_text(make_lm, tiny_corpus, tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
     model = make_lm(tmp_path / "lm", GPTNeoXConfig(vocab_size=300, max_position_embeddings=128, **shape))
     given = ("--model", model, "--dataset", tiny_corpus, "--tokens", "4K", "--only", "position", "--only", "nulls")
-    found = run("--quick", *given, "--work", tmp_path / "work", "--out", tmp_path / "out")
-    assert found.exit_code == 0, found.output
+    result = run("--quick", *given, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| activations | lm, blocks.4.hook_resid_post, width 16;" in text
     assert "## Consistent over time, or only over position?" in text
@@ -121,6 +121,6 @@ def test_any_model_and_text(make_lm, tiny_corpus, tmp_path):
 
 def test_a_short_context_is_refused_in_one_line(tiny_lm, tiny_corpus, tmp_path):
     given = ("--model", tiny_lm, "--dataset", tiny_corpus, "--work", tmp_path / "work", "--out", tmp_path / "out")
-    found = CliRunner().invoke(cli, ["paper", "--quick", *map(str, given)])
-    assert found.exit_code == 1
-    assert "Error: A sequence length of 128 is over the context of tiny" in found.output
+    result = CliRunner().invoke(cli, ["paper", "--quick", *map(str, given)])
+    assert result.exit_code == 1
+    assert "Error: A sequence length of 128 is over the context of tiny" in result.output

@@ -51,9 +51,9 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(results_module, "differences", differences)
 
     def make(arms: list[Arm]) -> Results:
-        found = {arm: [fake_evaluation(rng, f"run{i}") for i in range(arm.n_seeds)] for arm in arms}
+        result = {arm: [fake_evaluation(rng, f"run{i}") for i in range(arm.n_seeds)] for arm in arms}
         records = {arm: [fake_record() for _ in range(arm.n_seeds)] for arm in arms}
-        return Results(found, {arm.store: tmp_path for arm in arms}, records)
+        return Results(result, {arm.store: tmp_path for arm in arms}, records)
 
     return make
 

@@ -38,10 +38,10 @@ def far(one, other, path="") -> list[tuple[str, float]]:
     """Where two evaluations differ by more than rounding, and by how much."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        return [found for key in one.keys() - OWN for found in far(one[key], other[key], f"{path}/{key}")]
+        return [result for key in one.keys() - OWN for result in far(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list):
         assert len(one) == len(other)
-        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in far(*pair, f"{path}/{i}")]
+        return [result for i, pair in enumerate(zip(one, other, strict=True)) for result in far(*pair, f"{path}/{i}")]
     if isinstance(one, float) and isinstance(other, float):
         rounding = 1e-12
         if any(f"/{name}" in path for name in FLOAT32):
@@ -94,8 +94,8 @@ def test_one_sae_is_scored_by_all_to_the_figures_of_one_process(stores, tmp_path
     request = candidates.EvalRequest(baselines=True, force=True, smooth=("ema=0.3",))
 
     def do(ours: Ranks) -> None:
-        found = evaluate_parallel(open_store(stores[kind]), tmp_path / "parts", request, ours)
-        assert len(found.evaluations) == 2 * (ours.rank == 0)
+        result = evaluate_parallel(open_store(stores[kind]), tmp_path / "parts", request, ours)
+        assert len(result.evaluations) == 2 * (ours.rank == 0)
 
     fork(world, do)
     run.evaluate_runs(store, tmp_path / "alone", request)
@@ -181,5 +181,5 @@ def test_without_a_rendezvous_one_sae_is_dealt_to_one_process(stores, tmp_path, 
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     store = open_store(stores["tail"])
     toy.make_run(tmp_path, "run", toy.make_sae(), store)
-    found = [evaluate_parallel(store, tmp_path, candidates.EvalRequest(), Ranks(rank, 2, rank)) for rank in (1, 0)]
-    assert [[one["name"] for one in each.evaluations] for each in found] == [[], ["run"]]
+    result = [evaluate_parallel(store, tmp_path, candidates.EvalRequest(), Ranks(rank, 2, rank)) for rank in (1, 0)]
+    assert [[one["name"] for one in each.evaluations] for each in result] == [[], ["run"]]

@@ -91,7 +91,7 @@ def write_store(folder: Path, kind: str, model) -> Store:
 @pytest.fixture(scope="module")
 def ours(stores, tmp_path_factory) -> dict[tuple[str, str], tuple[dict, dict, dict]]:
     """(store, splice) -> SAE -> (figures, SAEBench's file)."""
-    found = {}
+    result = {}
     for kind, splice in [(kind, splice) for kind in peers.STORES for splice in ("counted", "all")]:
         runs = tmp_path_factory.mktemp(f"{kind}-{splice}")
         for name in peers.ARCHITECTURES:
@@ -101,8 +101,8 @@ def ours(stores, tmp_path_factory) -> dict[tuple[str, str], tuple[dict, dict, di
         assert not refused
         for one in evaluations:
             core = json.loads((runs / one["name"] / FILE).read_text())
-            found[f"{one['name']} {kind}", splice] = one["metrics"], core, one
-    return found
+            result[f"{one['name']} {kind}", splice] = one["metrics"], core, one
+    return result
 
 
 CASES = [f"{name} {kind}" for name in peers.ARCHITECTURES for kind in peers.STORES]
@@ -123,8 +123,8 @@ def test_sae_lens_agrees(ours, case):
     tokens = {"total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"}
     assert theirs.keys() - tokens <= figures.keys()
     names = {key: "l0_nonzero" if key == "l0" else key for key in theirs.keys() - tokens}
-    found = {key: figures[name] for key, name in names.items()}
-    assert found == expected({key: theirs[key] for key in names}, case.split()[1])
+    result = {key: figures[name] for key, name in names.items()}
+    assert result == expected({key: theirs[key] for key in names}, case.split()[1])
     assert theirs["total_tokens_eval_reconstruction"] == one["n_tokens"] + one["n_tokens_skipped"]
 
 
@@ -134,9 +134,9 @@ def test_sae_bench_agrees(ours, case, peer, splice):
     """Every key of its file, under its own definition; where that is not ours, AS_SAEBENCH names it."""
     theirs, (figures, core, _) = GOLDEN["figures"][case][peer], ours[case, splice]
     groups = core["eval_result_metrics"]
-    found = {key: value for group in groups.values() for key, value in group.items()}
-    assert found.keys() == theirs.keys()
-    assert found == expected(theirs, case.split()[1])
+    result = {key: value for group in groups.values() for key, value in group.items()}
+    assert result.keys() == theirs.keys()
+    assert result == expected(theirs, case.split()[1])
     assert set(AS_SAEBENCH) == {"explained_variance", "mse", "l0", "l1"}
     assert abs(figures["explained_variance"] - theirs["explained_variance"]) > 1e-3, "theirs is not centred"
 
@@ -149,21 +149,21 @@ def test_details_of_every_latent_agree(ours):
 
 
 def test_our_file_has_the_form_of_sae_benchs(ours):
-    def check(theirs, found, where=""):
+    def check(theirs, result, where=""):
         if isinstance(theirs, dict):
-            assert found.keys() >= theirs.keys(), where
+            assert result.keys() >= theirs.keys(), where
             for key, one in theirs.items():
-                check(one, found[key], f"{where}.{key}")
+                check(one, result[key], f"{where}.{key}")
         elif isinstance(theirs, list) and theirs:
-            check(theirs[0], found[0], f"{where}[0]")
+            check(theirs[0], result[0], f"{where}[0]")
 
-    found = peers.kinds(ours["topk bos", "all"][1])
+    result = peers.kinds(ours["topk bos", "all"][1])
     theirs = {key: value for key, value in GOLDEN["keys"].items() if key != "sae_cfg_dict"}
-    check(theirs, found)
-    assert found["eval_result_metrics"] == theirs["eval_result_metrics"]
-    assert found["eval_result_details"] == theirs["eval_result_details"]
-    assert found["eval_config"] == theirs["eval_config"]
-    assert found.keys() == GOLDEN["keys"].keys()
+    check(theirs, result)
+    assert result["eval_result_metrics"] == theirs["eval_result_metrics"]
+    assert result["eval_result_details"] == theirs["eval_result_details"]
+    assert result["eval_config"] == theirs["eval_config"]
+    assert result.keys() == GOLDEN["keys"].keys()
 
 
 def test_the_tail_equals_the_running_language_model(stores):

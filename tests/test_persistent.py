@@ -55,14 +55,14 @@ def test_states_reconstructions_and_gradients_are_the_equations(lengths, seed):
     sae, x = make_sae(seed), activations(sum(lengths))
     h = torch.cat([by_the_book(sae, one) for one in x.split(lengths)])
     x_hat = h @ sae.W_dec + sae.b_dec
-    found, novel, predicted = read_out(sae, x, np.array(lengths))
-    torch.testing.assert_close(found, x_hat.detach())
+    result, novel, predicted = read_out(sae, x, np.array(lengths))
+    torch.testing.assert_close(result, x_hat.detach())
     torch.testing.assert_close(novel.dense() + predicted, h.detach())
     torch.testing.assert_close(novel.dense(), sae.encode(x).detach())
     torch.testing.assert_close(novel.dense(), sae.encode_sparse(x).dense().detach())
     with torch.no_grad():
         alone = torch.cat([sae(one[None])[0] for one in x.split(lengths)])
-    torch.testing.assert_close(found, alone)
+    torch.testing.assert_close(result, alone)
     weights = torch.randn(x.shape, dtype=torch.float64)
     expected = torch.autograd.grad((x_hat * weights).sum(), list(sae.parameters()))
     encoded, trained = sae.train_pass(x, np.array(lengths))

@@ -47,8 +47,8 @@ def recovered(weight: float, seed: int) -> tuple[int, int, float]:
         trainer.step(batch)
     assert trainer is not None
     cosines = torch.from_numpy(directions).float() @ trainer.finished_sae().W_dec.detach().T
-    found = cosines.max(1).values > 0.9
-    return int(found[:N_SLOW].sum()), int(found[N_SLOW:].sum()), float(np.mean(rates))
+    result = cosines.max(1).values > 0.9
+    return int(result[:N_SLOW].sum()), int(result[N_SLOW:].sum()), float(np.mean(rates))
 
 
 @pytest.mark.slow

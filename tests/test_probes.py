@@ -59,9 +59,9 @@ def carrying(plan: Plan, target: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("target", probes.TARGETS)
 def test_a_probe_finds_what_is_there_and_only_that(plan, target):
-    found, draws = probe(plan, carrying(plan, target))
+    result, draws = probe(plan, carrying(plan, target))
     for name in probes.TARGETS:
-        row = found[f"probe_{name}"]
+        row = result[f"probe_{name}"]
         assert row["difference"] == pytest.approx(row["value"] - row["null"])
         assert row["interval"][0] <= row["difference"] <= row["interval"][1]
         assert float(draws[f"probe_{name}"][0]) == row["value"]

@@ -91,8 +91,8 @@ Raises:
 
 def labelled(name: str, text: str = TEXT) -> str:
     """The characters that a label marks."""
-    found = text_labels([list(text)])[name][1]
-    return "".join(one for one, marked in zip(text, found, strict=True) if marked and not one.isspace())
+    result = text_labels([list(text)])[name][1]
+    return "".join(one for one, marked in zip(text, result, strict=True) if marked and not one.isspace())
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_depth_and_sections_by_hand():
 
 
 def test_a_token_is_what_its_first_letter_is():
-    found = text_labels([["x", " (", "y", ")", ""], ["A"], []])
-    assert found["in_brackets"][1].tolist() == [0, 0, 1, 1, 1, 0]
-    assert found["capitalised"] == ("token", pytest.approx(np.array([0, 0, 0, 0, 0, 1])))
+    result = text_labels([["x", " (", "y", ")", ""], ["A"], []])
+    assert result["in_brackets"][1].tolist() == [0, 0, 1, 1, 1, 0]
+    assert result["capitalised"] == ("token", pytest.approx(np.array([0, 0, 0, 0, 0, 1])))
 
 
 LENGTH, N = 20, 60
@@ -174,8 +174,8 @@ def probe_of(store, values: np.ndarray) -> tuple[Probe, csr_array, torch.Tensor]
 
 def test_the_latent_that_says_it_is_chosen_and_noise_is_not(store):
     probe, code, x = probe_of(store, is_on(store))
-    found, of_x = probe.of_code(code, False)["on"], probe.of_x(x)["on"]
-    assert found["1"]["auroc"] > 0.95 and found["1"]["within"] > 0.95
+    result, of_x = probe.of_code(code, False)["on"], probe.of_x(x)["on"]
+    assert result["1"]["auroc"] > 0.95 and result["1"]["within"] > 0.95
     assert of_x["1"]["auroc"] > 0.95 and of_x["all"]["auroc"] > 0.95
     null = np.random.default_rng(5).permutation(is_on(store))
     probe, code, x = probe_of(store, null)
@@ -196,12 +196,12 @@ def test_within_equal_tokens_an_id_says_nothing(store):
     ids = store.eval.tokens.reshape(-1)
     probe, _, _ = probe_of(store, (ids == 3).astype(np.int8))
     code = csr_array((probe.tokens.ids == 3).astype(float)[:, None])
-    found = probe.of_code(code, False)["on"]["1"]
-    assert found["auroc"] == 1 and found["within"] is None
+    result = probe.of_code(code, False)["on"]["1"]
+    assert result["auroc"] == 1 and result["within"] is None
     noisy = np.random.default_rng(0).random(len(ids)) < np.where(ids == 3, 0.9, 0.1)
     probe, _, _ = probe_of(store, noisy.astype(np.int8))
-    found = probe.of_code(code, False)["on"]["1"]
-    assert found["auroc"] > 0.75 and found["within"] == pytest.approx(0.5)
+    result = probe.of_code(code, False)["on"]["1"]
+    assert result["auroc"] > 0.75 and result["within"] == pytest.approx(0.5)
 
 
 def test_halves_hold_whole_groups():
@@ -213,8 +213,8 @@ def test_halves_hold_whole_groups():
 
 def test_fields_of_the_corpus_become_labels():
     records = [{"source": "torch:a.py", "lang": "en"}, {"source": "numpy:b.py", "lang": "de"}, {"source": "torch:c.py"}]
-    found = field_labels(records)
-    assert found["package_torch"].tolist() == [1, 0, 1] and found["lang_de"].tolist() == [0, 1, -1]
+    result = field_labels(records)
+    assert result["package_torch"].tolist() == [1, 0, 1] and result["lang_de"].tolist() == [0, 1, -1]
     assert held_out_groups(records, [4, 5, 6]) == ["torch:a.py", "numpy:b.py", "torch:c.py"]
     assert held_out_groups(None, [4]) == ["4"]
     assert field_labels([{"id": str(i)} for i in range(500)]) == {}, "a name for each document is no label"
@@ -253,10 +253,10 @@ def test_labels_of_a_file(store, runs, unit, ending):
         path.write_text("\n".join(lines) + "\n")
     else:
         parquet.write_table(pa.table(columns), path)
-    found = read_labels(path, lengths, documents)
-    assert set(found) == {"mine", "name_even", "name_odd"} and len(found["mine"]) == lengths.sum()
+    result = read_labels(path, lengths, documents)
+    assert set(result) == {"mine", "name_even", "name_odd"} and len(result["mine"]) == lengths.sum()
     expected = is_on(store) if unit == "tokens" else np.repeat(documents % 2, lengths)
-    assert (found["mine"] == expected).all() and (found["name_even"] == 1 - expected).all()
+    assert (result["mine"] == expected).all() and (result["name_even"] == 1 - expected).all()
     done = run(store, runs, "--labels", str(path), "--json")
     assert done.exit_code == 0, done.output
     figures = json.loads((runs / "probes.json").read_text())["figures"]
@@ -306,5 +306,5 @@ def test_differences_in_differences(store, runs, tmp_path):
     done = run(
         store, runs, "--labels", str(path), "--null", store.location, "--null-runs", str(runs), "--json", "--details"
     )
-    found = json.loads(done.output[done.output.index("{") : done.output.rindex("}") + 1])["difference"]
-    assert found["a"]["on"]["1"]["auroc"] == 0 and set(found) == {"a", "a, smoothed"}
+    result = json.loads(done.output[done.output.index("{") : done.output.rindex("}") + 1])["difference"]
+    assert result["a"]["on"]["1"]["auroc"] == 0 and set(result) == {"a", "a, smoothed"}

@@ -51,8 +51,8 @@ def scored(store, rows: np.ndarray, encode, skip_first: int = 1) -> Planted:
 def test_the_truth_as_a_code_is_recovered_whole(store):
     truth = load_truth(store)
     order = np.random.default_rng(0).permutation(truth.n_features)
-    found = scored(store, 2 * truth.directions[order], lambda dense, _: dense[:, order] / 2).figures()
-    overall = found["planted"]["figures"]
+    result = scored(store, 2 * truth.directions[order], lambda dense, _: dense[:, order] / 2).figures()
+    overall = result["planted"]["figures"]
     assert overall["mcc"] == pytest.approx(1) and overall["uniqueness"] == 1 and overall["recovered"] == 1
     assert overall["f1"] == overall["precision"] == overall["recall"] == 1
     assert overall["shrinkage"] == pytest.approx(1) and overall["absorption"] == 0
@@ -60,11 +60,11 @@ def test_the_truth_as_a_code_is_recovered_whole(store):
         (truth.kinds == CLASSES.index("slow_dense")).sum() + (truth.kinds == CLASSES.index("position")).sum()
     )
     assert overall["antipodal_pairs"] == n_signed // 2 and overall["false_splits"] == 0
-    assert set(found) == {"planted", *(f"planted_{name}" for name in CLASSES)}
-    slow = found["planted_slow_rare"]["figures"]
+    assert set(result) == {"planted", *(f"planted_{name}" for name in CLASSES)}
+    slow = result["planted_slow_rare"]["figures"]
     assert slow["missed"] == slow["onset_distance"] == slow["offset_distance"] == 0 and slow["fragments"] == 1
-    assert found["planted_slow_dense"]["figures"]["capture"] == pytest.approx(1)
-    assert "onset_error" not in found["planted_fast"]["figures"]
+    assert result["planted_slow_dense"]["figures"]["capture"] == pytest.approx(1)
+    assert "onset_error" not in result["planted_fast"]["figures"]
 
 
 def shifted(dense: np.ndarray, sequence: np.ndarray, by: int) -> np.ndarray:
@@ -85,8 +85,8 @@ def test_a_late_code_is_late_by_as_many_tokens(store):
 
 def test_half_the_amplitude_is_half_the_shrinkage(store):
     truth = load_truth(store)
-    found = scored(store, truth.directions, lambda dense, _: dense / 2).figures()
-    assert found["planted"]["figures"]["shrinkage"] == pytest.approx(0.5)
+    result = scored(store, truth.directions, lambda dense, _: dense / 2).figures()
+    assert result["planted"]["figures"]["shrinkage"] == pytest.approx(0.5)
 
 
 def test_random_rows_and_codes_recover_nothing(store):
@@ -123,20 +123,20 @@ def test_parents_absorbed_by_hand_are_counted(store):
         return encode(one, sequence)
 
     family = [(child, above) for child, above in enumerate(truth.parents) if above >= 0]
-    found = scored(store, rows, watch).figures()
+    result = scored(store, rows, watch).figures()
     assert n_absorbed > 20
-    assert found["planted"]["figures"]["absorption"] == pytest.approx(n_absorbed / n_pairs, rel=0.02)
+    assert result["planted"]["figures"]["absorption"] == pytest.approx(n_absorbed / n_pairs, rel=0.02)
     # A latent that is off without another that takes its place is missing, not absorbed.
     plain = scored(store, truth.directions, encode).figures()["planted"]["figures"]["absorption"]
-    assert plain < 0.2 * found["planted"]["figures"]["absorption"]
+    assert plain < 0.2 * result["planted"]["figures"]["absorption"]
 
 
 def test_splits_and_antipodal_rows_are_counted():
     truth = np.eye(4)[:3]
     rows = np.array([[1, 0, 0, 0], [1, 0.2, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0.1], [0, 1, 0, 0], [0, 0, 0, 0]])
-    found = match(truth, rows)
-    assert found.splits.tolist() == [1, 0, 0] and found.n_antipodal == 1
-    assert found.latent_of.tolist() == [0, 4, 2] and found.feature_of.tolist() == [0, -1, 2, -1, 1, -1]
+    result = match(truth, rows)
+    assert result.splits.tolist() == [1, 0, 0] and result.n_antipodal == 1
+    assert result.latent_of.tolist() == [0, 4, 2] and result.feature_of.tolist() == [0, -1, 2, -1, 1, -1]
     assert match(rows[:2], truth[:1]).latent_of.tolist() == [0, -1], "more features than latents"
 
 
@@ -173,7 +173,7 @@ def test_segments_agree_with_a_walk_through_each_sequence():
     true, code = (rng.random((len(sequence), 3)) < rate for rate in (0.5, 0.4))
     axis = axis_of(sequence)
     keys = [axis.keys(np.nonzero(one)[1], np.nonzero(one)[0]) for one in (true, code)]
-    found = compare_segments(axis, *keys)
+    result = compare_segments(axis, *keys)
     expected = []
     for feature in range(3):
         for one in range(5):
@@ -184,7 +184,7 @@ def test_segments_agree_with_a_walk_through_each_sequence():
                 offset = over[-1][1] - end if over else 0
                 inside = bool(over) and start > 0, bool(over) and end < lengths[one] - 1
                 expected.append((feature, not over, len(over), onset, offset, *inside))
-    assert list(zip(*(one.tolist() for one in found), strict=True)) == expected
+    assert list(zip(*(one.tolist() for one in result), strict=True)) == expected
     nothing = np.zeros(0, np.int64)
     assert compare_segments(axis, keys[0], nothing).missed.all()
     assert len(compare_segments(axis, nothing, keys[1]).missed) == 0
@@ -203,16 +203,16 @@ def test_scores_agree_with_counting_by_hand(store):
 
     planted = scored(store, rows, encode)
     dense, code = (np.concatenate(one) > 0 for one in zip(*seen, strict=True))
-    found, latent = planted.per_feature(), planted.matching.latent_of
+    result, latent = planted.per_feature(), planted.matching.latent_of
     for feature in range(truth.n_features):
         both = (dense[:, feature] & code[:, latent[feature]]).sum() if latent[feature] >= 0 else 0
         n_true, n_code = dense[:, feature].sum(), code[:, latent[feature]].sum() if latent[feature] >= 0 else 0
         if n_true == 0:
-            assert np.isnan(found["f1"][feature])
+            assert np.isnan(result["f1"][feature])
             continue
-        assert found["f1"][feature] == pytest.approx(2 * both / (n_true + n_code))
-        assert found["recall"][feature] == pytest.approx(both / n_true)
-        assert found["precision"][feature] == pytest.approx(both / max(1, n_code))
+        assert result["f1"][feature] == pytest.approx(2 * both / (n_true + n_code))
+        assert result["recall"][feature] == pytest.approx(both / n_true)
+        assert result["precision"][feature] == pytest.approx(both / max(1, n_code))
     of_latents = []
     for j, nearest in enumerate(planted.matching.nearest):
         both = (dense[:, nearest] & code[:, j]).sum()

@@ -155,11 +155,11 @@ def test_without_any_figures_there_is_no_report(evaluated, toy_report, tmp_path)
     assert "Not evaluated on this store: tcsae eval --run" in done.stderr
     assert not (tmp_path / "report").exists()
     name = runs_of(evaluated)[0]
-    found = json.loads((evaluated / "runs" / name / "eval.json").read_text())
-    (tmp_path / "runs" / name / "eval.json").write_text(json.dumps(found | {"weights": "other"}))
+    result = json.loads((evaluated / "runs" / name / "eval.json").read_text())
+    (tmp_path / "runs" / name / "eval.json").write_text(json.dumps(result | {"weights": "other"}))
     done = toy_report.call(tmp_path, "report", "--run", name)
     assert "Its evaluation is of other weights, or of another store: tcsae eval --run" in done.stderr
-    (tmp_path / "runs" / name / "eval.json").write_text(json.dumps(found | {"definition_version": 0}))
+    (tmp_path / "runs" / name / "eval.json").write_text(json.dumps(result | {"definition_version": 0}))
     assert "by the definitions of another version" in toy_report.call(tmp_path, "report", "--run", name).stderr
 
 

@@ -81,16 +81,16 @@ def test_search_finds_by_token_and_by_number(browser, report):
     assert every[3] in toy.latents(browser)
     search.clear()
     search.send_keys("<")
-    found = toy.latents(browser)
-    assert 0 < len(found) < len(every)
+    result = toy.latents(browser)
+    assert 0 < len(result) < len(every)
     for row in browser.find_elements(By.CSS_SELECTOR, "#list a")[:3]:
         row.click()
         toy.opened(browser, int(row.find_element(By.CLASS_NAME, "id").text))
         fires = [one.text for one in browser.find_elements(By.CSS_SELECTOR, ".fires .chip")]
         assert any("<" in one for one in fires)
-    assert browser.find_element(By.ID, "count").text.startswith(f"{len(found)} of ")
+    assert browser.find_element(By.ID, "count").text.startswith(f"{len(result)} of ")
     browser.find_element(By.ID, "promoted").click()
-    assert len(toy.latents(browser)) >= len(found)
+    assert len(toy.latents(browser)) >= len(result)
     search.clear()
     search.send_keys("no token has this in it")
     assert toy.latents(browser) == []
@@ -100,8 +100,8 @@ def test_filters_and_their_presets(browser, report):
     toy.browse(browser, report)
     table = toy.index(report)
     browser.find_element(By.CSS_SELECTOR, '[data-preset="slow"]').click()
-    found = toy.latents(browser)
-    assert 0 < len(found) < len(table)
+    result = toy.latents(browser)
+    assert 0 < len(result) < len(table)
     bounds = {}
     for one in browser.find_elements(By.CSS_SELECTOR, "[data-filter]"):
         if one.get_attribute("value"):
@@ -114,11 +114,11 @@ def test_filters_and_their_presets(browser, report):
         and row["rho_8_within"] >= bounds["rho_8_within", "0"]
         and row["density"] <= bounds["density", "1"]
     }
-    assert set(found) == expected
+    assert set(result) == expected
     at_most = browser.find_element(By.CSS_SELECTOR, '[data-filter="max"][data-end="1"]')
-    middle = sorted(table[one]["max"] for one in found)[len(found) // 2]
+    middle = sorted(table[one]["max"] for one in result)[len(result) // 2]
     at_most.send_keys(str(middle))
-    assert set(toy.latents(browser)) == {one for one in found if table[one]["max"] <= middle}
+    assert set(toy.latents(browser)) == {one for one in result if table[one]["max"] <= middle}
     browser.find_element(By.CSS_SELECTOR, '[data-preset=""]').click()
     assert len(toy.latents(browser)) == len(table)
 

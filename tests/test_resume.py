@@ -83,8 +83,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(path: Path) -> list[dict]:
-    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+    result = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in result]
 
 
 def same(one: Path, other: Path) -> bool:

@@ -41,16 +41,16 @@ def feed(sequencer, texts, start=0):
 
 def naive_sequences(texts, recipe, budget, split):
     """Slices of plain lists, one split at a time: (row without padding, document, start)."""
-    found, first, size = [], 0, recipe.length - recipe.prepend_bos
+    result, first, size = [], 0, recipe.length - recipe.prepend_bos
     for number, (its_split, n) in enumerate(texts):
         ids = list(range(first, first + n))
         first += n
         for start in range(0, n, size):
             row = [BOS] * recipe.prepend_bos + ids[start : start + size]
-            n_before = sum(len(one) for one, _, _ in found)
+            n_before = sum(len(one) for one, _, _ in result)
             if its_split == split and len(row) >= recipe.min_length and n_before < budget:
-                found.append((row, number, start))
-    return found
+                result.append((row, number, start))
+    return result
 
 
 @given(documents, recipes(), some_budgets)

@@ -59,15 +59,15 @@ def test_a_text_is_read_as_its_tokens_were_harvested(live, store):
     x = torch.from_numpy(store.eval.read(one.hook, at, at + 1))[0, : len(ids)]
     live.ids = lambda text: ids  # noqa: ARG005 (decoding and encoding again may cut otherwise)
     try:
-        found = live.read(name, "")
+        result = live.read(name, "")
     finally:
         del live.ids
     with torch.inference_mode():
         code = one.loaded.sae.encode(x)
     for position in range(1, len(ids)):
         expected = {latent: float(code[position, latent]) for latent in code[position].nonzero().squeeze(1).tolist()}
-        assert dict(found.latents[position]) == pytest.approx(expected, abs=0.05), "stored as float16"
-        assert found.n_active[position] == len(found.latents[position])
+        assert dict(result.latents[position]) == pytest.approx(expected, abs=0.05), "stored as float16"
+        assert result.n_active[position] == len(result.latents[position])
 
 
 def test_a_change_adds_the_latents_change_along_its_row(live):
@@ -81,8 +81,8 @@ def test_a_change_adds_the_latents_change_along_its_row(live):
             ("clamp", 3.0, 3.0 - code[..., latent]),
             ("steer", 3.0, torch.full((2, 5), 3.0)),
         ):
-            found = changed_by(sae, x, Change(kind=kind, latent=latent, value=value))
-            torch.testing.assert_close(found, by[..., None] * sae.W_dec[latent])
+            result = changed_by(sae, x, Change(kind=kind, latent=latent, value=value))
+            torch.testing.assert_close(result, by[..., None] * sae.W_dec[latent])
 
 
 def test_nothing_changed_is_no_divergence_and_a_change_is_one(live, tiny_lm):
@@ -185,8 +185,8 @@ def test_only_who_has_the_secret_is_answered_and_nothing_is_written(server, eval
         assert status(elsewhere) == 404, elsewhere
     assert ask(address, "runs", {}, host="evil.example")[0] == 400
     for question in (b"{", b"[]", b'{"run": 3}', b'{"run": "x", "text": "the"}', b'"' + b"x" * 200_000):
-        code, found = ask(address, "read", question)
-        assert code == 400 and found["error"], question[:20]
+        code, result = ask(address, "read", question)
+        assert code == 400 and result["error"], question[:20]
     sockets = Path(f"/proc/{process.pid}/net/tcp").read_text()
     port = f"{int(root.rpartition(':')[2]):04X}"
     assert f"0100007F:{port} " in sockets and f"00000000:{port} " not in sockets, "bound to 127.0.0.1"

@@ -54,8 +54,8 @@ def recipe_of(widths: list[int], batch: int, length: int = 128, codec: str = "fl
     ],
 )
 def test_chunks_follow_the_width_and_shards_the_batch(widths, batch, per_chunk, chunks):
-    found = layout_for(recipe_of(widths, batch))
-    assert (found.sequences_per_chunk, found.chunks_per_shard) == (per_chunk, chunks)
+    result = layout_for(recipe_of(widths, batch))
+    assert (result.sequences_per_chunk, result.chunks_per_shard) == (per_chunk, chunks)
 
 
 @given(
@@ -65,9 +65,9 @@ def test_chunks_follow_the_width_and_shards_the_batch(widths, batch, per_chunk, 
     st.sampled_from(["float16", "float32", "int8", "compact"]),
 )
 def test_a_shard_holds_a_batch_and_memory_is_bounded(widths, batch, length, codec):
-    found = layout_for(recipe_of(widths, batch, length, codec))
-    n, per_chunk = found.sequences_per_shard, found.sequences_per_chunk
-    assert n > batch - per_chunk or found.chunks_per_shard == 1, "a whole batch, but for what no chunk fits into"
+    result = layout_for(recipe_of(widths, batch, length, codec))
+    n, per_chunk = result.sequences_per_shard, result.sequences_per_chunk
+    assert n > batch - per_chunk or result.chunks_per_shard == 1, "a whole batch, but for what no chunk fits into"
     assert n >= min(batch, per_chunk)
     per_sequence = length * sum(widths) * 4
     assert n <= per_chunk or n * per_sequence <= max(layout.SHARD_BYTES, batch * per_sequence)

@@ -99,8 +99,8 @@ def test_memory_and_mean_are_the_loop(activation, text, lengths, seed):
 @given(st.sampled_from(("ema-topk=0", "ema-topk=0.3", "ema-topk=0.95")), lengths_of, st.integers(0, 99))
 def test_of_a_memory_the_largest_are_kept(text, lengths, seed):
     sae, (x, sequence) = sae_of("topk"), inputs(lengths, seed)
-    found, memory = smoothed(sae, text, x, sequence).double(), naive(sae, text, x, sequence)
-    for row, whole in zip(found, memory, strict=True):
+    result, memory = smoothed(sae, text, x, sequence).double(), naive(sae, text, x, sequence)
+    for row, whole in zip(result, memory, strict=True):
         kept = whole.sort(descending=True).values[: sae.config.k]
         torch.testing.assert_close(row[row > 0].sort(descending=True).values, kept[kept > 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(row[row > 0], whole[row > 0], rtol=1e-4, atol=1e-5)
@@ -110,10 +110,10 @@ def test_of_a_memory_the_largest_are_kept(text, lengths, seed):
 @given(st.sampled_from(ACTIVATIONS[:3]), st.sampled_from(HYSTERESES), lengths_of, st.integers(0, 99))
 def test_hysteresis_is_the_loop(activation, text, lengths, seed):
     sae, (x, sequence) = sae_of(activation), inputs(lengths, seed)
-    found = smoothed(sae, text, x, sequence)
-    torch.testing.assert_close(found.double(), naive(sae, text, x, sequence), rtol=1e-4, atol=1e-5)
+    result = smoothed(sae, text, x, sequence)
+    torch.testing.assert_close(result.double(), naive(sae, text, x, sequence), rtol=1e-4, atol=1e-5)
     if activation == "topk":
-        assert int((found > 0).sum(1).max()) <= sae.config.k
+        assert int((result > 0).sum(1).max()) <= sae.config.k
 
 
 @pytest.mark.slow
@@ -137,9 +137,9 @@ def test_nothing_goes_from_one_sequence_into_another(text, lengths, seed, data):
 @pytest.mark.parametrize("activation", ACTIVATIONS[:3])
 def test_without_strength_it_is_the_plain_sae(activation, text, neutral):
     sae, (x, sequence) = sae_of(activation), inputs([9, 9, 9], 0)
-    plain, found = SaeOutput(sae)(x), output_of(SmoothedOutput(sae, parse_smoothing(text)), x, sequence)
-    assert torch.allclose(plain.x_hat, found.x_hat, atol=1e-5) == neutral
-    assert torch.allclose(plain.code.dense(), found.code.dense(), atol=1e-5) == neutral
+    plain, result = SaeOutput(sae)(x), output_of(SmoothedOutput(sae, parse_smoothing(text)), x, sequence)
+    assert torch.allclose(plain.x_hat, result.x_hat, atol=1e-5) == neutral
+    assert torch.allclose(plain.code.dense(), result.code.dense(), atol=1e-5) == neutral
 
 
 def test_hysteresis_makes_latents_stay_on():
@@ -192,12 +192,12 @@ def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
     assert "smooth" not in plain["options"] and "smoothing" not in plain
     for text in NAMES:
         assert f"a+{text}" in done.stdout
-        found = json.loads((tmp_path / "a" / f"eval+{text}.json").read_text())
-        assert found["name"] == f"a+{text}" and found["options"] == plain["options"] | {"smooth": text}
-        assert found["weights"] == plain["weights"] and found["smoothing"]
-        assert found["metrics"].keys() == plain["metrics"].keys()
+        result = json.loads((tmp_path / "a" / f"eval+{text}.json").read_text())
+        assert result["name"] == f"a+{text}" and result["options"] == plain["options"] | {"smooth": text}
+        assert result["weights"] == plain["weights"] and result["smoothing"]
+        assert result["metrics"].keys() == plain["metrics"].keys()
         assert (
-            found["temporal"]["groups"]["all"]["measures"].keys()
+            result["temporal"]["groups"]["all"]["measures"].keys()
             == plain["temporal"]["groups"]["all"]["measures"].keys()
         )
         squares, active, n, total, x_squared = 0.0, 0.0, 0, 0.0, 0.0
@@ -210,12 +210,12 @@ def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
                     active, n = active + int((f.float() > 0).sum()), n + len(x)
                     total, x_squared = total + x.double().sum(0), x_squared + float(x.double().square().sum())
         ev = 1 - squares / (x_squared - float(total.square().sum()) / n)
-        assert found["metrics"]["explained_variance"] == pytest.approx(ev, abs=1e-5)
-        assert found["metrics"]["l0"] == pytest.approx(active / n)
+        assert result["metrics"]["explained_variance"] == pytest.approx(ev, abs=1e-5)
+        assert result["metrics"]["l0"] == pytest.approx(active / n)
         for name in ("explained_variance", "ce_loss_score"):
-            assert found["metrics"][name] != plain["metrics"][name]
+            assert result["metrics"][name] != plain["metrics"][name]
         for name in ("ce_loss_without_sae", "ce_loss_with_ablation", "l2_norm_in"):
-            assert found["metrics"][name] == pytest.approx(plain["metrics"][name])
+            assert result["metrics"][name] == pytest.approx(plain["metrics"][name])
     slow = {
         text: measures(json.loads((tmp_path / "a" / f"eval{text}.json").read_text()))["slowness_to_x"]["value"]
         for text in ("", "+ema=0.3", "+mean=3")
@@ -277,11 +277,11 @@ def test_smoothed_codes_are_compared_with_a_run(store, tmp_path):
     done = call(store, tmp_path, "--compare", "a+ema=0.30", "--with", "b")
     assert done.exit_code == 0, done.output
     assert "a+ema=0.3 minus b, paired over 10 documents" in done.stdout
-    found = {one["name"]: one for one in evaluate_runs(store, tmp_path, EvalRequest(smooth=["ema=0.3"])).evaluations}
-    paired = differences(tmp_path, found["a+ema=0.3"], found["b"])
-    assert paired["explained_variance"]["a"] == found["a+ema=0.3"]["metrics"]["explained_variance"]
-    assert paired["explained_variance"]["b"] == found["b"]["metrics"]["explained_variance"]
-    same = differences(tmp_path, found["a+ema=0.3"], found["a+ema=0.3"])
+    result = {one["name"]: one for one in evaluate_runs(store, tmp_path, EvalRequest(smooth=["ema=0.3"])).evaluations}
+    paired = differences(tmp_path, result["a+ema=0.3"], result["b"])
+    assert paired["explained_variance"]["a"] == result["a+ema=0.3"]["metrics"]["explained_variance"]
+    assert paired["explained_variance"]["b"] == result["b"]["metrics"]["explained_variance"]
+    same = differences(tmp_path, result["a+ema=0.3"], result["a+ema=0.3"])
     assert {tuple(one["interval"]) for one in same.values() if one["interval"]} == {(0.0, 0.0)}
     assert [str(parse_smoothing(x)) for x in ("ema=.30", "ema=0.1234567", "mean=3.0", "hysteresis=1000000")] == [
         "ema=0.3",

@@ -102,9 +102,9 @@ def test_a_signal_between_two_runs_leaves_the_finished_one(store, runs, monkeypa
     write = run.write_evaluation
 
     def write_and_signal(*given):
-        found = write(*given)
+        result = write(*given)
         os.kill(os.getpid(), signal.SIGTERM)
-        return found
+        return result
 
     monkeypatch.setattr(run, "write_evaluation", write_and_signal)
     done = call(store, runs, "eval", "--no-temporal")

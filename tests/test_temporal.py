@@ -72,11 +72,11 @@ def collect(split: FakeSplit, skip_first: int, dense: bool, factor: float = 1.0)
 
 
 def naive_pairs(split: FakeSplit, skip_first: int, lag: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    found = []
+    result = []
     for i, length in enumerate(split.lengths):
         f = split.code[i, skip_first:length].astype(np.float64)
-        found += [(f[t], f[t + lag], split.documents[i]) for t in range(len(f) - lag)]
-    return found
+        result += [(f[t], f[t + lag], split.documents[i]) for t in range(len(f) - lag)]
+    return result
 
 
 def naive_tokens(split: FakeSplit, skip_first: int) -> list[tuple[np.ndarray, int, int, int]]:
@@ -226,11 +226,11 @@ def test_the_null_is_the_mean_over_permutations():
             split.code[valid] = values[rng.permutation(len(values))]
         sums = collect(split, 0, True).sums.without(None)
         values, _, _ = latent_measures(sums, sums, EVERY)
-        for name, found in drawn.items():
-            found.append(values[name])
-    for name, found in drawn.items():
-        error = np.std(found) / np.sqrt(len(found))
-        assert nulls[name] == pytest.approx(np.mean(found), abs=4 * error), name
+        for name, result in drawn.items():
+            result.append(values[name])
+    for name, result in drawn.items():
+        error = np.std(result) / np.sqrt(len(result))
+        assert nulls[name] == pytest.approx(np.mean(result), abs=4 * error), name
 
 
 def test_batches_change_nothing(monkeypatch):

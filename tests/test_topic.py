@@ -46,14 +46,14 @@ def similar(batch: Batch) -> dict[tuple[int, int], bool]:
     counts = np.array([[((document == d) & (batch.text.tokens == w)).sum() for w in words] for d in names], float)
     weighted = counts * np.log(len(names) / (counts > 0).sum(0))
     norms = np.linalg.norm(weighted, axis=1)
-    found = {}
+    result = {}
     for i, one in enumerate(names):
         others = [j for j in range(len(names)) if j != i]
         scores = {j: weighted[i] @ weighted[j] / max(norms[i] * norms[j], 1e-12) for j in others}
         limit = sorted(scores.values(), reverse=True)[: int(np.ceil(MATCHED * len(others)))]
         for j in others:
-            found[int(one), int(names[j])] = bool(limit) and scores[j] >= limit[-1] - 1e-6
-    return found
+            result[int(one), int(names[j])] = bool(limit) and scores[j] >= limit[-1] - 1e-6
+    return result
 
 
 @given(

@@ -30,8 +30,8 @@ def test_tensorboard(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("tokens", "loss", "l0"):
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert found == [(line["step"], line[name]) for line in LINES]
+        result = [(event.step, event.value) for event in events.Scalars(name)]
+        assert result == [(line["step"], line[name]) for line in LINES]
 
 
 def test_tensorboard_goes_on_without_what_lies_beyond_the_checkpoint(tmp_path):
@@ -127,7 +127,7 @@ def wandb_records(file):
     """An offline run's file: a header of 7 bytes, then LevelDB's log of blocks, in which a record may lie in parts."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, found, parts = file.read_bytes(), 7, [], b""
+    data, at, result, parts = file.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
         if (left := BLOCK - at % BLOCK) < 7:
             at += left
@@ -138,9 +138,9 @@ def wandb_records(file):
         parts += data[at + 7 : at + 7 + n]
         at += 7 + n
         if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(parts))
+            result.append(Record.FromString(parts))
             parts = b""
-    return found
+    return result
 
 
 @pytest.mark.slow

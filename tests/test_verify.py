@@ -91,10 +91,10 @@ def test_a_flipped_bit_anywhere_is_found(original, data):
     flipped[place] ^= 1 << bit
     path.write_bytes(flipped)
     try:
-        found = faults(original)
+        result = faults(original)
     finally:
         path.write_bytes(whole)
-    assert [fault.split(":")[0] for fault in found] == [path.relative_to(original).as_posix()]
+    assert [fault.split(":")[0] for fault in result] == [path.relative_to(original).as_posix()]
 
 
 @pytest.mark.parametrize("key", KINDS)

@@ -11,11 +11,11 @@ lengths_lists = st.lists(st.integers(0, 12), min_size=0, max_size=8)
 
 def windows_of(lengths: list[int], window: int) -> list[list[int]]:
     """Every window as token numbers, sequence by sequence, in plain Python."""
-    found, offset = [], 0
+    result, offset = [], 0
     for length in lengths:
-        found += [list(range(offset + i, offset + i + window)) for i in range(length - window + 1)]
+        result += [list(range(offset + i, offset + i + window)) for i in range(length - window + 1)]
         offset += length
-    return found
+    return result
 
 
 @given(lengths_lists, st.integers(2, 6))

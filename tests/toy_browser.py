@@ -107,8 +107,8 @@ def index(report: Path, start: str = "temporal-matryoshka") -> dict[int, dict[st
 def complaints(driver: Any) -> list[str]:
     """What axe-core says of the page that is open: contrast, names, roles, keyboard (WCAG 2.1 AA)."""
     driver.execute_script(need_axe())
-    found = driver.execute_async_script(
+    result = driver.execute_async_script(
         "const done = arguments[arguments.length - 1];"
         "axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']}).then(done);"
     )
-    return [f"{one['id']}: {node['html'][:160]}" for one in found["violations"] for node in one["nodes"][:4]]
+    return [f"{one['id']}: {node['html'][:160]}" for one in result["violations"] for node in one["nodes"][:4]]

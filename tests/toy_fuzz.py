@@ -108,10 +108,10 @@ def _place(error: BaseException) -> str:
 
 
 def _containers(value: Any) -> list[dict | list]:
-    found = [value] if isinstance(value, dict | list) else []
+    result = [value] if isinstance(value, dict | list) else []
     for one in list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []:
-        found += _containers(one)
-    return found
+        result += _containers(one)
+    return result
 
 
 def change_json(value: Any, rng: random.Random) -> Any:

@@ -31,14 +31,14 @@ def one_hook(config, **changes):
 def files(location) -> dict[str, str]:
     """Digest of every file of a store; of the manifest, of all but the times and the history."""
     root = pathlib.Path(location)
-    found = {
+    result = {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
         if path.is_file() and path != root / "zarr.json"
     }
     manifest = json.loads((root / "zarr.json").read_text())["attributes"]["tcsae"]
     blank = {"times": None, "history": None, "digest": None}
-    return found | {"manifest": json.dumps({**manifest, **blank}, sort_keys=True)}
+    return result | {"manifest": json.dumps({**manifest, **blank}, sort_keys=True)}
 
 
 def traces(root: pathlib.Path) -> list[str]:

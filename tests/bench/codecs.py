@@ -105,9 +105,9 @@ def figures(store: Store, runs: Path, seeds: int, steps: int, d_model: int) -> t
     place = ["--store", store.location, "--runs", str(runs)]
     done = CliRunner().invoke(cli, [*place, "train", *settings, *sweep, "eval"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    found = [json.loads(path.read_text())["metrics"] for path in sorted(runs.rglob("eval*.json"))]
-    assert len(found) == seeds, found
-    return [one["explained_variance"] for one in found], [one["ce_loss_score"] for one in found]
+    result = [json.loads(path.read_text())["metrics"] for path in sorted(runs.rglob("eval*.json"))]
+    assert len(result) == seeds, result
+    return [one["explained_variance"] for one in result], [one["ce_loss_score"] for one in result]
 
 
 def spread(values: list[float], base: list[float]) -> str:
@@ -132,9 +132,9 @@ def compare(source: Store, names: list[str], seeds: int, steps: int) -> None:
             n_tokens = store.train.n_tokens + store.eval.n_tokens
             row += [f"{rate / 1000:,.0f}K" for rate in (n_tokens / seconds, read_rate(store))]
             if seeds:
-                found = figures(store, Path(folder) / "runs", seeds, steps, store.d_model(hook))
-                row += [f"{np.mean(v):.4f}" if base is None else spread(v, b) for v, b in zip(found, base or found)]  # noqa: B905
-                base = base or found
+                result = figures(store, Path(folder) / "runs", seeds, steps, store.d_model(hook))
+                row += [f"{np.mean(v):.4f}" if base is None else spread(v, b) for v, b in zip(result, base or result)]  # noqa: B905
+                base = base or result
             print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 

@@ -193,15 +193,15 @@ def main() -> None:
         "model": (with_tail, with_model),
     }
     print(f"{contest.n_tokens:,} tokens; ten SAEs read {ten / once:.2f} times the bytes of one")
-    found: dict[str, object] = {"bytes_of_ten_over_one": ten / once}
+    result: dict[str, object] = {"bytes_of_ten_over_one": ten / once}
     for name, (ours, theirs) in contests.items():
         if arguments.only in (None, name):
             times = alternate({name: ours, "bare": theirs}, arguments.rounds)
             bar, ratio = BARS[name], times.ratio(name, "bare")
             verdict = "" if bar is None else f", {ratio.verdict(bar)} the bar of {bar}"
             print(f"{name:10s} {ratio}{verdict}", flush=True)
-            found[name] = ratio._asdict() | {"bar": bar, "tokens_per_s": 1 / times.median(name)}
-    report("eval_speed", figures=found, options=vars(arguments))
+            result[name] = ratio._asdict() | {"bar": bar, "tokens_per_s": 1 / times.median(name)}
+    report("eval_speed", figures=result, options=vars(arguments))
 
 
 if __name__ == "__main__":

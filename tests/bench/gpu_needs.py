@@ -111,11 +111,11 @@ def main() -> None:
             tokens, lm = 1 / sum(parts.values()), 1 / needs.lm(model)
             gbps = tokens * needs.bytes_per_token(model.d_model) / 1e9
             even = {together: needs.break_even(model, d_sae, together) for together in (1, 4)}
-            found = ", ".join(f"{n} SAEs at {together} a pass" if n else "-" for together, n in even.items())
+            result = ", ".join(f"{n} SAEs at {together} a pass" if n else "-" for together, n in even.items())
             print(
                 f"{model.name:22s} {d_sae:6d} {tokens / values['batch']:8.0f} {tokens:10,.0f}  "
                 f"{max(parts, key=lambda name: parts[name]):12s} {gbps:5.1f} {lm:12,.0f} "
-                f"{needs.lm(model) * tokens / (1 + needs.lm(model) * tokens):8.0%}  {found}"
+                f"{needs.lm(model) * tokens / (1 + needs.lm(model) * tokens):8.0%}  {result}"
             )
 
 

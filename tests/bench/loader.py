@@ -90,8 +90,8 @@ def main() -> None:
             for name, source in (("memory", memory), ("store", store)):
                 stream = iter(SegmentLoader(source, config))
                 contestants[f"{name}, segments of {length}"] = lambda stream=stream: len(next(stream).x)
-            found, ideal = mixing(store, config, 50)
-            print(f"segments of {length}: {found:.1f} distinct documents a batch, ideal shuffle {ideal:.1f}")
+            result, ideal = mixing(store, config, 50)
+            print(f"segments of {length}: {result:.1f} distinct documents a batch, ideal shuffle {ideal:.1f}")
         # A round has to hold whole blocks, as a block is read at once.
         times = alternate(contestants, arguments.rounds, least_s=2.0)
         times.show("token", base="memory, segments of 16")

@@ -32,16 +32,16 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 def eval_tokens(store: Store, n_tokens: int, skip_first: int) -> Tensor:
     """float32 [n, d_model]: the eval split's first `n_tokens` tokens (or all) at positions from `skip_first` on."""
     split, hook = store.eval, store.hook()
-    found, n_found, step = [], 0, store.sequences_per_chunk
+    result, n_found, step = [], 0, store.sequences_per_chunk
     for first in range(0, split.n_sequences, step):
         block = split.read(hook, first, min(first + step, split.n_sequences))
         positions = np.arange(store.sequence_length)
         lengths = split.lengths[first : first + step]
-        found.append(block[(positions < lengths[:, None]) & (positions >= skip_first)])
-        n_found += len(found[-1])
+        result.append(block[(positions < lengths[:, None]) & (positions >= skip_first)])
+        n_found += len(result[-1])
         if n_found >= n_tokens:
             break
-    return torch.from_numpy(np.concatenate(found)[:n_tokens]).float()
+    return torch.from_numpy(np.concatenate(result)[:n_tokens]).float()
 
 
 def our_runs(store: Store, presets: Sequence[str], settings: Sequence[str]) -> list[Run]:

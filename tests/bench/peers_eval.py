@@ -141,22 +141,22 @@ def run(folder: Path, out: Path) -> None:
 
     model = TransformerBridge.boot_transformers(str(ROOT / "data" / "embedded"), dtype=torch.float32, device="cpu")
     text = np.load(folder / "tokens.npy")
-    found: dict[str, Any] = {"versions": versions(), "tokens": text.tolist(), "weights": {}, "figures": {}}
+    result: dict[str, Any] = {"versions": versions(), "tokens": text.tolist(), "weights": {}, "figures": {}}
     for name in ARCHITECTURES:
-        found["weights"][name] = write_sae(name, folder / name)
+        result["weights"][name] = write_sae(name, folder / name)
         for kind in STORES:
             tokens = torch.from_numpy(store_tokens(kind, text))
-            found["figures"][f"{name} {kind}"] = {
+            result["figures"][f"{name} {kind}"] = {
                 "sae_lens": run_sae_lens(model, folder / name, Tokens(tokens)),
                 "sae_bench": run_sae_bench(model, folder / name, Tokens(tokens), False)[0],
                 "sae_bench_excluding": run_sae_bench(model, folder / name, Tokens(tokens), True)[0],
             }
             print(name, kind, "done", flush=True)
     tokens = torch.from_numpy(store_tokens("bos", text))
-    _, found["features"], found["keys"] = run_sae_bench(model, folder / "topk", Tokens(tokens), False)
-    found["features"] = {key: [round(one, 7) for one in values] for key, values in found["features"].items()}
+    _, result["features"], result["keys"] = run_sae_bench(model, folder / "topk", Tokens(tokens), False)
+    result["features"] = {key: [round(one, 7) for one in values] for key, values in result["features"].items()}
     # Lists of numbers on one line each.
-    lines = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(found, indent=1))
+    lines = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(result, indent=1))
     out.write_text(lines + "\n")
 
 

@@ -146,9 +146,9 @@ def saelens(model: Path, tokens: np.ndarray, backend: str, dtype: str) -> Contes
         )
         cache_activations_runner.load_model = lambda **_: loaded  # the model is loaded once
         with quiet():
-            found = CacheActivationsRunner(config, override_dataset=data).run()
-        assert len(found) == len(tokens), f"{len(found)} sequences of {len(tokens)}"
-        return np.array(found.with_format("numpy")[:BATCH][hook])
+            result = CacheActivationsRunner(config, override_dataset=data).run()
+        assert len(result) == len(tokens), f"{len(result)} sequences of {len(tokens)}"
+        return np.array(result.with_format("numpy")[:BATCH][hook])
 
     return run
 

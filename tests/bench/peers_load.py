@@ -117,10 +117,10 @@ def main() -> None:
         for load in (from_saelens, from_dictionary_learning):
             path = asked.runs / run.name
             theirs = load(path)
-            found = compare(load_sae(path), theirs, x)
-            good &= max(found["code"], found["reconstruction"], found["worst_tie"]) <= TOLERANCE
-            rows[f"{run.name}, {theirs.name}"] = found
-            figures = "{code:9.1e} {reconstruction:9.1e} {ties:5d} {worst_tie:9.1e} {l0:7.1f}".format(**found)
+            result = compare(load_sae(path), theirs, x)
+            good &= max(result["code"], result["reconstruction"], result["worst_tie"]) <= TOLERANCE
+            rows[f"{run.name}, {theirs.name}"] = result
+            figures = "{code:9.1e} {reconstruction:9.1e} {ties:5d} {worst_tie:9.1e} {l0:7.1f}".format(**result)
             print(f"{run.name:24s} {theirs.name:38s} {figures}")
     for run in refused:
         for load in (from_saelens, from_dictionary_learning):

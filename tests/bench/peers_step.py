@@ -26,11 +26,11 @@ def activations(d_model: int, n_batches: int = 4) -> list[Tensor]:
     """Sparse mixtures of 2048 directions with some noise: an SAE has something to learn."""
     torch.manual_seed(0)
     directions = F.normalize(torch.randn(2048, d_model), dim=1)
-    found = []
+    result = []
     for _ in range(n_batches):
         weights = torch.zeros(N, 2048).scatter_(1, torch.randint(0, 2048, (N, 24)), 2 * torch.rand(N, 24))
-        found.append(weights @ directions + 0.02 * torch.randn(N, d_model))
-    return found
+        result.append(weights @ directions + 0.02 * torch.randn(N, d_model))
+    return result
 
 
 def counted(step: Callable[[], object]) -> Callable[[], int]:

@@ -49,15 +49,15 @@ def explained(sae: Any, x: Tensor) -> tuple[float, float]:
 def score(sae: Any, activation: str, k: int, x: Tensor) -> dict[str, float]:
     """As the library infers; and, for BatchTopK, with the threshold moved until L0 is k."""
     variance, l0 = explained(sae, x)
-    found = {"explained_variance": variance, "l0": l0, "at_k": variance}
+    result = {"explained_variance": variance, "l0": l0, "at_k": variance}
     if activation == "batchtopk":
         some, low, high = x[:: max(1, len(x) // 8192)], 0.0, 10 * float(x.norm(dim=1).mean())
         for _ in range(24):
             sae.threshold.data.fill_((low + high) / 2)
             more = explained(sae, some)[1] > k
             low, high = ((low + high) / 2, high) if more else (low, (low + high) / 2)
-        found["at_k"] = explained(sae, x)[0]
-    return found
+        result["at_k"] = explained(sae, x)[0]
+    return result
 
 
 def train_saelens(store: Store, activation: str, shape: Shape, n_steps: int, lr: float | None) -> Any:

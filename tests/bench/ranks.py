@@ -44,8 +44,8 @@ def harvesting(task: Task, rank: int, world: int) -> Callable[[], None]:
     from tcsae.harvest.run import _prepare
     from tcsae.harvest.work_stealing import _join_writer
 
-    found = _prepare(task.location, HarvestConfig(n_tokens=task.tokens), fresh=False)
-    capture, writer = found.load(), _join_writer(task.location, found.recipe)
+    result = _prepare(task.location, HarvestConfig(n_tokens=task.tokens), fresh=False)
+    capture, writer = result.load(), _join_writer(task.location, result.recipe)
     assert writer is not None
     mine = writer.shards()[: task.n][rank::world]
     capture.run(writer.tokens(mine[0]), writer.lengths(mine[0]))
@@ -126,11 +126,11 @@ def prepare(kind: str, location: str, tokens: int) -> None:
     if kind == "sweep":
         harvest(location, config)
         return
-    found = _prepare(location, config, fresh=False)
-    writer = open_writer(location, found.recipe)
+    result = _prepare(location, config, fresh=False)
+    writer = open_writer(location, result.recipe)
     assert writer is not None
     with writer:
-        write_sequences(writer, found.corpus, found.model)
+        write_sequences(writer, result.corpus, result.model)
         writer.share()
 
 

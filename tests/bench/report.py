@@ -56,7 +56,7 @@ def opening(out: Path, profile: Path) -> dict[str, float]:
         "sae": (f"{folder}/index.html", "main"),
         "features": (f"{folder}/features.html", "#feature .context"),
     }
-    found = {}
+    result = {}
     try:
         for name, (address, wanted) in pages.items():
             seconds = []
@@ -67,10 +67,10 @@ def opening(out: Path, profile: Path) -> dict[str, float]:
                 while not driver.find_elements("css selector", wanted):
                     time.sleep(0.005)
                 seconds.append(time.perf_counter() - start)
-            found[f"{name}_s"] = statistics.median(seconds)
+            result[f"{name}_s"] = statistics.median(seconds)
     finally:
         driver.quit()
-    return found
+    return result
 
 
 def main() -> None:

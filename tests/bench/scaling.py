@@ -144,7 +144,7 @@ def show(plan: Plan, gpus: list[int], saes: list[int]) -> dict:
         f"store: {plan.store_gb / 1e3:.2f} TB, {plan.bytes_per_token:.0f} bytes a token, {plan.objects:,} objects, "
         f"{plan.keeping():,.0f} dollars for {plan.v['months']:g} month(s)"
     )
-    found: dict = {"store_gb": plan.store_gb, "objects": plan.objects, "rows": [], "codecs": []}
+    result: dict = {"store_gb": plan.store_gb, "objects": plan.objects, "rows": [], "codecs": []}
     print(f"\n{'GPUs':>5s} {'stage':14s} {'hours':>8s} {'GPU h':>8s} {'requests':>11s} {'dollars':>9s}  bottleneck")
     for n in gpus:
         stages = {"harvest": plan.harvest(n)} | {f"train {k} SAEs": plan.train(n, k) for k in saes}
@@ -153,7 +153,7 @@ def show(plan: Plan, gpus: list[int], saes: list[int]) -> dict:
                 f"{n:5d} {name:14s} {one.hours:8.2f} {one.gpu_hours:8.1f} {one.requests:11,.0f} {one.dollars:9,.0f}  "
                 f"{one.bottleneck}"
             )
-            found["rows"].append({"gpus": n, "stage": name, **vars(one)})
+            result["rows"].append({"gpus": n, "stage": name, **vars(one)})
     print(f"\n{'GPUs':>5s} {'SAEs':>5s} {'cached, $':>10s} {'recomputed, $':>14s}")
     for n in gpus:
         for k in saes:
@@ -165,12 +165,12 @@ def show(plan: Plan, gpus: list[int], saes: list[int]) -> dict:
         other = Plan(plan.v | {"bytes_per_number": n_bytes, "padding": 1.0 if name == "compact" else plan.v["padding"]})
         row = {"codec": name, "tb": other.store_gb / 1e3, "dollars_a_month": other.store_gb * plan.v["store_price"]}
         row |= {"node_rate": other.network(1), "loader_rate": plan.v["read_rate"] * speed}
-        found["codecs"].append(row)
+        result["codecs"].append(row)
         print(
             f"{name:8s} {row['tb']:6.2f} {row['dollars_a_month']:10,.0f} {row['node_rate']:19,.0f} "
             f"{row['loader_rate']:12,.0f}"
         )
-    return found
+    return result
 
 
 def parse_number(text: str) -> float:
@@ -194,9 +194,9 @@ def main() -> None:
         source = one.source if values[name] == one.default else "given"
         print(f"  --{name.replace('_', '-'):17s} {values[name]:<12g} {one.about}; {source}")
     print()
-    found = show(Plan(values), arguments.gpus, arguments.saes)
+    result = show(Plan(values), arguments.gpus, arguments.saes)
     if arguments.json:
-        print(json.dumps({"assumptions": values, **found}))
+        print(json.dumps({"assumptions": values, **result}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def ask(address: str, name: str, question: dict) -> tuple[float, dict]:
     """(seconds, answer)."""
     start = time.perf_counter()
     with urlopen(Request(f"{address}answer/{name}", json.dumps(question).encode())) as answer:
-        found = json.loads(answer.read())
-    return time.perf_counter() - start, found
+        result = json.loads(answer.read())
+    return time.perf_counter() - start, result
 
 
 def main() -> None:
@@ -46,11 +46,11 @@ def main() -> None:
         figures = {"start_s": time.perf_counter() - start}
         text = SENTENCE * 10  # some 128 tokens of the embedded tokenizer
         run = ask(address, "runs", {})[1]["runs"][0]["name"]
-        figures["first_s"], found = ask(address, "read", {"run": run, "text": text})
-        figures["tokens"] = len(found["tokens"])
+        figures["first_s"], result = ask(address, "read", {"run": run, "text": text})
+        figures["tokens"] = len(result["tokens"])
         figures["read_s"] = statistics.median(ask(address, "read", {"run": run, "text": text})[0] for _ in range(ASKED))
         change = {"run": run, "text": text, "kind": "clamp", "value": 10.0, "n_continued": 0}
-        change["latent"] = found["latents"][5][0][0]
+        change["latent"] = result["latents"][5][0][0]
         figures["kl_s"] = statistics.median(ask(address, "change", change)[0] for _ in range(ASKED))
         figures["continue_12_s"] = ask(address, "change", change | {"n_continued": 12})[0]
     finally:

@@ -27,7 +27,7 @@ def batches(n_batches: int = 4, length: int = LENGTH) -> list[Batch]:
     """Sparse mixtures with slow factors, as a language model's activations have structure."""
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(2048, D_MODEL, generator=generator), dim=1)
-    found = []
+    result = []
     for _ in range(n_batches):
         code = torch.zeros(N, 2048)
         code.scatter_(
@@ -35,10 +35,10 @@ def batches(n_batches: int = 4, length: int = LENGTH) -> list[Batch]:
         )
         x = code @ directions + 0.02 * torch.randn(N, D_MODEL, generator=generator)
         n_segments = N // length
-        found.append(
+        result.append(
             Batch(x, np.full(n_segments, length), np.zeros(n_segments, np.int64), np.arange(n_segments, dtype=np.int64))
         )
-    return found
+    return result
 
 
 def ours(name: str, data: list[Batch], *settings: str) -> tuple[Callable[[], int], Trainer]:
@@ -152,7 +152,7 @@ OWN_BASES = {
 def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     data = batches()
     width = f"sae.d_sae={d_sae}"
-    found = bare(data, d_sae)
+    result = bare(data, d_sae)
     plain = {
         "topk": ("topk", ()),
         "batchtopk": ("batchtopk", ()),
@@ -165,20 +165,20 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
         "matryoshka batchtopk": ("batchtopk", ("sae.groups=0.2,0.8", "group_weights=0.2,0.8")),
     }
     for name, (chosen, settings) in plain.items():
-        found[name], _ = ours(chosen, data, width, *settings)
+        result[name], _ = ours(chosen, data, width, *settings)
     whole = batches(length=128)
     for kind in ("local", "direction"):
         settings = ("temporal.weight=1", f"temporal.kind={kind}")
-        found[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
-    found["crosscoder, 3 positions"], _ = ours("topk", data, width, "sae.window=3", f"sae.k={3 * K}")
-    found["window matmul, topk, sparse products"] = bare_windows(data[0].x, d_sae, 3)
-    found["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
-    found["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
-    found["persistent, segments of 128"], _ = ours("persistent", whole, width)
-    found["its topk and four matmuls"] = bare_states(data[0].x, d_sae)
+        result[f"topk + {kind}, segments of 128"], _ = ours("topk", whole, width, *settings)
+    result["crosscoder, 3 positions"], _ = ours("topk", data, width, "sae.window=3", f"sae.k={3 * K}")
+    result["window matmul, topk, sparse products"] = bare_windows(data[0].x, d_sae, 3)
+    result["tfa, 1024 latents"], _ = ours("tfa", whole, f"sae.d_sae={TFA_D_SAE}")
+    result["tfa's matmuls"] = bare_attention(data[0].x, TFA_D_SAE)
+    result["persistent, segments of 128"], _ = ours("persistent", whole, width)
+    result["its topk and four matmuls"] = bare_states(data[0].x, d_sae)
     pairs = batches(length=2)
-    found["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
-    found["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
+    result["t-sae, 2048 pairs"], _ = ours("t-sae", pairs, width)
+    result["batchtopk, 10% dead + AuxK"], dying = ours("batchtopk", data, width)
     with torch.no_grad():
         dead = torch.arange(d_sae) % 10 == 0
         dying.sae.b_enc[dead] = -100.0
@@ -191,7 +191,7 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
     dying.gradients = with_dead  # type: ignore[method-assign]
     for name, chosen in (("relu-l1, 2% active", "relu-l1"), ("jumprelu, 2% active", "jumprelu")):
         settings = ("sparsity.l1=0",) if chosen == "relu-l1" else ("sparsity.l0=0",)
-        found[name], sparse = ours(chosen, data, width, *settings)
+        result[name], sparse = ours(chosen, data, width, *settings)
         with torch.no_grad():  # a threshold at the quantile, in place of a long training
             pre = sparse.sae.pre_activations(data[0].x[:512] * sparse.scale)
             limit = pre.flatten().kthvalue(int(0.98 * pre.numel())).values
@@ -199,7 +199,7 @@ def contestants(d_sae: int) -> dict[str, Callable[[], int]]:
                 sparse.sae.b_enc.sub_(limit)
             else:
                 sparse.sae.threshold.fill_(limit)
-    return found
+    return result
 
 
 SPARSE = ("topk", "batchtopk", "matryoshka", "jumprelu")
@@ -215,11 +215,11 @@ def main() -> None:
     one_core()
     if arguments.malloc:
         tune_malloc()
-    found = contestants(arguments.d_sae)
-    bases = list(found)[:2]
+    result = contestants(arguments.d_sae)
+    bases = list(result)[:2]
     chosen = {
         name: run
-        for name, run in found.items()
+        for name, run in result.items()
         if name in bases or name in OWN_BASES.values() or arguments.only in name
     }
     times = alternate(chosen, arguments.rounds)
@@ -228,7 +228,7 @@ def main() -> None:
     for name in ("topk", "relu-l1, dense code"):
         if name in chosen and f"{name} + eq. 3" in chosen:
             print(f"eq. 3 on {name}: {times.ratio(f'{name} + eq. 3', name)}")
-    for name in found:
+    for name in result:
         if name.startswith("topk + ") and name in chosen and "topk" in chosen:
             print(f"{name}, to topk: {times.ratio(name, 'topk')}")
     for name, base in OWN_BASES.items():

@@ -48,12 +48,12 @@ def main() -> None:
     train_runs(store, asked.runs, runs)
     evaluated = evaluate_runs(store, asked.runs, EvalRequest(names=[run.name for run in runs]))
     done = {one["name"]: one for one in evaluated.evaluations}
-    found = {}
+    result = {}
     for name in TWINS:
         pairs = zip(planned[name, True], planned[name, False], strict=True)
-        found[name] = [differences(asked.runs, done[ours.name], done[twin.name]) for ours, twin in pairs]
-        show(name, found[name])
-    kept = {name: [{key: one[key] for key in FIGURES} for one in rows] for name, rows in found.items()}
+        result[name] = [differences(asked.runs, done[ours.name], done[twin.name]) for ours, twin in pairs]
+        show(name, result[name])
+    kept = {name: [{key: one[key] for key in FIGURES} for one in rows] for name, rows in result.items()}
     report("temporal_gain", figures=kept, settings=asked.settings)
 
 

@@ -101,15 +101,15 @@ def batches(d_model: int, n: int, device: torch.device, n_batches: int) -> list[
     """Sparse mixtures, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(1024, d_model, generator=generator), dim=1)
-    found = []
+    result = []
     for _ in range(n_batches):
         code = torch.zeros(n, 1024)
         code.scatter_(1, torch.randint(0, 1024, (n, 24), generator=generator), torch.rand(n, 24, generator=generator))
         x = code @ directions + 0.02 * torch.randn(n, d_model, generator=generator)
         lengths = np.full(n // LENGTH, LENGTH)
         text, documents = Text(np.arange(n) % 97, np.arange(n)), np.arange(len(lengths)) // 2
-        found.append(Batch(x.to(device), lengths, np.zeros(len(lengths), np.int64), documents, text=text))
-    return found
+        result.append(Batch(x.to(device), lengths, np.zeros(len(lengths), np.int64), documents, text=text))
+    return result
 
 
 def store(folder: Path, size: Sizes, d_model: int, codec: str = "float16") -> Store:
@@ -136,9 +136,9 @@ def product_rate(device: torch.device, size: Sizes, precision: str) -> float:
         a @ b
         return 1
 
-    found = rate(run, device, size.seconds / 4) * 2 * n**3
+    result = rate(run, device, size.seconds / 4) * 2 * n**3
     torch.set_float32_matmul_precision("highest")
-    return found
+    return result
 
 
 def limits(device: torch.device, size: Sizes) -> list[tuple]:
@@ -236,10 +236,10 @@ def steps(device: torch.device, size: Sizes) -> list[tuple]:
                 trainer.step(next(turn))
                 return 1
 
-            found = rate(step, device, size.seconds)
-            mfu = found * step_flops(size.tokens, d_model, d_sae) / peak[precision]
+            result = rate(step, device, size.seconds)
+            mfu = result * step_flops(size.tokens, d_model, d_sae) / peak[precision]
             about = (name, d_model, d_sae, precision)
-            rows.append((*about, found, found * size.tokens, mfu, memory(device), waits(step, device)))
+            rows.append((*about, result, result * size.tokens, mfu, memory(device), waits(step, device)))
             device_module.set_precision("float32", device)
     return rows
 

@@ -33,10 +33,10 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def rows(device: torch.device, size: "figures.Sizes", folder: Path) -> list[tuple]:
     trained = [name for name in PRESETS if not name.startswith("logged-") and not name.endswith("-shuffled")]
-    found = [_step(device, size, name) for name in trained]
-    found += [_weights(device, size, name) for name in ("topk", "relu-l1", "written-run3")]
-    found.append(_evaluation(device, size, folder))
-    return [*found, _harvest(device, size)]
+    result = [_step(device, size, name) for name in trained]
+    result += [_weights(device, size, name) for name in ("topk", "relu-l1", "written-run3")]
+    result.append(_evaluation(device, size, folder))
+    return [*result, _harvest(device, size)]
 
 
 def _config(size: "figures.Sizes", name: str):
@@ -73,26 +73,26 @@ def _weights(device: torch.device, size: "figures.Sizes", name: str) -> tuple:
 def _evaluation(device: torch.device, size: "figures.Sizes", folder: Path) -> tuple:
     store = figures.store(folder, size, size.widths[0])
     config = with_settings(_config(size, "topk"), ["steps=20", "data.n_segments=16", "data.skip_first=0"])
-    found = []
+    result = []
     for where in (torch.device("cpu"), device):
         runs = folder / f"parity-{where.type}"
         if not (runs / "topk").exists():
             train_runs(store, runs, [Run("topk", "topk", config)])
         request = EvalRequest(names=("topk",), force=True)
         (evaluation,) = evaluate_runs(store, runs, request, device=where).evaluations
-        found.append({key: value for key, value in evaluation["metrics"].items() if value is not None})
-    worst = max(abs(found[1][key] - value) / max(abs(value), 1e-3) for key, value in found[0].items())
+        result.append({key: value for key, value in evaluation["metrics"].items() if value is not None})
+    worst = max(abs(result[1][key] - value) / max(abs(value), 1e-3) for key, value in result[0].items())
     return row("figures of eval, topk", worst, FIGURES)
 
 
 def _harvest(device: torch.device, size: "figures.Sizes") -> tuple:
     tokens = np.random.default_rng(0).integers(0, 4096, (size.sequences, 128)).astype(np.int32)
     lengths = np.random.default_rng(1).integers(3, 129, size.sequences)
-    found = []
+    result = []
     for where in ("cpu", device.type):
         capture = Capture(find_model("embedded"), ["blocks.4.hook_resid_post"], 32, where)
         x = capture.run(tokens, lengths)["blocks.4.hook_resid_post"]
-        found.append(torch.from_numpy(x[np.arange(128) < lengths[:, None]]))
-    equal = float((found[0].half() == found[1].half()).double().mean())
-    what, *rest = row("activations of the embedded model", apart(found[1], found[0]), ACTIVATIONS)
+        result.append(torch.from_numpy(x[np.arange(128) < lengths[:, None]]))
+    equal = float((result[0].half() == result[1].half()).double().mean())
+    what, *rest = row("activations of the embedded model", apart(result[1], result[0]), ACTIVATIONS)
     return (f"{what} ({equal:.0%} equal as stored)", *rest)

@@ -47,10 +47,10 @@ def page(device: torch.device, size: figures.Sizes, folder: Path) -> tuple[str, 
     same = True
     for title, columns, rows in sections:
         print(title, flush=True)
-        found = rows()
+        result = rows()
         if columns is parity.COLUMNS:
-            same = all(row[-1] == "yes" for row in found)
-        text.append(f"## {title}\n\n{table(columns, found)}\n")
+            same = all(row[-1] == "yes" for row in result)
+        text.append(f"## {title}\n\n{table(columns, result)}\n")
     text.append(f"## What the columns are\n\n{figures.ABOUT}\n")
     return "\n".join(text), same
 

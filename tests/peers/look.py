@@ -30,37 +30,37 @@ def close(name: str, code: Any, x_hat: Any, expected: Any) -> str:
 def saelens(folder: Path, about: Any, expected: Any) -> str:
     from sae_lens import SAE
 
-    found = []
+    result = []
     for name, run in about["runs"].items():
         for path in (Path(run), folder / "exports/saelens" / name):
             sae = SAE.load_from_disk(path)
             code = sae.encode(torch.from_numpy(expected["x"]))
             line = close(name, code, sae.decode(code), expected)
-        found.append(f"{line} ({type(sae).__name__})")
-    return "; ".join(found)
+        result.append(f"{line} ({type(sae).__name__})")
+    return "; ".join(result)
 
 
 def dictionary_learning(folder: Path, about: Any, expected: Any) -> str:
     from dictionary_learning.utils import load_dictionary
 
-    found = []
+    result = []
     for name in about["runs"]:
         sae, _ = load_dictionary(str(folder / "exports/dictionary_learning" / name), device="cpu")
         code = sae.encode(torch.from_numpy(expected["x"]))
-        found.append(close(name, code, sae.decode(code), expected) + f" ({type(sae).__name__})")
-    return "; ".join(found)
+        result.append(close(name, code, sae.decode(code), expected) + f" ({type(sae).__name__})")
+    return "; ".join(result)
 
 
 def sparsify(folder: Path, about: Any, expected: Any) -> str:  # noqa: ARG001
     from sparsify import SparseCoder
 
-    found = []
+    result = []
     for name in ("topk", "relu"):
         sae = SparseCoder.load_from_disk(folder / "exports/sparsify" / name)
         made = sae.encode(torch.from_numpy(expected["x"]))
         code = torch.zeros(len(expected["x"]), sae.num_latents).scatter(-1, made.top_indices, made.top_acts)
-        found.append(close(name, code, sae.decode(made.top_acts, made.top_indices), expected))
-    return "; ".join(found)
+        result.append(close(name, code, sae.decode(made.top_acts, made.top_indices), expected))
+    return "; ".join(result)
 
 
 def delphi(folder: Path, about: Any, expected: Any) -> str:  # noqa: ARG001

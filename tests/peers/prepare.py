@@ -34,12 +34,12 @@ def main(folder: Path) -> None:
     if not (folder / "a.zarr").exists():
         tcsae(folder, "harvest", "--tokens", "60K")
     small = ("--steps", "200", "--set", "sae.d_sae=256", "--set", "sae.k=16")
-    found = {}
+    result = {}
     for name, preset in RUNS.items():
         if not list(folder.glob(f"runs/{preset}-*")):
             tcsae(folder, "train", "--preset", preset, *small, "eval")
         (path,) = folder.glob(f"runs/{preset}-*")
-        found[name] = path
+        result[name] = path
         for form in FORMS[name]:
             tcsae(folder, "export", "--to", form, "--run", path.name, "--out", str(folder / "exports" / form / name))
     store = open_store(folder / "a.zarr")
@@ -47,13 +47,13 @@ def main(folder: Path) -> None:
     full = np.flatnonzero(split.lengths == store.sequence_length)[:N_SEQUENCES]
     x = np.concatenate([split.read(hook, int(i), int(i) + 1)[0, 1:] for i in full])
     arrays = {"x": x, "tokens": split.tokens[full]}
-    for name, path in found.items():
+    for name, path in result.items():
         sae = load_sae(path)
         with torch.no_grad():
             code = sae.encode(torch.from_numpy(x))
             arrays |= {f"{name}.code": code.numpy(), f"{name}.x_hat": sae.decode(code, torch.from_numpy(x)).numpy()}
     np.savez(folder / "expected.npz", **arrays)
-    about = {"hook": hook, "runs": {name: str(path) for name, path in found.items()}}
+    about = {"hook": hook, "runs": {name: str(path) for name, path in result.items()}}
     (folder / "about.json").write_text(json.dumps(about))
 
 

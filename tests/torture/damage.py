@@ -31,11 +31,11 @@ def file_kind(name: str) -> str:
 
 def kinds_of(place: Path) -> dict[str, list[str]]:
     """Every file of the store and the runs, by kind."""
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for name in contents(place, ("a.zarr", "runs")):
         if "/export-" not in name:
-            found.setdefault(file_kind(name), []).append(name)
-    return found
+            result.setdefault(file_kind(name), []).append(name)
+    return result
 
 
 def outputs(place: Path, reader: Stage) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def outputs(place: Path, reader: Stage) -> dict[str, bytes]:
 
 def references(workshop: Workshop) -> dict[str, dict[str, bytes]]:
     """What each reader writes on the undamaged place."""
-    found = {}
+    result = {}
     for reader in READERS:
         results = []
         for _ in range(2):
@@ -60,8 +60,8 @@ def references(workshop: Workshop) -> dict[str, dict[str, bytes]]:
                 raise RuntimeError(f"{reader.name} fails on what is undamaged:\n{done.output}")
             results.append(outputs(workshop.place, reader))
         same(reader.name, *results)
-        found[reader.name] = results[1]
-    return found
+        result[reader.name] = results[1]
+    return result
 
 
 def trials(workshop: Workshop, rng: random.Random, n: int) -> Iterator[tuple[str, str, str]]:

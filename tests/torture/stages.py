@@ -247,8 +247,8 @@ def contents(place: Path, writes: tuple[str, ...]) -> dict[str, bytes]:
     files = {}
     for name in writes:
         path = place / name
-        found = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-        files |= {one.relative_to(place).as_posix(): one.read_bytes() for one in found}
+        result = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+        files |= {one.relative_to(place).as_posix(): one.read_bytes() for one in result}
     return files
 
 
