@@ -13,11 +13,11 @@ WORDS = 3
 
 
 def show(measured: MeasuredLatents, asked: Collection[str], details: bool) -> None:
-    """A table for each part asked for with figures down and runs across, what each figure is, and the cost."""
+    """A table for each part asked for with figures down and runs across, how it is read, and the cost."""
     runs = [one | {"parts": {k: v for k, v in one["parts"].items() if k in asked}} for one in measured.runs.values()]
     parts = [part for part in TITLES if any(part in one["parts"] for one in runs)]
     for part in parts:
-        _show_part(part, [one for one in runs if part in one["parts"]])
+        _show_part(part, [one for one in runs if part in one["parts"]], details)
     if details:
         for one in runs:
             _show_latents(one)
@@ -27,12 +27,12 @@ def show(measured: MeasuredLatents, asked: Collection[str], details: bool) -> No
     through = sum(part.get("tail_tokens", 0) for one in runs for part in one["parts"].values())
     echo(
         f"{len(runs)} SAE{'s' * (len(runs) != 1)}, {n:,} eval tokens, {through:,} tokens through the tail; "
-        f"{measured.processor_s:.1f} s of processor time now, {seconds:.1f} s for the parts shown. Every latent looked "
-        "at: --details, latents.json."
+        f"{measured.processor_s:.1f} s of processor time now, {seconds:.1f} s for the parts shown. Definitions of "
+        "all figures, and every latent looked at: --details."
     )
 
 
-def _show_part(part: str, runs: list[dict[str, Any]]) -> None:
+def _show_part(part: str, runs: list[dict[str, Any]], details: bool) -> None:
     definitions = runs[0]["parts"][part]["definitions"]
     columns = [(one["name"], row) for one in runs for row in one["parts"][part]["rows"]]
     if columns:
@@ -43,7 +43,7 @@ def _show_part(part: str, runs: list[dict[str, Any]]) -> None:
         echo(MEANINGS[part])
         if any(one["parts"][part].get("intervals") for one in runs):
             echo("In brackets: 95% intervals over resampled latents, of those drawn.")
-        for name, text in definitions.items():
+        for name, text in definitions.items() if details else ():
             echo(f"{name.replace('_', ' ')}: {text}.")
     for one in runs:
         if note := one["parts"][part]["note"]:

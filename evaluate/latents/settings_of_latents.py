@@ -10,21 +10,20 @@ EFFECTS, BITS, REPEATS, TOKENS, TEXT = PARTS = ("effects", "bits", "redundancy",
 SAE = "SAE"
 """The row of the SAE itself; the others are what it is compared with."""
 TITLES = {
-    EFFECTS: "What its latents are for: ablated and steered, through the tail",
-    BITS: "How short its code is, in bits a token",
-    REPEATS: "How much of it repeats",
-    TOKENS: "Whether it splits and absorbs what token ids say",
-    TEXT: "Whether text says when its latents fire",
+    EFFECTS: "Effects: what ablating and steering a latent does to the language model",
+    BITS: "Code length: bits a token",
+    REPEATS: "Redundancy: latents that repeat others",
+    TOKENS: "Splitting and absorption: labels of token ids",
+    TEXT: "Predictability: whether the text tells when a latent fires",
 }
 MEANINGS = {
-    EFFECTS: "Ablated, a latent costs reconstruction and predictions what it is for; steered at equal KL, a direction "
-    "is cleaner the less it costs the text that follows. What random directions do as well says nothing.",
-    BITS: "Fewer bits at the same error are a shorter explanation of x, whatever the L0; below bits x it is shorter "
-    "than principal components are.",
-    REPEATS: "Antipodal pairs, twins and followers are latents that say what another one says.",
-    TOKENS: "A label that is split or absorbed is said by latents that do not mean what they seem to. Near what "
-    "permuted ids give there is no latent for it.",
-    TEXT: "How well a reader could foresee a latent's firing from the text; what dimensions of x reach is no merit of "
+    EFFECTS: "A latent matters if its ablation costs more than that of a random direction. At equal KL the better "
+    "steering direction is the one that costs the following text less.",
+    BITS: "At the same error, fewer bits are a shorter description of x. bits x: what principal components take.",
+    REPEATS: "Antipodal pairs, twins and followers repeat what another latent says: the fewer, the better.",
+    TOKENS: "Few splits and little absorption mean one latent a label. Near the figures of permuted ids no latent "
+    "stands for the label.",
+    TEXT: "The higher the AUROC, the better a reader can predict the latent. Dimensions of x show what is no merit of "
     "the SAE.",
 }
 """How each part is read, in one line."""
