@@ -26,7 +26,7 @@ PARTS = ("effects", "bits", "redundancy", "tokens", "text")
 )
 @click.option("--quick", is_flag=True, help="25K tokens, 16 latents drawn and 4 widest, less of all else.")
 @click.option("--force", is_flag=True, help="Measure again what is measured already.")
-@click.option("--details", is_flag=True, help="Also print every latent looked at, and every label.")
+@click.option("--details", is_flag=True, help="Also print definitions, every latent looked at, and every label.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the files hold as one JSON document.")
 @click.pass_obj
 def latents(
