@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from toy_interrupted import stopping_at
 
 import tcsae.train.run as run_module
 from tcsae.shared.base.errors import RunError, Stopped
@@ -338,17 +339,8 @@ def test_the_real_command_killed_with_9_goes_on_to_the_same_weights(store, tmp_p
 @pytest.mark.slow
 def test_a_checkpoint_older_than_devices_goes_on(store, alone, tmp_path, monkeypatch, capsys):
     run = next(run for run in mixed_runs() if run.name == "topk")
-    real = Trainer.step
-
-    def step(self, batch):
-        if self.progress.n_steps == 30:
-            raise KilledError
-        return real(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(KilledError):
-            train_runs(store, tmp_path, [run])
+    with stopping_at(30, monkeypatch, KilledError), pytest.raises(KilledError):
+        train_runs(store, tmp_path, [run])
     (file,) = checkpoints(tmp_path / "topk")
     about = read_about(file)
     del about["device"], about["ranks"]  # what older versions did not tell
@@ -363,17 +355,8 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused_and_an_older_one_g
     store, alone, tmp_path, monkeypatch
 ):
     run = next(run for run in mixed_runs(("guard.keep=2",)) if run.name == "topk")
-    real = Trainer.step
-
-    def step(self, batch):
-        if self.progress.n_steps == 30:
-            raise KilledError
-        return real(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(KilledError):
-            train_runs(store, tmp_path, [run])
+    with stopping_at(30, monkeypatch, KilledError), pytest.raises(KilledError):
+        train_runs(store, tmp_path, [run])
     _, file = checkpoints(tmp_path / "topk")
     data = file.read_bytes()
     begin = int.from_bytes(data[:8], "little") + 8

@@ -1,11 +1,27 @@
-"""A run of an SAE that reads whole sequences, interrupted between checkpoints and started again."""
+"""Runs that are interrupted between checkpoints, and started again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from click.testing import Result
 
 from tcsae.train.trainer import Trainer
+
+
+@contextmanager
+def stopping_at(n_steps: int, monkeypatch, error: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
+    """Within, `error` is raised where a run would take the step after `n_steps`."""
+    step = Trainer.step
+
+    def stopped(trainer, batch):
+        if trainer.progress.n_steps == n_steps:
+            raise error
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        yield
 
 
 def check_goes_on(preset: str, settings: list[str], train: Callable[..., Result], folder: Path, monkeypatch) -> None:
@@ -14,15 +30,7 @@ def check_goes_on(preset: str, settings: list[str], train: Callable[..., Result]
     """
     chosen = [f"--set={one}" for one in (*settings, "steps=12", "guard.checkpoint_steps=5")]
     assert train(folder / "whole", f"--preset={preset}", *chosen).exit_code == 0
-    step = Trainer.step
-
-    def interrupted(trainer, batch):
-        if trainer.progress.n_steps == 8:
-            raise KeyboardInterrupt
-        return step(trainer, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
+    with stopping_at(8, monkeypatch):
         assert train(folder / "killed", f"--preset={preset}", *chosen).exit_code != 0
     again = train(folder / "killed", f"--preset={preset}", "--preset=topk", *chosen)
     assert again.exit_code == 0, again.output

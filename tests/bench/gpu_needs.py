@@ -10,7 +10,7 @@ the rates on a GPU; docs/scaling.md shows the output.
 import argparse
 from dataclasses import dataclass
 
-from scaling import Assumption, parse_number
+from assumptions import Assumption, parse_assumptions
 
 ASSUMPTIONS = {
     "tf32": Assumption(495e12, "FLOP/s of products in tf32, without sparsity", "data sheet, H100 SXM"),
@@ -93,15 +93,7 @@ class Needs:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, one in ASSUMPTIONS.items():
-        help_text = f"{one.about} ({one.default:g}: {one.source})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse_number, default=one.default, help=help_text)
-    arguments = parser.parse_args()
-    values = {name: getattr(arguments, name) for name in ASSUMPTIONS}
-    print("assumptions, each a flag:")
-    for name, one in ASSUMPTIONS.items():
-        source = one.source if values[name] == one.default else "given"
-        print(f"  --{name.replace('_', '-'):17s} {values[name]:<12g} {one.about}; {source}")
+    _, values = parse_assumptions(parser, ASSUMPTIONS)
     needs = Needs(values)
     columns = f"{'model and hook':22s} {'d_sae':>6s} {'steps/s':>8s} {'tokens/s':>10s}  {'most time in':12s}"
     print(f"\n{columns} {'GB/s':>5s} {'LM tokens/s':>12s} {'LM share':>8s}  cached is faster from")

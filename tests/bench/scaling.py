@@ -11,16 +11,9 @@ import json
 import math
 from dataclasses import dataclass
 
+from assumptions import Assumption, parse_assumptions
+
 HOUR, MONTH_H = 3600.0, 730.0
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A flag: its default, what it is, and where the default comes from."""
-
-    default: float
-    about: str
-    source: str
 
 
 ASSUMPTIONS = {
@@ -173,26 +166,12 @@ def show(plan: Plan, gpus: list[int], saes: list[int]) -> dict:
     return result
 
 
-def parse_number(text: str) -> float:
-    """300, 250K, 9G."""
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1].upper(), 1.0)
-    return float(text[:-1] if scale > 1 else text) * scale
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--saes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--json", action="store_true", help="also a line of JSON at the end")
-    for name, one in ASSUMPTIONS.items():
-        help_text = f"{one.about} ({one.default:g}: {one.source})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse_number, default=one.default, help=help_text)
-    arguments = parser.parse_args()
-    values = {name: getattr(arguments, name) for name in ASSUMPTIONS}
-    print("assumptions, each a flag:")
-    for name, one in ASSUMPTIONS.items():
-        source = one.source if values[name] == one.default else "given"
-        print(f"  --{name.replace('_', '-'):17s} {values[name]:<12g} {one.about}; {source}")
+    arguments, values = parse_assumptions(parser, ASSUMPTIONS)
     print()
     result = show(Plan(values), arguments.gpus, arguments.saes)
     if arguments.json:
