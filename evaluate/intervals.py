@@ -8,7 +8,7 @@ scipy.stats.bootstrap was weighed: it calls a statistic on resampled observation
 documents, for which a product of weights and sums is enough; it has no way to share resamplings between two SAEs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -148,3 +148,25 @@ def over_seeds(draws: Float64[Tensor, "n_seeds n_rows"]) -> Float64[Tensor, " n_
     resampled = mean + (draws.gather(0, picked).mean(0) - mean) * (n_seeds / max(1, n_seeds - 1)) ** 0.5
     resampled[0] = mean[0]
     return resampled
+
+
+def p_value(values: Float64[Tensor, " n_rows"]) -> float | None:
+    """Two-sided, of no difference: twice the share of the draws on the rarer side of 0, never below 2 / (draws + 1).
+
+    None where `interval` is.
+    """
+    draws = values[1:]
+    if not len(draws) or not bool(draws.isfinite().all()):
+        return None
+    rarer = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (rarer + 1) / (len(draws) + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The step-down adjustment of Holm (1979): below .05 for any true null in one of twenty families at most."""
+    n, largest = len(p_values), 0.0
+    adjusted = [0.0] * n
+    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

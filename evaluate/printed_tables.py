@@ -13,7 +13,7 @@ from torch import Tensor
 from tcsae.evaluate.candidates import smoothed_file
 from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.headline import MAIN, NAMES
-from tcsae.evaluate.intervals import interval, jackknife, jackknife_draws, over_seeds, point
+from tcsae.evaluate.intervals import interval, jackknife, jackknife_draws, over_seeds, p_value, point
 from tcsae.evaluate.measures.temporal_run import WITHOUT_WIDEST
 from tcsae.evaluate.planted.planted_table import PREFIX, show_planted
 from tcsae.evaluate.temporal_tables import show_temporal
@@ -71,7 +71,8 @@ def seed_differences(
 ) -> dict[str, dict[str, Any]]:
     """As `differences`, of means over seeds: the first of `ones` is paired with the first of `others`, and so on.
 
-    Intervals are hierarchical: seeds are drawn, and of each the same documents. Raises RunError as `differences`.
+    Intervals and p-values ("p", two-sided) are hierarchical: seeds are drawn, and of each the same documents. Raises
+    RunError as `differences`.
     """
     for one in ones[1:]:
         check_comparable(ones[0], one)
@@ -82,7 +83,8 @@ def seed_differences(
         rows = [pair.rows() for pair in pairs]
         n_rows = min(map(len, rows))
         over_all = over_seeds(torch.stack([row[:n_rows].double() for row in rows]))
-        paired[name] = Pair(_mean([pair.a for pair in pairs]), _mean([pair.b for pair in pairs]), over_all).shown()
+        shown = Pair(_mean([pair.a for pair in pairs]), _mean([pair.b for pair in pairs]), over_all).shown()
+        paired[name] = shown | {"p": p_value(over_all)}
     return paired
 
 

@@ -30,6 +30,7 @@ from tcsae.paper.arms import (
     WRITTEN,
     Arm,
 )
+from tcsae.paper.primary_figures import primary_line
 from tcsae.paper.results import BUDGET, D_MODEL, NORM, SPREAD, Results
 from tcsae.paper.sections import FIGURES, markdown, number, spread
 from tcsae.shared.base.files import remove_dead_partials_in, whole_file, write_atomic, write_json
@@ -296,6 +297,7 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: PageConte
             "question": TABLE_QUESTION,
             "table": paper_table(results),
             "legend": "",
+            "primary": "",
             "picture": "",
         }
         shown.insert(0, body | {"made": _made(TABLE, TABLE_ARMS, results, made)})
@@ -399,6 +401,7 @@ def _section(section: Section, results: Results, made: PageContext) -> dict[str,
         "table": table(results, section.lines, section.figures),
         "legend": (LEGEND.format(twin=section.twin) if section.twin else "Means over seeds.")
         + (_choice(results) if section.key == "frontier" else ""),
+        "primary": primary_line(section, results),
         "picture": f"{section.picture}.svg" if section.picture else "",
         "made": _made(section.key, section.arms, results, made),
     }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcsae.evaluate.printed_tables import differences
+from tcsae.evaluate.printed_tables import differences, seed_differences
 from tcsae.harvest.documents import CorpusChoice
 from tcsae.harvest.resolve import HarvestConfig, ModelChoice
 from tcsae.harvest.run import harvest
@@ -131,6 +131,7 @@ class Results:
     records: dict[Arm, list[dict[str, Any]]] = field(default_factory=dict)
     """What tcsae.json says of the same runs."""
     _gains: dict[tuple[Arm, Arm], list[dict[str, Any]]] = field(default_factory=dict)
+    _over_seeds: dict[tuple[Arm, Arm], dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def values(self, arm: Arm, figure: str, group: str = GROUPS[0], null: bool = False) -> list[float]:
         """One a seed. `null`: what is left of a temporal measure beyond its null."""
@@ -144,18 +145,29 @@ class Results:
         pairs = list(zip(self.evaluations[arm], self.evaluations[twin], strict=False))
         if (arm, twin) not in self._gains:
             self._gains[arm, twin] = [differences(self.folders[arm.store], *pair) for pair in pairs]
-        # Without an SAE the cross-entropy is the same for both.
-        name = "ce_loss_with_sae" if figure == "delta_ce" else figure
-        gains = [one.get(name) for one in self._gains[arm, twin]]
+        gains = [one.get(_as_compared(figure)) for one in self._gains[arm, twin]]
         paired = [one and one["difference"] for one in gains]
         plain = [value_of(ours, figure) - value_of(theirs, figure) for ours, theirs in pairs]
         values = [other if one is None else one for one, other in zip(paired, plain, strict=True)]
         return Gain(values, [one and one["interval"] for one in gains])
 
+    def p_value(self, arm: Arm, twin: Arm, figure: str) -> float | None:
+        """Of no difference between them, over seeds and documents; None where the figure is not resampled."""
+        if (arm, twin) not in self._over_seeds:
+            ones, others = (self.evaluations[one] for one in (arm, twin))
+            n = min(len(ones), len(others))
+            self._over_seeds[arm, twin] = seed_differences(self.folders[arm.store], ones[:n], others[:n])
+        return self._over_seeds[arm, twin].get(_as_compared(figure), {}).get("p")
+
     def curve(self, arm: Arm, name: str) -> list[float]:
         """A temporal measure over lags 1, 2 ..., mean over seeds."""
         curves = [one["temporal"]["groups"]["all"]["curves"][name] for one in self.evaluations[arm]]
         return [float(one) for one in np.mean(np.array(curves, dtype=float), axis=0)]
+
+
+def _as_compared(figure: str) -> str:
+    """What a comparison calls it: without an SAE the cross-entropy is the same for both."""
+    return "ce_loss_with_sae" if figure == "delta_ce" else figure
 
 
 def value_of(evaluation: dict[str, Any], figure: str, group: str = GROUPS[0], null: bool = False) -> float:

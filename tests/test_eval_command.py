@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 import toy_eval as toy
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.evaluation_files import REPLICATES
-from tcsae.evaluate.intervals import N_RESAMPLINGS, jackknife, jackknife_draws, over_seeds, resamplings
+from tcsae.evaluate.intervals import N_RESAMPLINGS, holm, jackknife, jackknife_draws, over_seeds, p_value, resamplings
 from tcsae.evaluate.measures.cross_entropy import sequence_losses
 from tcsae.evaluate.measures.saebench import FILE, max_cosines
 from tcsae.evaluate.printed_tables import _figure, differences, seed_differences
@@ -108,6 +110,22 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     with pytest.raises(RunError, match="a and b differ in options .* cannot be paired"):
         differences(tmp_path, evaluations["a"], evaluations["b"])
     assert call(store, tmp_path, "--compare", "a").exit_code == 2
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
+def test_holm_is_the_step_down_adjustment(p_values):
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.maximum.accumulate(np.array(p_values)[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
+    expected = np.empty(len(p_values))
+    expected[order] = stepped
+    assert holm(p_values) == pytest.approx(expected.tolist())
+
+
+def test_a_p_value_counts_the_draws_beyond_zero():
+    draws = torch.linspace(-1, 3, 1000, dtype=torch.float64)  # a quarter below 0
+    assert p_value(torch.cat([torch.ones(1, dtype=torch.float64), draws])) == pytest.approx(0.5, abs=0.01)
+    assert p_value(torch.cat([torch.ones(1, dtype=torch.float64), draws + 2])) == pytest.approx(2 / 1001)
+    assert p_value(torch.tensor([1.0], dtype=torch.float64)) is None
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from tcsae.paper import results as results_module
 from tcsae.paper.arms import CHOOSING, FRONTIER, PLAIN, SMALL, TEXT, WITHOUT, Arm
 from tcsae.paper.page import COLUMNS, PICTURES, draw, paper_table
 from tcsae.paper.predictions import PREDICTIONS, chosen, slower_at_equal_cost
+from tcsae.paper.primary_figures import PRIMARY, primary_line
 from tcsae.paper.results import BUDGET, GROUPS, Gain, Results, X, interpolated
-from tcsae.paper.sections import FIGURES, KEYS, SECTIONS, TABLE, Line, arms_of, difference, markdown, table
+from tcsae.paper.sections import FIGURES, KEYS, SECTIONS, TABLE, Line, Section, arms_of, difference, markdown, table
 
 
 def fake_evaluation(rng: np.random.Generator, name: str) -> dict[str, Any]:
@@ -48,7 +49,11 @@ def fake(monkeypatch, tmp_path):
         values = {name: results_module.value_of(one, name) - results_module.value_of(other, name) for name in names}
         return {name: {"difference": value, "interval": [value - 0.1, value + 0.1]} for name, value in values.items()}
 
+    def seed_differences(folder, ones, others):
+        return {name: one | {"p": 0.004} for name, one in differences(folder, ones[0], others[0]).items()}
+
     monkeypatch.setattr(results_module, "differences", differences)
+    monkeypatch.setattr(results_module, "seed_differences", seed_differences)
 
     def make(arms: list[Arm]) -> Results:
         result = {arm: [fake_evaluation(rng, f"run{i}") for i in range(arm.n_seeds)] for arm in arms}
@@ -67,6 +72,9 @@ def test_a_question_needs_its_own_arms_only(fake, tmp_path, key):
         return
     section = next(one for one in SECTIONS if one.key == key)
     assert table(results, section.lines, section.figures).count("\n") == 1 + len(section.lines)
+    compares = any(line.twin is not None for line in section.lines)
+    assert (primary_line(section, results) != "") == (key in PRIMARY) == compares
+    assert key not in PRIMARY or PRIMARY[key] in section.figures
     if section.picture:
         draw(section.picture, results, tmp_path / "a.svg")
         assert (tmp_path / "a.svg").read_text().startswith("<?xml")
@@ -98,6 +106,21 @@ def test_a_gain_is_sure_if_every_seed_is(intervals):
     assert Gain([0.1] * 2, [one for one in intervals if one[0] > 0]).sure == 1
     assert Gain([-0.1] * 2, [[-one[1], -one[0]] for one in intervals if one[0] > 0]).sure == -1
     assert Gain([0.1], [None]).sure == 0
+
+
+@pytest.mark.parametrize(
+    "p, gain, holds",
+    [(0.004, 0.2, True), (0.02, 0.2, False), (0.004, 0.04, False)],  # .02 is above .05 / 3
+)
+def test_a_primary_figure_matters_if_it_is_sure_and_large(fake, p, gain, holds):
+    plain, arms = Arm("plain"), [Arm(f"arm {i}", "topk", (f"sae.k={i}",)) for i in range(3)]
+    section = Section("frontier", "", "", tuple(Line(arm, plain) for arm in arms), ("slowness_to_x",))
+    results = fake([plain, *arms])
+    for arm in arms:
+        results._over_seeds[arm, plain] = {"slowness_to_x": {"p": p if arm == arms[0] else 0.9}}
+        results._gains[arm, plain] = [{"slowness_to_x": {"difference": gain, "interval": None}}] * 3
+    assert ("these matter: arm 0 (+" in primary_line(section, results)) == holds
+    assert ("these matter: none." in primary_line(section, results)) != holds
 
 
 def test_cells():
