@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from tcsae.evaluate.intervals import holm
+from tcsae.paper.arms import TEXT
 from tcsae.paper.results import BUDGET, GROUPS, Results
 from tcsae.paper.sections import FIGURES, Section, number
 
@@ -38,14 +39,14 @@ def primary_line(section: Section, results: Results) -> str:
         return ""
     name = PRIMARY[section.key]
     figure, smallest = FIGURES[name], SMALLEST[name]
-    compared = [line for line in section.lines if line.twin is not None and line.group == GROUPS[0]]
-    tested = [(line, p) for line in compared if (p := results.p_value(line.arm, line.twin, name)) is not None]
+    pairs = [(line.arm, line.twin) for line in section.lines if line.twin is not None and line.group == GROUPS[0]]
+    tested = [(pair, p) for pair in pairs if (p := results.p_value(*pair, name)) is not None]
     held = []
-    for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
-        gain = results.gain(line.arm, line.twin, name).mean
+    for ((arm, twin), _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        gain = results.gain(arm, twin, name).mean
         if p <= ALPHA and abs(gain) >= smallest:
-            store = f", {line.arm.store}" if line.arm.store != "text" else ""
-            held.append(f"{line.arm.label}{store} ({gain:+.{figure.digits}f}, p = {number(p, 3)})")
+            store = f", {arm.store}" if arm.store != TEXT else ""
+            held.append(f"{arm.label}{store} ({gain:+.{figure.digits}f}, p = {number(p, 3)})")
     return (
         f"Primary figure: {figure.heading}. A difference below {smallest:g} does not matter. Of {len(tested)} "
         f"comparisons, over seeds and documents and with Holm's correction at {ALPHA:g}, these matter: "
