@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcsae.paper.arms import Arm
-from tcsae.paper.methods import METHODS, RATES, T_SAE_RATES, Method, table_arm
+from tcsae.paper.methods import FURTHER_RATES, METHODS, RATES, Method, table_arm
 from tcsae.paper.page import STYLE, PageContext, finite, machine, rendered
 from tcsae.paper.results import Results, X, value_of
 from tcsae.paper.sections import difference, markdown, number
@@ -132,7 +132,8 @@ def write_methods(
         picture=f"{page.name}.svg",
         n_tokens=f"{methods[0].n_tokens:,}",
         multiples=", ".join(f"{one:g}" for one in RATES),
-        t_sae_multiples=", ".join(f"{one:g}" for one in T_SAE_RATES),
+        further="; ".join(f"{name}: {', '.join(f'{one:g}' for one in rates)}" for name, rates in FURTHER_RATES.items()),
+        at_the_edge=", ".join(name for name, one in chosen.items() if _is_largest(one)) or "none",
         **machine(made),
         **follows,
     )
@@ -163,6 +164,11 @@ def _rates(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
             cells = [f"{one:g}: {number(value, 4)}" for one, value in tried.items()]
             rows.append([method.name, f"{rate:g}", "; ".join(cells)])
     return markdown(["method", "chosen", "rate: explained variance on the choose half"], rows)
+
+
+def _is_largest(one: Chosen) -> bool:
+    """Whether a still larger rate might do better."""
+    return len(one.tried) > 1 and one.rate == max(one.tried)
 
 
 def _table(results: Results, arms: Arms, twins: Mapping[str, str], columns: Mapping[str, Column]) -> str:
