@@ -18,6 +18,7 @@ from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.batch import Batch
 from tcsae.train.config import TrainConfig
+from tcsae.train.dry_run import estimate
 from tcsae.train.plan import Request, plan_runs, run_name
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
@@ -237,7 +238,10 @@ def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
     settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
     settings += ["temporal.contrast.gap=2", "temporal.contrast.distance=4", "temporal.contrast.around=1"]
     steps = preset(name, WIDTH).steps and 10
-    (record,) = train_runs(store, tmp_path, plan_runs(store, Request([name], [*settings, f"steps={steps}"])))
+    runs = plan_runs(store, Request([name], [*settings, f"steps={steps}"]))
+    (one,) = estimate(store, tmp_path, runs).passes[0].runs
+    assert one.step_s >= 0, "--dry-run times its steps"
+    (record,) = train_runs(store, tmp_path, runs)
     sae = load_sae(tmp_path / record["name"])
     x = torch.randn(2, 7, sae.config.d_in)  # two sequences, or windows
     with torch.no_grad():

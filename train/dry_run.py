@@ -77,7 +77,8 @@ def estimate(
 
 
 def _pass(store: Store, data: DataConfig, runs: Sequence[Run], device: torch.device) -> PassEstimate:
-    loader = SegmentLoader(store, data, device=device)
+    text = any(run.config.temporal.reads_text for run in runs)
+    loader = SegmentLoader(store, data, device=device, text=text)
     for run in runs:
         loader.check_windows(run.config)
     start = time.perf_counter()
