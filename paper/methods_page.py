@@ -133,7 +133,7 @@ def write_methods(
         n_tokens=f"{methods[0].n_tokens:,}",
         multiples=", ".join(f"{one:g}" for one in RATES),
         further="; ".join(f"{name}: {', '.join(f'{one:g}' for one in rates)}" for name, rates in FURTHER_RATES.items()),
-        at_the_edge=", ".join(name for name, one in chosen.items() if _is_largest(one)) or "none",
+        at_the_edge=_at_the_edge(chosen, methods),
         **machine(made),
         **follows,
     )
@@ -166,9 +166,10 @@ def _rates(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
     return markdown(["method", "chosen", "rate: explained variance on the choose half"], rows)
 
 
-def _is_largest(one: Chosen) -> bool:
-    """Whether a still larger rate might do better."""
-    return len(one.tried) > 1 and one.rate == max(one.tried)
+def _at_the_edge(chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
+    """Methods for which a still larger rate might do better."""
+    tuned = {method.name: chosen[method.name] for method in methods if not method.smooth}
+    return "; ".join(name for name, (rate, tried) in tuned.items() if len(tried) > 1 and rate == max(tried)) or "none"
 
 
 def _table(results: Results, arms: Arms, twins: Mapping[str, str], columns: Mapping[str, Column]) -> str:
@@ -227,16 +228,25 @@ def _paragraph(results: Results, method: Method, arms: Arms) -> str:
     return f"**{method.name}**. {method.about} {cost}"
 
 
+NEAR = 0.14
+"""Explained variance below the best method's from which on a method is not drawn: it would squeeze the others."""
+
+
 def _draw(results: Results, arms: Arms, path: Path) -> None:
     """Explained variance against what it buys, a point a method."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(11, 5), layout="constrained")
+        drawing = Figure(figsize=(12, 5), layout="constrained")
+        variances = {label: mean(results, arm, "explained_variance") for label, arm in arms.items()}
+        best = max(variances.values())
         for axes, name in zip(drawing.subplots(1, 2), ("rho_1_within", "boundary_auc"), strict=True):
             for position, label in enumerate(arms, start=1):
-                x, y = mean(results, arms[label], "explained_variance"), mean(results, arms[label], name)
+                x, y = variances[label], mean(results, arms[label], name)
+                if x < best - NEAR:
+                    axes.scatter([], [], s=18, label=f"{position} {label}: EV {x:.2f}, not drawn")
+                    continue
                 axes.scatter(x, y, s=18, label=f"{position} {label}")
                 axes.annotate(str(position), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
             axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)

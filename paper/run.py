@@ -95,8 +95,13 @@ def make_store(place: Place, name: str, asked: Source, key: str) -> Store:
 def timed(place: Place, key: str, stage: str) -> Iterator[None]:
     """Note the processor time that a stage takes, in every process."""
     start = time.process_time()
-    yield
-    spent = time.process_time() - start
+    try:
+        yield
+    finally:  # of what was interrupted as well
+        _note(place, key, stage, time.process_time() - start)
+
+
+def _note(place: Place, key: str, stage: str, spent: float) -> None:
     if spent > 1:
         with writing(place.work / TIMES, "Free some space, or give another --work."):
             place.work.mkdir(parents=True, exist_ok=True)
