@@ -243,11 +243,12 @@ def _draw(results: Results, arms: Arms, path: Path) -> None:
         best = max(variances.values())
         for axes, name in zip(drawing.subplots(1, 2), ("rho_1_within", "boundary_auc"), strict=True):
             for position, label in enumerate(arms, start=1):
+                colour = f"C{position % 10}"
                 x, y = variances[label], mean(results, arms[label], name)
                 if x < best - NEAR:
-                    axes.scatter([], [], s=18, label=f"{position} {label}: EV {x:.2f}, not drawn")
+                    axes.scatter([], [], s=18, color=colour, label=f"{position} {label}: EV {x:.2f}, not drawn")
                     continue
-                axes.scatter(x, y, s=18, label=f"{position} {label}")
+                axes.scatter(x, y, s=18, color=colour, label=f"{position} {label}")
                 axes.annotate(str(position), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
             axes.set(xlabel="explained variance", ylabel=COLUMNS[name].heading)
         handles, labels = drawing.axes[0].get_legend_handles_labels()
