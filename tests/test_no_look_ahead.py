@@ -27,6 +27,18 @@ SYSTEMS = {
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
+def test_no_tokens_are_no_error(name):
+    """As the positions that are left out are none, where every position counts."""
+    settings, rule = SYSTEMS[name]
+    system = system_of(
+        new_sae(SaeConfig(d_model=D, d_sae=24, k=3, **settings)), parse_smoothing(rule) if rule else None
+    )
+    with torch.no_grad():
+        output = output_of(system, torch.zeros(0, D), torch.zeros(0, dtype=torch.int64))
+    assert output.x_hat.shape == (0, D) and output.code.dense().shape == (0, 24)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_later_tokens_change_nothing(name):
     settings, rule = SYSTEMS[name]
     sae = new_sae(SaeConfig(d_model=D, d_sae=24, k=3, **settings))

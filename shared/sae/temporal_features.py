@@ -162,7 +162,7 @@ class TemporalFeatureAutoencoder(SequenceAutoencoder):
         shape, at = _padded(lengths, x.device)
         r = x * self.input_scale - self.b_dec
         padded = r.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, at, r)
-        predicted, left = self.predicted(padded.view(*shape, -1))
+        predicted, left = self.predicted(padded.view(*shape, x.shape[1]))
         pre = left.flatten(0, 1)[at] @ self.W_enc
         with torch.no_grad():
             latents = select_topk(pre, self.config.k)[1]
