@@ -5,7 +5,7 @@
 # make methods  every temporal method on one store, in one table into docs/results, under two hours on two cores
 # make real-lm  the temporal presets on SmolLM2-135M (from pip's index) into docs/results, under three hours on two cores
 # make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none
-# make planted  what SAEs recover of planted features into docs/results/planted.md, about an hour on two cores
+# make planted  what SAEs recover of planted features into docs/results/planted.md, under an hour on two cores
 # make clean  remove the environment, the build and the run's data
 
 PYTHON ?= python3

@@ -163,7 +163,7 @@ def p_value(values: Float64[Tensor, " n_rows"]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The step-down adjustment of Holm (1979): below .05 for any true null in one of twenty families at most."""
+    """Holm's step-down adjustment (1979): the chance that some true null ends at or below a is at most a."""
     n, largest = len(p_values), 0.0
     adjusted = [0.0] * n
     for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):

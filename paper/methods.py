@@ -130,7 +130,8 @@ METHODS = (
         twin="matryoshka",
         shuffled=("data.n_segments=32",),  # of 128 positions: a pair's two would only change places
         rates=FURTHER_RATES["t-sae"],
-        about="arXiv 2511.05541 as its code trains it, partners one token before.",
+        about="arXiv 2511.05541 as its code trains it, partners one token before. Its shuffled twin encodes eight "
+        "pairs of each sequence, an eighth of the tokens, so that the twin's EV says nothing of order.",
     ),
     Method(
         "T-SAE, past partners",
@@ -139,7 +140,7 @@ METHODS = (
         twin="matryoshka",
         shuffled=SHUFFLED,
         rates=FURTHER_RATES["t-sae-past"],
-        about="The same, partners from anywhere before.",
+        about="The same, partners from anywhere before: eight pairs of each sequence, an eighth of its tokens.",
     ),
     Method(
         "crosscoder, 3 positions",

@@ -47,8 +47,9 @@ def primary_line(section: Section, results: Results) -> str:
         if p <= ALPHA and abs(gain) >= smallest:
             store = f", {arm.store}" if arm.store != TEXT else ""
             held.append(f"{arm.label}{store} ({gain:+.{figure.digits}f}, p = {number(p, 3)})")
+    left_out = f" ({len(pairs) - len(tested)} more have no resampling)" if len(tested) < len(pairs) else ""
     return (
         f"Primary figure: {figure.heading}. A difference below {smallest:g} does not matter. Of {len(tested)} "
-        f"comparisons, over seeds and documents and with Holm's correction at {ALPHA:g}, these matter: "
+        f"comparisons{left_out}, over seeds and documents and with Holm's correction at {ALPHA:g}, these matter: "
         f"{'; '.join(held) or 'none'}."
     )

@@ -165,7 +165,8 @@ def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict
     for arm in arms:
         of_store = runs_of.setdefault(arm.store, {})
         for run in plan(stores[arm.store], arm, size):
-            assert of_store.setdefault(run.name, run) == run, f"{run.name}: two arms, one folder"
+            other = of_store.setdefault(run.name, run)
+            assert other == run, f"{run.name}: two arms, one folder"
     return {name: list(runs.values()) for name, runs in runs_of.items()}
 
 

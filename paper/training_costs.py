@@ -34,11 +34,10 @@ def training_costs(place: Place, store: Store, arms: Mapping[str, Arm], size: Si
     """Of each method, by its first seed's run. What was timed before is not timed again."""
     runs = {name: plan(store, arm, size)[0] for name, arm in arms.items()}
     rates = _read(place.work / FILE)
-    todo = [run for run in {run.name: run for run in runs.values()}.values() if run.config.steps]
-    if todo := [run for run in todo if run.name not in rates]:
+    todo = {run.name: run for run in runs.values() if run.config.steps and run.name not in rates}
+    if todo:
         say(f"Timing steps of {len(todo)} methods")
-        for run in todo:
-            rates[run.name] = _tokens_per_second(place, store, run)
+        rates |= {name: _tokens_per_second(place, store, run) for name, run in todo.items()}
         with writing(place.work / FILE, CURE):
             write_json(place.work / FILE, rates)
     return {

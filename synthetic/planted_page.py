@@ -124,7 +124,9 @@ def _page(size: Size, grid: Grid, methods: dict[str, list[dict[str, Any]]], verd
         "",
         "## Methods on the default store",
         "",
-        "Mean over seeds, and the largest distance of a seed from it. " + "Definitions: `measures` of each eval.json.",
+        "Mean over seeds, and the largest distance of a seed from it. Definitions: `measures` of each eval.json.",
+        "Presets as they are, with learning rates that were not tuned (T-SAE's and TFA's are for longer runs), "
+        f"and {size.k} active latents: of a crosscoder for a window of 3, a third of what the others have a token.",
         "",
         *_method_rows(methods),
         "",

@@ -223,7 +223,7 @@ def test_what_several_processes_cannot_train_is_refused(settings, world, device,
 
 def test_one_run_needs_a_rendezvous(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="takes a rendezvous .* Start it with torchrun"):
+    with pytest.raises(ConfigError, match="need a rendezvous .* Start them by torchrun"):
         start_group(Ranks(0, 2, 0))
 
 

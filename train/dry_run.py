@@ -11,10 +11,9 @@ import torch
 from tcsae.shared.store.reader import Store
 from tcsae.train.checks import check_memory, memory_bytes
 from tcsae.train.config import DataConfig
-from tcsae.train.loader import SegmentLoader
 from tcsae.train.plan import Run
 from tcsae.train.record import is_trained
-from tcsae.train.run import SAMPLE_TOKENS, check_names
+from tcsae.train.run import SAMPLE_TOKENS, check_names, pass_loader
 from tcsae.train.trainer import Trainer
 
 N_WARM, N_TIMED = 2, 3
@@ -77,10 +76,7 @@ def estimate(
 
 
 def _pass(store: Store, data: DataConfig, runs: Sequence[Run], device: torch.device) -> PassEstimate:
-    text = any(run.config.temporal.reads_text for run in runs)
-    loader = SegmentLoader(store, data, device=device, text=text)
-    for run in runs:
-        loader.check_windows(run.config)
+    loader = pass_loader(store, data, [run.config for run in runs], device)
     start = time.perf_counter()
     batches = [batch._replace(x=batch.x.clone()) for batch in itertools.islice(loader, N_WARM + N_TIMED)]
     # The first batch waits for a whole block, whose batches then cost nothing more.

@@ -25,7 +25,7 @@ from tcsae.train.batch import Batch
 from tcsae.train.checkpoint import checkpoints, read_about, remember, restore, save_checkpoint
 from tcsae.train.checks import check_memory, check_parallel, memory_bytes
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig
+from tcsae.train.config import DataConfig, TrainConfig
 from tcsae.train.guard import UnstableError, watched
 from tcsae.train.loader import SegmentLoader
 from tcsae.train.log import NoLog, RunLog, metrics_line
@@ -232,6 +232,17 @@ class Member:
         return self.seconds + time.monotonic() - self.started
 
 
+def pass_loader(
+    store: Store, data: DataConfig, configs: Sequence[TrainConfig], device: torch.device, ranks: Ranks = ALONE
+) -> SegmentLoader:
+    """The loader of runs that read the same batches. Raises ConfigError for a temporal term that no window can move."""
+    text = any(config.temporal.reads_text for config in configs)
+    loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
+    for config in configs:
+        loader.check_windows(config)
+    return loader
+
+
 class _Pass:
     """Runs that read the same batches."""
 
@@ -248,10 +259,7 @@ class _Pass:
         self.ranks = ranks
         self.store, self.runs, self.tracker, self.runs_path = store, runs, tracker, runs_path
         self.device = device
-        text = any(run.config.temporal.reads_text for run in runs)
-        self.loader = SegmentLoader(store, data, device=device, ranks=ranks, text=text)
-        for run in runs:
-            self.loader.check_windows(run.config)
+        self.loader = pass_loader(store, data, [run.config for run in runs], device, ranks)
         samples = {
             window: self.loader.sample(SAMPLE_TOKENS, window) for window in {run.config.sae.window for run in runs}
         }

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, antipodal_pairs
+from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE
 
 SAME, NEAR = 0.7, 0.9
 BLOCK = 1024
@@ -51,11 +51,12 @@ def unit_rows(rows: Float[ndarray, "n d"]) -> Float[ndarray, "m d"]:
 def redundancy(rows: Float[ndarray, "n d"]) -> dict[str, float]:
     """The figures of REDUNDANCY."""
     units = unit_rows(rows)
-    nearest, near = np.full(len(units), -1.0), 0
+    nearest, opposite, near = np.full(len(units), -1.0), 0, 0
     for start in range(0, len(units), BLOCK):
         cosines = units[start : start + BLOCK] @ units.T
         at = np.arange(len(cosines))
         cosines[at, start + at] = np.nan
+        opposite += int((cosines < ANTIPODAL_COSINE).sum())
         near += int((cosines > NEAR).sum())
         if len(units) > 1:
             nearest[start : start + BLOCK] = np.nanmax(cosines, axis=1)
@@ -63,7 +64,7 @@ def redundancy(rows: Float[ndarray, "n d"]) -> dict[str, float]:
     shares = sizes[sizes > 0] / max(sizes.sum(), 1e-300)
     return {
         "latents": len(units),
-        "antipodal_pairs": antipodal_pairs(units),
+        "antipodal_pairs": opposite // 2,
         "near_duplicates": near // 2,
         "has_neighbour": float((nearest > SAME).mean()) if len(units) else 0.0,
         "nearest_cosine": float(np.median(nearest)) if len(units) else 0.0,

@@ -52,7 +52,7 @@ def match(directions: Float[ndarray, "n_features d"], rows: Float[ndarray, "n_la
     return Matching(latent_of, feature_of, cosine, nearest, along, splits, antipodal_pairs(units))
 
 
-def antipodal_pairs(units: Float[ndarray, "n d"], block: int = 4096) -> int:
+def antipodal_pairs(units: Float[ndarray, "n d"], block: int = 1024) -> int:
     """Pairs of rows of norm 1 that point against each other: a cosine below ANTIPODAL_COSINE."""
     starts = range(0, len(units), block)
     return sum(int((units[start : start + block] @ units.T < ANTIPODAL_COSINE).sum()) for start in starts) // 2

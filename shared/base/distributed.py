@@ -92,8 +92,8 @@ def start_group(ranks: Ranks, device: "torch.device | str" = "cpu") -> None:
         return
     if not has_rendezvous():
         raise ConfigError(
-            "One run in several processes takes a rendezvous (MASTER_ADDR, MASTER_PORT). Start it with torchrun: "
-            f"torchrun --nproc-per-node {ranks.world} -m tcsae train ..."
+            "Processes that wait for each other need a rendezvous (MASTER_ADDR, MASTER_PORT). Start them by torchrun: "
+            f"torchrun --nproc-per-node {ranks.world} -m tcsae ..."
         )
     # One group for both kinds: a chain may wait on the CPU first and add up gradients on a GPU afterwards.
     on_gpu = torch.device(device).type == "cuda" or torch.cuda.is_available()
