@@ -157,6 +157,21 @@ def test_it_is_trained_beside_others_resumed_and_evaluated(store, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
+def test_its_rows_take_the_whole_width_of_the_feature_page(store, tmp_path, browser, toy_browser):
+    settings = [f"--set={one}" for one in SMALL]
+    out = tmp_path / "report"
+    done = tcsae_command(
+        store, tmp_path / "a", "train", "--preset=crosscoder-3", *settings, "eval", "report", "--out", str(out)
+    )
+    assert done.exit_code == 0, done.output
+    browser.get(toy_browser.url(out, toy_browser.named(out, "crosscoder-3"), "features.html"))
+    width = "const one = document.querySelector('{}'); return one && one.getBoundingClientRect().width"
+    toy_browser.wait(browser, lambda: browser.execute_script(width.format(".window-rows")))
+    block, row, table = (browser.execute_script(width.format(one)) for one in (".whole-row", ".likes", ".window-rows"))
+    assert block == row >= table, "three columns of figures and one of tokens need more than a cell of the grid"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
