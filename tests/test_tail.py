@@ -199,6 +199,18 @@ def test_saved_and_loaded_it_is_the_same(family: str, start: int, tmp_path: Path
     assert sum(weight.shape == (VOCABULARY, WIDTH) for weight in weights.values()) == 1  # the unembedding, once
 
 
+def test_any_rank_of_a_process_group_can_save_one(tmp_path: Path) -> None:
+    """transformers writes on rank 0 alone, unless it is told otherwise."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        save_tail(make_tail(whole("llama").model, 1), tmp_path / "tail")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert Tail.load(tmp_path / "tail").n_layers
+
+
 def test_half_precision_store_and_model(tmp_path: Path) -> None:
     lm = whole("llama")
     half = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float16)

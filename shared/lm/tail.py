@@ -150,6 +150,9 @@ def save_tail(tail: PreTrainedModel, path: Path) -> None:
     A tail that is there already is replaced.
     """
 
+    # transformers lets rank 0 of a process group write, and nobody else; any rank may be the one that seals a store.
+    object.__setattr__(tail, "should_save_on_this_rank", lambda is_main_process: True)
+
     def fill(folder: Path) -> None:
         with _quiet_transformers():
             tail.save_pretrained(folder, max_shard_size=2**62)  # one file, however large
