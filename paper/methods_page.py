@@ -125,6 +125,7 @@ def write_methods(
         about=_about(made),
         rates=_rates(chosen, methods),
         table=_table(results, arms, twins, page.columns),
+        ended=ended_early(results, arms),
         shuffled=_shuffled(results, arms, chosen, methods),
         paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
         costs=cost_table(costs),
@@ -180,6 +181,17 @@ def _table(results: Results, arms: Arms, twins: Mapping[str, str], columns: Mapp
         cells = [_cell(results, arm, arms[twins[name]], column, columns[column].digits) for column in columns]
         rows.append([name, *cells])
     return markdown(["", *(column.heading for column in columns.values())], rows)
+
+
+def ended_early(results: Results, arms: Arms) -> list[str]:
+    """A line for each run that the guard ended before its last step: its figures are of what it had come to."""
+    return [
+        f"{name}, `{record['name']}`: after {record['steps']:,} of {record['train']['steps']:,} steps"
+        for name, arm in arms.items()
+        if not arm.smooth
+        for record in results.records.get(arm, [])
+        if record["ended"]
+    ]
 
 
 def _of_x(name: str) -> str:

@@ -27,6 +27,8 @@ def compare_methods(
 ) -> None:
     """From the store to the page; what is done is not done again. In parallel processes runs are dealt out."""
     store = make_store(place, TEXT, asked, page.name)
+    for hook in store.hooks:
+        store.tail_path(hook)  # raises NoTailError: delta CE needs one
     stores, results = {TEXT: store}, Results({}, {TEXT: place.runs(TEXT)})
     rates = {method.name: _tried(method, store) for method in methods}
     tuned = [method for method in methods if len(method.rates) != 1]

@@ -15,6 +15,7 @@ from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.folder import read_object, writing
 from tcsae.shared.store.reader import Store
 from tcsae.train.dry_run import estimate
+from tcsae.train.guard import UnstableError
 from tcsae.train.plan import Run
 
 FILE = "costs.json"
@@ -27,7 +28,7 @@ class Cost(NamedTuple):
 
     n_parameters: int
     tokens_s: float | None
-    """Of the step alone, some steps after the first; None for an SAE that takes no step."""
+    """Of the step alone, some steps after the first; None for an SAE that takes no step, or no three stable ones."""
 
 
 def training_costs(place: Place, store: Store, arms: Mapping[str, Arm], size: Size) -> dict[str, Cost]:
@@ -37,7 +38,8 @@ def training_costs(place: Place, store: Store, arms: Mapping[str, Arm], size: Si
     todo = {run.name: run for run in runs.values() if run.config.steps and run.name not in rates}
     if todo:
         say(f"Timing steps of {len(todo)} methods")
-        rates |= {name: _tokens_per_second(place, store, run) for name, run in todo.items()}
+        timed = {name: _tokens_per_second(place, store, run) for name, run in todo.items()}
+        rates |= {name: rate for name, rate in timed.items() if rate is not None}
         with writing(place.work / FILE, CURE):
             write_json(place.work / FILE, rates)
     return {
@@ -46,8 +48,13 @@ def training_costs(place: Place, store: Store, arms: Mapping[str, Arm], size: Si
     }
 
 
-def _tokens_per_second(place: Place, store: Store, run: Run) -> float:
-    (one,) = estimate(store, place.work, [run], fresh=True, device=place.device).passes[0].runs
+def _tokens_per_second(place: Place, store: Store, run: Run) -> float | None:
+    """None for a run that the guard stops in its first steps."""
+    try:
+        (one,) = estimate(store, place.work, [run], fresh=True, device=place.device).passes[0].runs
+    except UnstableError as error:
+        say(f"{run.name} cannot be timed. {error}")
+        return None
     return round(one.tokens / one.seconds, 1)
 
 

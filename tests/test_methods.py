@@ -3,14 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tcsae.paper import methods_run
 from tcsae.paper.methods import METHODS, RATES, SHUFFLED, Method, table_arm, tuning_arm
+from tcsae.paper.methods_page import ended_early
 from tcsae.paper.methods_run import compare_methods
-from tcsae.paper.results import Place, Source
+from tcsae.paper.results import Place, Results, Source
 from tcsae.paper.run import FULL, Size, plan
+from tcsae.paper.training_costs import FILE, training_costs
+from tcsae.shared.base.errors import NoTailError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.folder import load_record
+from tcsae.shared.store.create import create_store
 from tcsae.shared.store.reader import open_store
 from tcsae.train.presets import PRESETS, preset
 
@@ -59,6 +65,34 @@ def test_tuning_and_table_share_no_seed_and_no_document():
         assert (tuned.documents, shown.documents) == ("choose", "report")
         assert tuned.first_seed >= shown.first_seed + shown.n_seeds
         assert set(shown.vary) == {"init_seed", "data.seed"}
+
+
+def test_without_a_tail_there_is_no_delta_ce_and_nothing_is_trained(monkeypatch, tmp_path):
+    path = tmp_path / "text.zarr"
+    with create_store(path, hooks={"h": 4}, sequence_length=8) as creation:
+        for split in ("train", "eval"):
+            creation.append(split, {"h": np.ones((2, 8, 4), np.float32)})
+    monkeypatch.setattr(methods_run, "make_store", lambda *_: open_store(path))
+    with pytest.raises(NoTailError, match="has no tail for h: "):
+        compare_methods(Place(tmp_path), tmp_path / "out", Source("embedded", "pydocs", 10), FULL, FEW)
+    assert [one.name for one in tmp_path.iterdir()] == ["text.zarr"]
+
+
+def test_runs_that_the_guard_ended_are_listed():
+    arms = {method.name: table_arm(method, 4e-3) for method in FEW}
+    whole = {"name": "whole", "steps": 300, "train": {"steps": 300}, "ended": ""}
+    short = {"name": "short", "steps": 1200, "train": {"steps": 2500}, "ended": "Batch 1200, step 1200: loss nan"}
+    results = Results({}, {}, {arms["TopK"]: [whole, whole], arms["contrastive"]: [whole, short]})
+    assert ended_early(results, arms) == ["contrastive, `short`: after 1,200 of 2,500 steps"]
+
+
+def test_a_method_that_explodes_at_once_has_no_rate(tmp_path):
+    store = open_store(Path(__file__).parent / "golden" / "store-v1.zarr")
+    stable = table_arm(FEW[0], 4e-3)
+    explodes = table_arm(FEW[2], 1e30)
+    costs = training_costs(Place(tmp_path), store, {"stable": stable, "explodes": explodes}, FULL)
+    assert costs["stable"].tokens_s and costs["explodes"].tokens_s is None and costs["explodes"].n_parameters
+    assert list(json.loads((tmp_path / FILE).read_text())) == [plan(store, stable, FULL)[0].name]
 
 
 @pytest.fixture(scope="module")

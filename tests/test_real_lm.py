@@ -70,7 +70,7 @@ def test_the_default_of_train_is_what_the_results_favour():
 
 
 def test_every_row_is_a_preset_as_it_ships():
-    for method in methods_at((9, 19)):
+    for method in methods_at((9, 19))[: -len(module.RIVALS)]:
         arm = table_arm(method, 4e-3)
         config = with_settings(preset(arm.preset, 576), list(arm.settings))
         shipped = preset(arm.preset, 576)
@@ -79,6 +79,19 @@ def test_every_row_is_a_preset_as_it_ships():
         assert config.data.n_segments * config.data.segment_length * arm.n_steps == module.N_VISITS
         assert (arm.documents, arm.n_seeds, set(arm.vary)) == ("report", 3, {"init_seed", "data.seed"})
         assert shipped.optimizer.lr == 4e-3, "its shipped rate is the one that is taken"
+
+
+def test_rivals_are_at_the_first_layer_and_learn_as_fast():
+    methods = methods_at((9, 19))
+    labels = {method.label for method in methods}
+    for method in methods[-len(module.RIVALS) :]:
+        (multiple,) = method.rates
+        config = with_settings(preset(method.preset, 576), list(method.settings))
+        assert method.label.startswith("layer 9: ") and method.twin in labels
+        assert (config.data.hook, config.data.max_norm) == (hook_of(9), module.MAX_NORM)
+        assert config.optimizer.lr * multiple == pytest.approx(4e-3, rel=0.03)
+        assert config.sae.k == 32 * config.sae.window
+        assert config.data.n_segments * config.data.segment_length == method.batch
 
 
 @pytest.fixture

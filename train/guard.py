@@ -53,7 +53,8 @@ class Verdict(NamedTuple):
             raise UnstableError(
                 f"step {step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, the mean loss "
                 f"so far {self.mean_before:.4g} and {explode:g} times that is allowed (guard.explode). "
-                "No weight was touched; lower optimizer.lr.",
+                "No weight was touched; lower optimizer.lr. Where the norms of a few tokens are far above the others', "
+                "data.max_norm=10 leaves them out.",
                 batch,
             )
 

@@ -151,7 +151,7 @@ def save_tail(tail: PreTrainedModel, path: Path) -> None:
     """
 
     # transformers lets rank 0 of a process group write, and nobody else; any rank may be the one that seals a store.
-    object.__setattr__(tail, "should_save_on_this_rank", lambda is_main_process: True)
+    object.__setattr__(tail, "should_save_on_this_rank", lambda *_, **__: True)
 
     def fill(folder: Path) -> None:
         with _quiet_transformers():
