@@ -287,7 +287,9 @@ def _data(
             "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
             "metrics": [one["metrics"] | _temporal(one) for one in evaluations],
         }
-        if twin != arm:
+        if twin == arm:
+            row["x"] = {column: finite(_mean_of_x(results, arm, column)) for column in columns}
+        else:
             row["minus"] = twins[name]
             row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
         rows.append(row)

@@ -115,6 +115,9 @@ def test_the_page_has_every_row_and_the_rate_that_did_best(made):
         assert len(row["values"]["explained_variance"]) == 2
         assert f"\n| {row['method']} | {sum(row['values']['explained_variance']) / 2:.4f}" in page
         assert row["method"] == "TopK" or row["minus"] == "TopK"
+        assert ("x" in row) == (row["method"] == "TopK")
+    of_x = data["methods"][0]["x"]
+    assert f"\n| x, the activations | - | - | - | - | - | {of_x['slowness_to_x']:.3f}" in page
     assert page.count("crosscoder, 3 positions") >= 4
     costs = data["costs"]
     assert set(costs) == {method.name for method in FEW if not method.smooth}
