@@ -145,7 +145,7 @@ def test_from_the_model_to_the_page(make_lm, tiny_corpus, tmp_path, monkeypatch)
 
     shape = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
     model = make_lm(tmp_path / "lm", GPTNeoXConfig(vocab_size=300, max_position_embeddings=128, **shape))
-    monkeypatch.setattr(module, "FORMS", module.FORMS[:2] + module.FORMS[3:4])  # plain, smoothed, the mission's
+    monkeypatch.setattr(module, "FORMS", module.FORMS[:4])  # plain, smoothed, BatchTopK, the mission's
     size = Size(4000, most_seeds=1, shorter=300, name=" --quick")
     place, layers = Place(tmp_path / "work"), (1, 3)
     asked = Source(str(model), str(tiny_corpus), 4000, tuple(map(hook_of, layers)), "compact", " --model lm")
