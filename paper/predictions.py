@@ -340,7 +340,7 @@ DROPPED = (
         "512 latents on 128 dimensions explain as much with any loss; as many latents as dimensions stand in its place",
     ),
     (
-        "At the paper's L0 of 249 the recommended preset explains more than 0.9.",
+        "At the paper's L0 of 249 the contrastive preset explains more than 0.9.",
         "249 active latents on 128 dimensions can be exact; the paper's share of the width stands in its place",
     ),
     ("So do far fewer: the legacy EV is above 0.5 from L0 8 on.", "no trained SAE would be below"),

@@ -321,7 +321,7 @@ SECTIONS = (
     ),
     Section(
         "default",
-        "The recommended preset",
+        "The contrastive preset",
         "Candidates at 1024 latents with 16 active, and at the default's size. The rule: the contrastive term may cost "
         f"{BUDGET:g} nats of cross-entropy over its twin without it. What `train` defaults to is decided on a real "
         "language model: `tcsae real-lm`.",

@@ -64,7 +64,7 @@ def train(place: Place, **asked: Any) -> None:
     """Train sparse autoencoders from the store, any number in one pass over it.
 
     \b
-      tcsae train                                                      the recommended preset
+      tcsae train                                                      the default preset
       tcsae train --preset topk --preset temporal-topk --steps 5000    two runs, one pass
       tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2    nine runs, one pass
       tcsae train --preset written-run3 --dry-run                      passes, memory, time; nothing is written

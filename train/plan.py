@@ -43,7 +43,7 @@ class Request(NamedTuple):
 
 
 def plan_runs(store: Store, request: Request) -> list[Run]:
-    """One run for each preset (without any, the recommended one) and each point of the sweep's grid.
+    """One run for each preset (without any, the default one) and each point of the sweep's grid.
 
     Raises ConfigError for an unknown preset or setting, with the nearest name; StoreError for an unknown hook.
     """

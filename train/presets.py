@@ -167,7 +167,7 @@ PRESETS = {
     ),
     "relu-l1": Preset("ReLU with an L1 penalty", _ours("relu", sparsity=SparsityConfig(l1=1.5))),
     "temporal-topk": Preset(
-        "TopK whose adjacent codes are contrasted with other documents'; recommended",
+        "TopK whose adjacent codes are contrasted with other documents'",
         _contrast("contrastive"),
     ),
     "temporal-matryoshka": Preset(
