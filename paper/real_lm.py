@@ -20,9 +20,9 @@ cost 0.011 nats (one seed), a tenth of its code's variance was position, and Jac
 position penalty to .130); no figure without the widest latents had been seen.
 
 Added after a first run: tokens of more than MAX_NORM median norms train nothing and count nowhere. At layer 19 a token
-that repeats a sequence's first one is taken for the first (no special token opens a sequence): 19 of the eval split's
-120,000 tokens then had a hundred median norms and 68% of the sum of squares, and two of three BatchTopK runs exploded
-at their first steps. That run had no cross-entropies, so the rule was applied to nothing.
+that repeats a sequence's first one is taken for the first (no special token opens a sequence) and has a hundred median
+norms: two in 10,000 tokens, on which two of three BatchTopK runs exploded in their first steps. That run had no
+cross-entropies, so the rule was applied to nothing.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.token_text import legible
 from tcsae.shared.sae.folder import save_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.create import create_store
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.writer import Rows, StoreWriter, open_writer
 
@@ -133,6 +134,20 @@ def test_norms_come_from_the_statistics(path, tmp_path):
     assert rms == pytest.approx(np.sqrt(WIDTH * (9 + 1)), rel=0.05)
     assert median == pytest.approx(rms, rel=0.1)
     assert float(line.split("norm of the mean ")[1]) == pytest.approx(3 * np.sqrt(WIDTH), rel=0.05)
+
+
+@pytest.mark.parametrize("factor, n", [(9.0, 0), (12.0, 3)])
+def test_outliers_of_the_norm_are_counted_with_their_cure(tmp_path, factor, n):
+    x = np.ones((4, 8, 16), np.float32)
+    x[[0, 1, 3], [0, 0, 5]] *= factor
+    with create_store(tmp_path / "a.zarr", hooks={"h": 16}, sequence_length=8) as creation:
+        creation.append("train", {"h": x})
+    shown = inspect(tmp_path / "a.zarr", tmp_path).stdout
+    line = (
+        "3 of 32 train tokens (4 begin a sequence) have over 10 median norms: data.skip_first=1 leaves out the first "
+    )
+    assert (line + "ones, data.max_norm=10 all" in shown) == (n == 3)
+    assert ("  outliers  " in shown) == (n == 3)
 
 
 def test_text_is_shown_as_text(path, tmp_path):

@@ -18,6 +18,9 @@ from tcsae.shared.store.places.base import Objects
 from tcsae.shared.store.reader import Store, check_manifest, open_store, read_attributes
 
 SHOWN_CHARACTERS = 240
+BINS_A_DOUBLING = 8
+OUTLIER, OUTLIER_BINS = 10, 27
+"""Median norms, and the bins of the histogram that lie between: 2^(27 / 8) is 10.4."""
 
 
 def show(location: str, runs_path: Path, n_sequences: int, split: str, details: bool = False) -> None:
@@ -142,6 +145,12 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
         f"  norm of x  RMS {rms:.4g}, median about {_quantile(histogram, 0.5):.3g}, one in 1,000 above about "
         f"{_quantile(histogram, 0.999):.3g}; norm of the mean {of_mean:.4g}"
     )
+    if n_outliers := int(histogram[_bin(histogram, 0.5) + OUTLIER_BINS + 1 :].sum()):
+        yield (
+            f"  outliers   {n_outliers:,} of {int(histogram.sum()):,} train tokens ({store.train.n_sequences:,} begin "
+            f"a sequence) have over {OUTLIER} median norms: data.skip_first=1 leaves out the first ones, "
+            f"data.max_norm={OUTLIER} all"
+        )
     if "none" in tail:
         yield f"  tail       none, so no cross-entropies: {tail['none']}"
     else:
@@ -151,11 +160,11 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
 
 def _quantile(histogram: Any, share: float) -> float:
     """Middle of the bin in which a share of the norms is reached; bins are an eighth of a doubling wide."""
-    total = int(histogram.sum())
-    if not total:
-        return float("nan")
-    number = int((histogram.cumsum() >= share * total).argmax())
-    return 2.0 ** ((number - 0.5) / 8 - 20)
+    return 2.0 ** ((_bin(histogram, share) - 0.5) / BINS_A_DOUBLING - 20) if histogram.sum() else float("nan")
+
+
+def _bin(histogram: Any, share: float) -> int:
+    return int((histogram.cumsum() >= share * int(histogram.sum())).argmax())
 
 
 def _texts(store: Store, split_name: str, n_asked: int) -> Iterator[str]:
