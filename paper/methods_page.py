@@ -189,7 +189,7 @@ def ended_early(results: Results, arms: Arms) -> list[str]:
         f"{name}, `{record['name']}`: after {record['steps']:,} of {record['train']['steps']:,} steps"
         for name, arm in arms.items()
         if not arm.smooth
-        for record in results.records.get(arm, [])
+        for record in results.records[arm]
         if record["ended"]
     ]
 

@@ -89,8 +89,8 @@ RIVALS = (
         "tfa",
         ("sae.k=32",),
         rates=(4.0,),
-        about="arXiv 2511.01836, of 1,024 latents: at 4,096 it takes 16 times as long. Attention over past codes "
-        "predicts, a TopK code holds the rest; L0 is the novel code's.",
+        about="arXiv 2511.01836: attention over past codes predicts, a TopK code holds the rest, and L0 is its. "
+        "1,024 latents: its products of latents by latents are 16 times as large at 4,096.",
     ),
     Method(
         "crosscoder, 3 positions",

@@ -82,7 +82,8 @@ def test_runs_that_the_guard_ended_are_listed():
     arms = {method.name: table_arm(method, 4e-3) for method in FEW}
     whole = {"name": "whole", "steps": 300, "train": {"steps": 300}, "ended": ""}
     short = {"name": "short", "steps": 1200, "train": {"steps": 2500}, "ended": "Batch 1200, step 1200: loss nan"}
-    results = Results({}, {}, {arms["TopK"]: [whole, whole], arms["contrastive"]: [whole, short]})
+    records = {arm: [whole, whole] for arm in arms.values()} | {arms["contrastive"]: [whole, short]}
+    results = Results({}, {}, records)
     assert ended_early(results, arms) == ["contrastive, `short`: after 1,200 of 2,500 steps"]
 
 

@@ -75,7 +75,7 @@ def test_every_row_is_a_preset_as_it_ships():
         config = with_settings(preset(arm.preset, 576), list(arm.settings))
         shipped = preset(arm.preset, 576)
         assert (config.sae, config.temporal, config.optimizer.lr) == (shipped.sae, shipped.temporal, 4e-3)
-        assert config.data.hook in (hook_of(9), hook_of(19))
+        assert config.data.hook in (hook_of(9), hook_of(19)) and config.data.max_norm == module.MAX_NORM
         assert config.data.n_segments * config.data.segment_length * arm.n_steps == module.N_VISITS
         assert (arm.documents, arm.n_seeds, set(arm.vary)) == ("report", 3, {"init_seed", "data.seed"})
         assert shipped.optimizer.lr == 4e-3, "its shipped rate is the one that is taken"

@@ -18,9 +18,8 @@ from tcsae.shared.store.places.base import Objects
 from tcsae.shared.store.reader import Store, check_manifest, open_store, read_attributes
 
 SHOWN_CHARACTERS = 240
-BINS_A_DOUBLING = 8
-OUTLIER, OUTLIER_BINS = 10, 27
-"""Median norms, and the bins of the histogram that lie between: 2^(27 / 8) is 10.4."""
+OUTLIER = 10
+"""Median norms."""
 
 
 def show(location: str, runs_path: Path, n_sequences: int, split: str, details: bool = False) -> None:
@@ -135,6 +134,9 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
     """Statistics of the train split, and whether there is a tail."""
     import numpy as np
 
+    from tcsae.shared.store.counted import norm_median
+    from tcsae.shared.store.format import NORM_EDGES
+
     mean, variance, histogram = (
         store.values(f"statistics/{hook}/{name}") for name in ("mean", "variance", "norm_histogram")
     )
@@ -145,7 +147,7 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
         f"  norm of x  RMS {rms:.4g}, median about {_quantile(histogram, 0.5):.3g}, one in 1,000 above about "
         f"{_quantile(histogram, 0.999):.3g}; norm of the mean {of_mean:.4g}"
     )
-    if n_outliers := int(histogram[_bin(histogram, 0.5) + OUTLIER_BINS + 1 :].sum()):
+    if n_outliers := int(histogram[1:][NORM_EDGES[:-1] >= OUTLIER * norm_median(store, hook)].sum()):
         yield (
             f"  outliers   {n_outliers:,} of {int(histogram.sum()):,} train tokens ({store.train.n_sequences:,} begin "
             f"a sequence) have over {OUTLIER} median norms: data.skip_first=1 leaves out the first ones, "
@@ -160,11 +162,11 @@ def _hook(store: Store, hook: str) -> Iterator[str]:
 
 def _quantile(histogram: Any, share: float) -> float:
     """Middle of the bin in which a share of the norms is reached; bins are an eighth of a doubling wide."""
-    return 2.0 ** ((_bin(histogram, share) - 0.5) / BINS_A_DOUBLING - 20) if histogram.sum() else float("nan")
-
-
-def _bin(histogram: Any, share: float) -> int:
-    return int((histogram.cumsum() >= share * int(histogram.sum())).argmax())
+    total = int(histogram.sum())
+    if not total:
+        return float("nan")
+    number = int((histogram.cumsum() >= share * total).argmax())
+    return 2.0 ** ((number - 0.5) / 8 - 20)
 
 
 def _texts(store: Store, split_name: str, n_asked: int) -> Iterator[str]:
