@@ -117,7 +117,7 @@ def measure(
                 spliced[i] = splice(x, batch.counted, output.x_hat)
                 if settings.splice_all:
                     spliced[i] = splice(spliced[i], batch.skipped, rest.x_hat)
-        if tail is not None:
+        if tail is not None and batch.counted.numpy().any():
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
             for i, of_system in _losses(tail, batch, x, spliced).items():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tcsae.evaluate.halves import half, in_choose
 from tcsae.shared.commands.group import cli
+from tcsae.shared.lm.tail import Tail
 from tcsae.shared.store.reader import open_store
 
 
@@ -48,7 +49,9 @@ def test_the_halves_add_up_to_the_whole(place):
     for name in ("n_tokens", "n_tokens_skipped", "n_documents", "n_predictions"):
         assert sum(one[name] for one in halves) == whole[name]
         assert min(one[name] for one in halves) > 0
-    for name, weight in (("mse", "n_tokens"), ("l0", "n_tokens"), ("ce_loss_without_sae", "n_predictions")):
+    weights = {"mse": "n_tokens", "l0": "n_tokens", "kl_div_with_sae": "n_tokens"}
+    weights |= {f"ce_loss_{what}": "n_predictions" for what in ("without_sae", "with_sae", "with_ablation")}
+    for name, weight in weights.items():
         total = sum(one["metrics"][name] * one[weight] for one in halves)
         assert total == pytest.approx(whole["metrics"][name] * whole[weight], rel=1e-6)
 
@@ -69,6 +72,20 @@ def test_every_measure_of_the_whole_is_one_of_each_half(place):
 
     assert {"rho_1_within", "rho_8_within", "document_share"} <= measured(whole)
     assert all(measured(one) == measured(whole) for one in halves)
+
+
+def test_only_sequences_with_a_counted_position_go_through_the_tail(place, tmp_path, monkeypatch):
+    store = open_store(str(place / "a.zarr"))
+    split = half(store.eval, "report")
+    toy.make_run(tmp_path / "runs", "run", toy.make_sae(), store)
+    read, hidden = [], Tail.hidden
+    monkeypatch.setattr(Tail, "hidden", lambda tail, x: (read.append(len(x)), hidden(tail, x))[1])
+    arguments = ["--store", store.location, "--runs", str(tmp_path / "runs"), "eval", "--no-temporal"]
+    done = CliRunner().invoke(cli, [*arguments, "--documents", "report", "--skip-first", "1"])
+    assert done.exit_code == 0, done.output
+    n = int((split.lengths > 1).sum())
+    assert 0 < n < int((store.eval.lengths > 1).sum())
+    assert sum(read) == 5 * n  # x, xhat and three ablations
 
 
 def test_a_half_without_a_document_is_refused(tmp_path):

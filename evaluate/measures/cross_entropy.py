@@ -91,14 +91,16 @@ def sequence_losses(
     """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
 
     The cross-entropy of position i is that of token i + 1, at counted positions with `has_next`; KL at all counted.
-    Logits are made a few tokens at a time and those of x once for all others. x and `others` are on any device, tokens
-    and masks on the CPU; what is returned is where the tail's sums are kept (`sums_on`).
+    Logits are made a few tokens at a time and those of x once for all others. Sequences without a counted position
+    (half of them where half of the documents count) do not go through the tail. x and `others` are on any device,
+    tokens and masks on the CPU; what is returned is where the tail's sums are kept (`sums_on`).
     """
-    chosen, device = np.flatnonzero(counted.numpy()), tail.device
+    mask, device = counted.numpy(), tail.device
+    chosen, rows = np.flatnonzero(mask), np.flatnonzero(mask.any(1))
+    read, at = to_device(rows, x.device), to_device(np.flatnonzero(mask[rows]), device)
     predicts = to_device(np.asarray(has_next).ravel()[chosen], device)
     targets = to_device(np.roll(tokens.numpy(), -1, 1).ravel()[chosen].astype(np.int64), device)
-    at = to_device(chosen, device)
-    hidden = [tail.hidden(one).flatten(0, 1).index_select(0, at) for one in (x, *others)]
+    hidden = [tail.hidden(one.index_select(0, read)).flatten(0, 1).index_select(0, at) for one in (x, *others)]
     losses = hidden[0].new_zeros(len(hidden), 2, len(chosen))
     size = max(1, min(tail.slice_tokens, len(targets)))
     weights_buffer, scratch, logits_buffer = hidden[0].new_empty(3, size, tail.vocabulary)
