@@ -28,6 +28,8 @@ class Settings:
     """Of x over the train split."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where systems and tail are."""
+    ce_tokens: int | None = None
+    """The tail reads the first documents that hold so many tokens; None: all."""
 
 
 BATCH_TOKENS = 4096

@@ -66,6 +66,8 @@ class EvalOptions:
     """Largest norm that is counted, in medians: as in training."""
     precision: str = "float32"
     """Of matrix products (`set_precision`)."""
+    ce_tokens: int | None = None
+    """Cross-entropies are of the first documents that hold so many tokens; None: all."""
 
     @property
     def rules(self) -> CountingRules:
@@ -80,7 +82,7 @@ class EvalOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
-        silent: dict[str, object] = {"smooth": None, "documents": "all", "precision": "float32"}
+        silent: dict[str, object] = {"smooth": None, "documents": "all", "precision": "float32", "ce_tokens": None}
         silent |= {"exclude_tokens": [], "positions": [], "max_norm": None}
         return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
 
@@ -107,6 +109,8 @@ class EvalRequest:
     documents: Documents = "all"
     positions: Collection[str] = ()
     """Roles whose tokens are counted; none: as each run was trained."""
+    ce_tokens: int | None = None
+    """Cross-entropies are of the first documents that hold so many tokens; None: all."""
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -210,6 +214,7 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         positions=tuple(request.positions or data.get("positions", ())),
         max_norm=data.get("max_norm"),
         precision=precision(),
+        ce_tokens=request.ce_tokens,
     )
     return Candidate(path, record, options, tuple(differences))
 

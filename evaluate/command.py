@@ -52,6 +52,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Documents that are counted. Choose settings on one half, and report figures on the other.",
 )
+@click.option(
+    "--ce-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cross-entropies and KL, nearly all of the time with a large model, are of the first documents that hold N "
+    "tokens; every other figure is of all. Default: all.",
+)
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
     "--splice",

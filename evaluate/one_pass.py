@@ -10,7 +10,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.baselines import ConstantOutput
-from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, run_numbers
+from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_numbers, n_sequences, run_numbers
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.core import (
     COLUMNS,
@@ -92,8 +92,9 @@ def measure(
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
-    n_predictions, n_positions = _counts(split, settings.skip_first, n_documents)
-    resamplings = Resamplings(n_documents, int((n_positions > 0).sum()))
+    tail_end = n_sequences(split, settings.ce_tokens)
+    n_predictions, n_positions, n_counted = _counts(split, settings.skip_first, n_documents, tail_end)
+    resamplings = Resamplings(n_documents, n_counted)
     there = sums_on(settings.device)
     mean = settings.mean.to(there)
     sums = _Accumulator(len(systems), resamplings, len(mean), there)
@@ -107,28 +108,29 @@ def measure(
         sums.add_inputs(counted, skipped)
         for observer in observers:
             observer.begin(batch, counted.x.to(there))
-        spliced = {}
+        spliced, in_tail = {}, batch.counted.numpy()[: max(0, tail_end - batch.start)].any()
         for i, system in enumerate(systems):
             output = output_of(system, counted.x, counted.runs)
             rest = output_of(system, skipped.x, skipped.runs)
             sums.add(i, counted, _on(there, output), skipped, _on(there, rest))
             _show(observers, i, output.code, there)
-            if tail is not None and not isinstance(system, ConstantOutput):  # theirs are in the reference
+            if tail is not None and in_tail and not isinstance(system, ConstantOutput):  # theirs are in the reference
                 spliced[i] = splice(x, batch.counted, output.x_hat)
                 if settings.splice_all:
                     spliced[i] = splice(spliced[i], batch.skipped, rest.x_hat)
-        if tail is not None and batch.counted.numpy().any():
+        if tail is not None and in_tail:
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
-            for i, of_system in _losses(tail, batch, x, spliced).items():
-                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents, torch.stack(tuple(of_system)))
+            first = slice(tail_end - batch.start)
+            for i, of_system in _losses(tail, batch, x, spliced, first).items():
+                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents[first], torch.stack(tuple(of_system)))
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
     losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
     if tail is not None and reference is None:
-        unigrams = unigram_losses(split, settings.skip_first, n_documents)
+        unigrams = unigram_losses(split, settings.skip_first, n_documents, tail_end)
         reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
     of_systems = [Losses(*one) for one in losses] if tail is not None else []
     return Measured(*sums.result(), of_systems, reference, resamplings)
@@ -308,22 +310,33 @@ def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], set
 
 
 def _losses(
-    tail: Tail, batch: EvalBatch, x: Float[Tensor, "batch position d_model"], spliced: Mapping[int, Tensor]
+    tail: Tail,
+    batch: EvalBatch,
+    x: Float[Tensor, "batch position d_model"],
+    spliced: Mapping[int, Tensor],
+    first: slice,
 ) -> dict[int, Losses]:
-    has_next = batch.has_next_on_host
-    losses = sequence_losses(tail, x, list(spliced.values()), batch.tokens, batch.counted, has_next)
+    """Of the `first` sequences of the batch."""
+    others = [one[first] for one in spliced.values()]
+    on_host = (one[first] for one in (batch.tokens.numpy(), batch.counted.numpy(), batch.has_next_on_host))
+    losses = sequence_losses(tail, x[first], others, *on_host)
     return dict(zip((CLEAN, *spliced), losses, strict=True))
 
 
 def _counts(
-    split: Split, rules: CountingRules | int, n_documents: int
-) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
-    """Predictions and counted positions of each document: a sequence's last token predicts nothing."""
-    document = torch.from_numpy(document_numbers(split)[0])
+    split: Split, rules: CountingRules | int, n_documents: int, tail_end: int
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"], int]:
+    """Predictions and counted positions of each document, of the sequences before `tail_end`; and how many documents
+    have a counted position anywhere. A sequence's last token predicts nothing.
+    """
+    numbers = document_numbers(split)[0]
+    document = torch.from_numpy(numbers)
     mask = counted(split, rules)
+    n_counted = len(np.unique(numbers[mask.any(1)]))
+    mask[tail_end:] = False
     last = mask[np.arange(len(mask)), split.lengths - 1]
     counts = torch.zeros(2, n_documents, dtype=torch.float64)
     n = torch.from_numpy(mask.sum(1)).double()
     counts[0].index_add_(0, document, n - torch.from_numpy(last).double())
     counts[1].index_add_(0, document, n)
-    return counts[0], counts[1]
+    return counts[0], counts[1], n_counted

@@ -300,9 +300,10 @@ def _legend(one: dict[str, Any]) -> str:
         return f"{ev}\nNo tail, so no cross-entropies: {legible(one['no_tail'])}"
     if figures["ce_loss_without_sae"] is None:
         return f"{ev}\nNo cross-entropies: no counted position has a next token."
+    of_part = f" Cross-entropies: of the first {one['n_predictions']:,} predictions." * ("ce_tokens" in one["options"])
     clean, zero, mean = (figures[f"ce_loss_{key}"] for key in ("without_sae", "with_ablation", "with_mean"))
     return (
         f"{ev}\ndelta CE: nats a token that the reconstruction costs, through the tail. ppl ratio: e^delta CE. rec.: "
         f"share recovered of the gap\nfrom {clean:.4g} nats to those of an ablation, {zero:.4g} (zeros in place of x) "
-        f"or {mean:.4g} (its mean). never on: in this split.\nSplice: {one['splice']}."
+        f"or {mean:.4g} (its mean). never on: in this split.\nSplice: {one['splice']}.{of_part}"
     )

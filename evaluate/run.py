@@ -94,6 +94,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
         splice_all=options.splice == "all",
         mean=mean,
         device=group.device,
+        ce_tokens=options.ce_tokens,
     )
     reference = load_reference(group.runs_path, store, options.split_name, settings) if tail else None
     if not all(part.all_gather(reference is not None)):

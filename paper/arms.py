@@ -34,6 +34,8 @@ class Arm:
     vary: tuple[str, ...] = ("init_seed",)
     """Settings that take the seed's number."""
     first_seed: int = 0
+    ce_tokens: int | None = None
+    """Its cross-entropies are of the first documents that hold so many tokens; None: all."""
 
     def on(self, store: str) -> "Arm":
         return replace(self, store=store)

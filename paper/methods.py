@@ -48,6 +48,8 @@ class Method(NamedTuple):
     """What it is, in a sentence."""
     n_tokens: int = N_TOKENS
     """Token visits of a run."""
+    ce_tokens: int | None = None
+    """Its cross-entropies are of the first documents that hold so many tokens; None: all."""
 
     @property
     def name(self) -> str:
@@ -221,4 +223,5 @@ def table_arm(method: Method, rate: float, shuffled: bool = False) -> Arm:
         smooth=method.smooth,
         documents="report",
         vary=("init_seed", "data.seed"),
+        ce_tokens=method.ce_tokens,
     )

@@ -4,12 +4,11 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tcsae.evaluate.candidates import EvalRequest, smoothed_file
-from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import MOMENTS, TEXT, Arm
@@ -146,18 +145,16 @@ def evaluate_arms(place: Place, stores: dict[str, Store], arms: Sequence[Arm], s
     ours = ranks()
     for options in dict.fromkeys(map(_options, arms)):
         for name, runs in _by_store(stores, [arm for arm in arms if _options(arm) == options], size).items():
-            names, (temporal, smooth, documents) = [run.name for run in runs], options
-            request = EvalRequest(
-                names=names, temporal=temporal, smooth=(smooth,) if smooth else (), documents=documents
-            )
+            request = replace(options, names=[run.name for run in runs])
             if ours.parallel:
                 evaluate_parallel(stores[name], place.runs(name), request, ours, place.device)
             else:
                 evaluate_runs(stores[name], place.runs(name), request, device=place.device)
 
 
-def _options(arm: Arm) -> tuple[bool, str, Documents]:
-    return arm.temporal, arm.smooth, arm.documents
+def _options(arm: Arm) -> EvalRequest:
+    smooth = (arm.smooth,) if arm.smooth else ()
+    return EvalRequest(temporal=arm.temporal, smooth=smooth, documents=arm.documents, ce_tokens=arm.ce_tokens)
 
 
 def _by_store(stores: dict[str, Store], arms: Iterable[Arm], size: Size) -> dict[str, list[Run]]:
@@ -196,7 +193,9 @@ def load_arm(place: Place, arm: Arm, size: Size, stores: dict[str, Store], resul
     evaluations = [load_evaluation(folder, store.content, file) for folder in folders]
     if any(one is None or one.get("definition_version") != DEFINITION_VERSION for one in evaluations):
         return False
-    if any(one and one["options"].get("documents", "all") != arm.documents for one in evaluations):
+    asked = (arm.documents, arm.ce_tokens)
+    options = [one["options"] for one in evaluations if one]
+    if any((one.get("documents", "all"), one.get("ce_tokens")) != asked for one in options):
         return False
     results.evaluations[arm] = [one for one in evaluations if one is not None]
     results.records[arm] = [load_record(folder) for folder in folders]

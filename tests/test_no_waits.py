@@ -300,7 +300,8 @@ def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> 
 
     monkeypatch.setattr(one_pass, "batches", batches)
     monkeypatch.setattr(one_pass, "document_numbers", lambda _: (np.arange(4 * n) // 2,))
-    monkeypatch.setattr(one_pass, "_counts", lambda *_: torch.ones(2, 2 * n, dtype=torch.float64))
+    monkeypatch.setattr(one_pass, "n_sequences", lambda *_: 4 * n)
+    monkeypatch.setattr(one_pass, "_counts", lambda *_: (*torch.ones(2, 2 * n, dtype=torch.float64), 2 * n))
     mean = torch.zeros(WIDTH, dtype=torch.float64)
     settings = Settings(hook="h", skip_first=1, splice_all=splice_all, mean=mean, device=META)
     unchecked = inspect.unwrap(one_pass.measure)

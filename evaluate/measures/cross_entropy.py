@@ -84,8 +84,8 @@ def sequence_losses(
     tail: Tail,
     x: Float[Tensor, "batch position d_model"],
     others: Sequence[Float[Tensor, "batch position d_model"]],
-    tokens: Int[Tensor, "batch position"],
-    counted: Bool[Tensor, "batch position"],
+    tokens: Int[Tensor, "batch position"] | Int[ndarray, "batch position"],
+    counted: Bool[Tensor, "batch position"] | Bool[ndarray, "batch position"],
     has_next: Bool[Tensor, "batch position"] | Bool[ndarray, "batch position"],
 ) -> list[Losses]:
     """Losses of x itself (its KL is 0) and of each of `others`, a row a sequence.
@@ -95,11 +95,11 @@ def sequence_losses(
     (half of them where half of the documents count) do not go through the tail. x and `others` are on any device,
     tokens and masks on the CPU; what is returned is where the tail's sums are kept (`sums_on`).
     """
-    mask, device = counted.numpy(), tail.device
+    mask, device = np.asarray(counted), tail.device
     chosen, rows = np.flatnonzero(mask), np.flatnonzero(mask.any(1))
     read, at = to_device(rows, x.device), to_device(np.flatnonzero(mask[rows]), device)
     predicts = to_device(np.asarray(has_next).ravel()[chosen], device)
-    targets = to_device(np.roll(tokens.numpy(), -1, 1).ravel()[chosen].astype(np.int64), device)
+    targets = to_device(np.roll(np.asarray(tokens), -1, 1).ravel()[chosen].astype(np.int64), device)
     hidden = [tail.hidden(one.index_select(0, read)).flatten(0, 1).index_select(0, at) for one in (x, *others)]
     losses = hidden[0].new_zeros(len(hidden), 2, len(chosen))
     size = max(1, min(tail.slice_tokens, len(targets)))
@@ -176,12 +176,15 @@ class Reference(NamedTuple):
     """The mean of the train split at the replaced positions."""
 
 
-def unigram_losses(split: Split, rules: CountingRules | int, n_documents: int) -> Float64[Tensor, " n_documents"]:
+def unigram_losses(
+    split: Split, rules: CountingRules | int, n_documents: int, end: int
+) -> Float64[Tensor, " n_documents"]:
     """-log of how often each predicted token is one, summed over each document's predictions; without a language model.
 
-    A prediction is made at a counted position whose next token lies in the same sequence.
+    A prediction is made at a counted position, of the sequences before `end`, whose next token lies in the same one.
     """
     predicts = counted(split, rules)[:, :-1]
+    predicts[end:] = False
     predicts &= np.arange(1, split.tokens.shape[1]) < split.lengths[:, None]
     targets, at = split.tokens[:, 1:][predicts], np.nonzero(predicts)[0]
     _, kind, counts = np.unique(targets, return_inverse=True, return_counts=True)
@@ -239,7 +242,7 @@ def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:
         "hook": settings.hook,
         "skip_first": str(settings.skip_first) if isinstance(settings.skip_first, int) else settings.skip_first.key(),
         "splice_all": str(settings.splice_all),
-    }
+    } | ({} if settings.ce_tokens is None else {"ce_tokens": str(settings.ce_tokens)})
 
 
 def reference_path(runs_path: Path, store: Store, split: str, settings: Settings) -> Path:
