@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     "--smooth",
     multiple=True,
     metavar="KIND=VALUE",
-    help="Also score each SAE with its codes smoothed along every sequence: ema=0.3 (memory; ema-topk=0.3: of it "
-    "the k largest), mean=3 (last positions), hysteresis=2 (latents stay on while among the 2 k largest), scale=0.9 "
-    "(only smaller: a control). Repeatable; named like RUN+ema=0.3.",
+    help="Also score each SAE with its codes smoothed along the sequence: ema=0.3 (exponential moving average), "
+    "ema-topk=0.3 (the same, its k largest kept), mean=3 (mean of the last 3 positions), hysteresis=2 (a latent stays "
+    "on while among the 2k largest), scale=0.9 (no smoothing: a control). Repeatable; the result is named RUN+ema=0.3.",
 )
 @click.option(
     "--documents",
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     "--ce-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Cross-entropies and KL, nearly all of the time with a large model, are of the first documents that hold N "
-    "tokens; every other figure is of all. Default: all.",
+    help="Cross-entropies and KL, most of the time with a large model, on the first documents that hold N tokens; all "
+    "other figures on all. Default: all.",
 )
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(

@@ -87,8 +87,7 @@ def measure(
     Systems and tail are on the settings' device; sums and observers where `sums_on` says; what is returned on the CPU.
 
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
-    processes each runs over its `part`, and rank 0 is returned the sums of all; an observer brings its own
-    together.
+    processes each runs over its `part`, and rank 0 gets the sums of all; an observer adds up its own.
     """
     part = part or part_of(split, settings.skip_first, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
@@ -121,9 +120,8 @@ def measure(
         if tail is not None and in_tail:
             if reference is None:
                 spliced |= _ablations(batch, x, settings)
-            first = slice(tail_end - batch.start)
-            for i, of_system in _losses(tail, batch, x, spliced, first).items():
-                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents[first], torch.stack(tuple(of_system)))
+            for i, one in _losses(tail, batch, x, spliced, tail_end - batch.start).items():
+                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents[: one.shape[1]], one)
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
@@ -314,13 +312,14 @@ def _losses(
     batch: EvalBatch,
     x: Float[Tensor, "batch position d_model"],
     spliced: Mapping[int, Tensor],
-    first: slice,
-) -> dict[int, Losses]:
-    """Of the `first` sequences of the batch."""
+    n: int,
+) -> dict[int, Float64[Tensor, "2 m"]]:
+    """Cross-entropies and KL divergences of the batch's first `n` sequences, or all."""
+    first = slice(n)
     others = [one[first] for one in spliced.values()]
     on_host = (one[first] for one in (batch.tokens.numpy(), batch.counted.numpy(), batch.has_next_on_host))
     losses = sequence_losses(tail, x[first], others, *on_host)
-    return dict(zip((CLEAN, *spliced), losses, strict=True))
+    return {i: torch.stack(tuple(one)) for i, one in zip((CLEAN, *spliced), losses, strict=True)}
 
 
 def _counts(

@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     "--min-length",
     default=3,
     show_default=True,
-    help="Leave out a document's last piece if it is shorter (a window is 3 long).",
+    help="Leave out a document's last piece if it has fewer tokens (a window has 3).",
 )
 @click.option(
     "--prepend-bos/--no-prepend-bos",
@@ -113,7 +113,7 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="What the model computes in; the halves on a GPU only.",
+    help="The model's dtype; bfloat16 and float16 need a GPU.",
 )
 @device_option("the model runs")
 @click.option("--batch-size", default=32, show_default=True, help="Sequences in one forward pass.")
@@ -127,7 +127,7 @@ if TYPE_CHECKING:
     "--seed",
     default=0,
     show_default=True,
-    help="0 keeps the corpus's order, another number shuffles it. Also the seed of --control.",
+    help="Shuffles the documents; 0 keeps their order. Also the seed of --control.",
 )
 @click.option(
     "--control",
@@ -137,8 +137,9 @@ if TYPE_CHECKING:
 @click.option(
     "--codec",
     type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split stays exact.  "
-    "[default: float16; with --lm-dtype bfloat16 bfloat16, which has its range and precision]",
+    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split is float16 or "
+    "float32 whatever the codec.  [default: float16; with --lm-dtype bfloat16 bfloat16, which has its range and "
+    "precision]",
 )
 @click.option(
     "--codec-error",
@@ -151,7 +152,7 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Begin even if the disk has not the room; break the lock of a dead process in an object store.",
+    help="Begin even if the disk is too small; take the lock of a dead process in an object store.",
 )
 @click.option("--fresh", is_flag=True, help="Delete the activation store that is there and start anew.")
 @click.pass_context

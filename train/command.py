@@ -29,8 +29,8 @@ CONTROLS = "-shuffled"
 @click.option(
     "--steps",
     type=Count(),
-    help="Optimiser steps, of 2048 tokens unless set otherwise. Default: 2500. A finished run goes on to more, "
-    "if its schedule allows it.",
+    help="Optimiser steps. Default: the preset's, mostly 2500 of 2048 tokens. A finished run goes on to more, if its "
+    "schedule allows it.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="Order of the data, as --set data.seed. Default: 0."
@@ -73,9 +73,9 @@ def train(place: Place, **asked: Any) -> None:
     presets, `tcsae presets --name NAME` every setting of one.
 
     An interrupted run goes on from its last checkpoint under the same command, to the same weights: bit for bit on a
-    CPU with the same number of threads, up to rounding on a GPU. A finished run goes on under a higher --steps if its
-    schedule does not depend on the number of steps (optimizer.decay=none and a warm-up that fits); otherwise the reason
-    is given.
+    CPU with the same number of threads, up to rounding on a GPU. A finished run goes on under a higher --steps if no
+    setting depends on the number of steps: optimizer.decay=none, a warm-up of at most a twentieth of the run,
+    dead.after_share=1, temporal.warmup=0. Otherwise the reason is given.
 
     With `torchrun --nproc-per-node N -m tcsae train ...` the runs are divided among N processes, each run the same as
     trained alone. A single run is trained by all processes, each on its part of every batch.

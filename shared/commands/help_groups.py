@@ -37,7 +37,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--positions",
             "--init-from",
         ],
-        "How": ["--device", "--precision", "--tracker", "--dry-run", "--fresh"],
+        "How": ["--device", "--precision", "--compile", "--tracker", "--dry-run", "--fresh"],
     },
     "eval": {
         "What to score": [
@@ -45,6 +45,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--documents",
             "--positions",
             "--skip-first",
+            "--ce-tokens",
             "--smooth",
             "--baselines",
             "--temporal",
