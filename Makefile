@@ -12,8 +12,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Fewer steps than the default of `train`: with the installation under five minutes of two cores.
 STEPS ?= 1250
-TWINS = train --preset temporal-topk --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
-CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk --with topk
+TWINS = train --preset temporal-topk-centred --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
+CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk-centred --with topk
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
 SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* evaluate/report/script/* paper/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing

@@ -206,8 +206,8 @@ def compare(place: Place, name: str | None, others: tuple[str, ...], details: bo
     """Compare a run with others on the same documents: one table, the paired differences, and two sentences.
 
     \b
-      tcsae compare --run temporal-topk --with topk
-      tcsae compare --run temporal-topk --with topk --with topk+ema-topk=0.3
+      tcsae compare --run temporal-topk-centred --with topk
+      tcsae compare --run temporal-topk-centred --with topk --with topk+ema-topk=0.3
       tcsae compare --json
 
     Runs that are not evaluated yet are evaluated first. Differences are paired: both SAEs on the same resampling of the

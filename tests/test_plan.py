@@ -111,6 +111,7 @@ def test_the_papers_presets_and_controls_are_listed_apart():
     assert {f"{name.strip()}-shuffled" for name in controls} <= PRESETS.keys()
     (default,) = (line for line in printed if line.endswith("(default)"))
     assert default in ours and default.split()[0] == DEFAULT
+    assert f"Default: {DEFAULT}." in CliRunner().invoke(cli, ["train", "--help"], terminal_width=200).output
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from tcsae.shared.commands.group import STAGES, cli
+from tcsae.train.presets import DEFAULT
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()
@@ -52,7 +53,7 @@ def test_make_has_these_targets_and_runs_the_twins():
     chain = subprocess.run(planned, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1]
     words = [word for word in chain.split() if word in STAGES]
     assert words == ["harvest", "train", "eval", "report", "compare"]
-    assert "--preset temporal-topk --preset topk" in chain and "--run temporal-topk --with topk" in chain
+    assert f"--preset {DEFAULT} --preset topk" in chain and f"--run {DEFAULT} --with topk" in chain
 
 
 def test_pip_names_extras_that_exist():
@@ -108,7 +109,7 @@ def small_presets():
 def test_its_commands_run_in_order(small_presets, tiny_lm, tiny_corpus, tmp_path, monkeypatch):  # noqa: ARG001
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tcsae.train.plan.UNNAMED", ("steps", "log_every", "guard.", "data.n_segments"))
-    first = "tcsae harvest train --preset temporal-topk --preset topk eval report compare"  # of `make run`
+    first = f"tcsae harvest train --preset {DEFAULT} --preset topk eval report compare"  # of `make run`
     named = (one for one in commands() if "tcsae" in (one[0].removeprefix(".venv/bin/"), *one))
     called = [first.split(), *(one for one in named if not set(one) & {*HUB, *CHAT})]
     (tmp_path / "folder").mkdir()
@@ -124,8 +125,8 @@ def test_its_commands_run_in_order(small_presets, tiny_lm, tiny_corpus, tmp_path
     assert len(ran) > 20
     assert (tmp_path / "data" / "report" / "index.html").is_file()
     assert (tmp_path / "bucket-activations.zarr").exists() and (tmp_path / "null.zarr").exists()
-    said = CliRunner().invoke(cli, ["compare", "--run", "temporal-topk", "--with", "topk"]).stdout.splitlines()
-    assert said[-5].startswith("temporal-topk reconstructs "), "make run ends on two sentences and where to look"
+    said = CliRunner().invoke(cli, ["compare", "--run", DEFAULT, "--with", "topk"]).stdout.splitlines()
+    assert said[-5].startswith(f"{DEFAULT} reconstructs "), "make run ends on two sentences and where to look"
     assert said[-1] == "Curves, features and text: open data/report/index.html"
 
 

@@ -24,7 +24,11 @@ CONTROLS = "-shuffled"
 
 @click.command(cls=StageCommand)
 @click.option(
-    "--preset", "presets", multiple=True, metavar="NAME", help="Named settings; repeatable. Default: temporal-topk."
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    help="Named settings; repeatable. Default: temporal-topk-centred.",
 )
 @click.option(
     "--steps",
@@ -65,7 +69,7 @@ def train(place: Place, **asked: Any) -> None:
 
     \b
       tcsae train                                                      the default preset
-      tcsae train --preset topk --preset temporal-topk --steps 5000    two runs, one pass
+      tcsae train --preset topk --preset temporal-topk-centred --steps 5000    two runs, one pass
       tcsae train --set sae.d_sae=1024 --sweep sae.k=8,16,32 --sweep init_seed=0,1,2    nine runs, one pass
       tcsae train --preset written-run3 --dry-run                      passes, memory, time; nothing is written
 

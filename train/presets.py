@@ -273,7 +273,7 @@ def _is_temporal(config: TrainConfig) -> bool:
 TEMPORAL_PRESETS = [name for name in PRESETS if _is_temporal(PRESETS[name].make(8))]
 """Those with a twin, NAME-shuffled, whose neighbours are of one document but not adjacent."""
 PRESETS |= {f"{name}-shuffled": _shuffled(name) for name in TEMPORAL_PRESETS}
-DEFAULT = "temporal-topk"
+DEFAULT = "temporal-topk-centred"
 """What the rule of `tcsae real-lm` decides: this form as long as no other is worth more and it is within the budget."""
 
 

@@ -35,7 +35,7 @@ def report(place: Place, tracker: str | None, **asked: Any) -> None:
     index.html, or send the folder as a zip. Runs that are not evaluated are named as left out, and why.
 
     \b
-      tcsae train --preset topk --preset temporal-topk eval report
+      tcsae train --preset topk --preset temporal-topk-centred eval report
       tcsae report --run topk --split train --max-tokens 1M --out topk-report
     """
     from pathlib import Path

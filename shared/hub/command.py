@@ -30,7 +30,7 @@ def push(
     """Put trained SAEs, or the store, on the Hugging Face Hub.
 
     \b
-      tcsae push topk temporal-topk --to me/pythia-70m-saes --license mit
+      tcsae push topk temporal-topk-centred --to me/pythia-70m-saes --license mit
       tcsae --store pythia.zarr push --store --to me/pythia-70m-activations
 
     Each run becomes a folder that SAELens loads by name, with its settings, its evaluation and a model card: figures
