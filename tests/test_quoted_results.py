@@ -6,10 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tcsae.paper.real_lm import FORMS as FORMS_OF
+from tcsae.train.presets import DEFAULT
+
 ROOT = Path(__file__).parent.parent
-SECTION = (ROOT / "README.md").read_text().partition("## Which temporal method?")[2].partition("\n## ")[0]
+README = (ROOT / "README.md").read_text()
+SECTION = README.partition("## Which temporal method?")[2].partition("\n## ")[0]
 METHODS = json.loads((ROOT / "docs" / "results" / "methods.json").read_text())
 PLANTED = json.loads((ROOT / "docs" / "results" / "planted.json").read_text())
+REAL_LM = json.loads((ROOT / "docs" / "results" / "real-lm.json").read_text())
+FORMS = {row["method"]: row for row in REAL_LM["methods"]}
+LABEL = next(name for name, preset, *_ in FORMS_OF if preset == DEFAULT)
 VALUES = {row["method"]: row["values"] for row in METHODS["methods"]}
 COLUMNS = {
     "EV": ("explained_variance", 4),
@@ -36,6 +43,66 @@ def test_the_table_is_that_of_the_methods_page():
     for name, *cells in rows:
         for cell, (figure, digits) in zip(cells, COLUMNS.values(), strict=True):
             assert cell == f"{mean(name, figure):.{digits}f}", (name, figure)
+
+
+FIRST = {
+    "EV": ("explained_variance", 4),
+    "delta CE": ("delta_ce", 3),
+    "L0": ("l0", 1),
+    "alive %": ("alive", 1),
+    "median persistence": ("rho_1_within_median", 3),
+    "pooled persistence": ("rho_1_within", 3),
+    "document probe": ("probe_document", 3),
+}
+
+
+def test_the_first_table_begins_with_the_real_language_model():
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")
+    ]
+    assert head[1:] == list(FIRST)
+    for (name, *cells), form in zip(rows, ("x", "TopK", "TopK, ema-topk=0.3", LABEL), strict=False):
+        assert name.startswith("SmolLM2") and (form != LABEL or DEFAULT in name)
+        for cell, (figure, digits) in zip(cells, FIRST.values(), strict=True):
+            assert cell == (of_x(figure, digits) if form == "x" else of_form(form, figure, digits)), (name, figure)
+    assert not any(name.startswith("SmolLM2") for name, *_ in rows[4:8])
+
+
+def of_x(figure: str, digits: int) -> str:
+    known = FORMS["layer 9: TopK"]["x"] | {"explained_variance": 1.0, "delta_ce": 0.0}
+    return "-" if known[figure] is None else f"{known[figure]:.{digits}f}"
+
+
+def of_form(form: str, figure: str, digits: int) -> str:
+    row = FORMS[f"layer 9: {form}"]
+    value = float(np.mean(row["values"][figure]))
+    return f"{value / 40.96 if figure == 'alive' else value:.{digits}f}"
+
+
+def at(layer: int, form: str, figure: str) -> float:
+    return float(np.mean(FORMS[f"layer {layer}: {form}"]["values"][figure]))
+
+
+def rises(layer: int, figure: str) -> str:
+    return f"from {at(layer, 'TopK', figure):.3f} to {at(layer, LABEL, figure):.3f}"
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "it costs {:.4f} nats at layer 9 and {:.4f} at layer 19".format(
+            *(at(layer, LABEL, "delta_ce") - at(layer, "TopK", "delta_ce") for layer in (9, 19))
+        ),
+        f"(Jaccard) goes {rises(9, 'jaccard_corrected')}, and {rises(19, 'jaccard_corrected')}",
+        f"without the widest 1% persistence goes {rises(9, 'without_widest/rho_1_within')}",
+        f"`batchtopk`, which loses {at(9, 'BatchTopK', 'delta_ce'):.3f} nats",
+    ],
+)
+def test_what_the_temporal_loss_buys_is_what_the_real_model_says(sentence):
+    assert sentence in " ".join(README.split())
+    assert abs(at(9, LABEL, "rho_1_within_median") - at(9, "TopK", "rho_1_within_median")) < 0.01
+    assert at(9, LABEL, "probe_document") <= at(9, "TopK", "probe_document")
+    assert at(9, "BatchTopK", "delta_ce") == min(at(9, form, "delta_ce") for form in ("TopK", "BatchTopK", LABEL))
 
 
 SPEED = METHODS["costs"]["TopK"]["tokens_s"] / METHODS["costs"]["TFA"]["tokens_s"]
