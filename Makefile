@@ -3,7 +3,7 @@
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
 # make paper  the paper's table and questions into docs/results, about an hour and a half on two cores
 # make methods  every temporal method on one store, in one table into docs/results, under two hours on two cores
-# make real-lm  the temporal presets on SmolLM2-135M (from pip's index) into docs/results, under three hours on two cores
+# make real-lm  the temporal presets on SmolLM2-135M (from pip's index) into docs/results, two hours on two cores
 # make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none
 # make planted  what SAEs recover of planted features into docs/results/planted.md, under an hour on two cores
 # make clean  remove the environment, the build and the run's data

