@@ -116,7 +116,7 @@ CROSSCODER = "crosscoder, 3 positions"
         f"{len(VALUES)} methods",
         f"`tfa` explains {cost('TFA'):.3f} more than `topk`",
         f"at 1/{SPEED:.0f} of the speed",
-        f"`temporal-topk` for {cost('contrastive'):.3f} of EV and {cost('contrastive', 'delta_ce'):.3f} nats",
+        f"`{DEFAULT}`, the default, for {cost(LABEL):.3f} of EV and {cost(LABEL, 'delta_ce'):.3f} nats",
         f"for {cost('local contrast'):.3f} of EV",
         f"for {cost(SMOOTHED):.3f} of EV: more overlap",
         f"names {mean(CROSSCODER, 'probe_document'):.2f} of documents (plain {mean('TopK', 'probe_document'):.2f})",
@@ -128,6 +128,26 @@ CROSSCODER = "crosscoder, 3 positions"
 )
 def test_its_sentences_have_the_pages_figures(sentence):
     assert " ".join(sentence.split()) in " ".join(SECTION.split())
+
+
+def gains(form: str, figure: str, twin: str = "TopK") -> float:
+    return at(9, form, figure) - at(9, twin, figure)
+
+
+def test_what_it_says_of_smollm2_holds():
+    text = " ".join(SECTION.split())
+    local, t_sae = ("local contrast", "TopK"), ("T-SAE", "BatchTopK")
+    costs = [
+        f"{gains(one, 'jaccard_corrected', twin):.3f}{of} for {gains(one, 'delta_ce', twin):.3f}"
+        for (one, twin), of in ((local, " of Jaccard"), (t_sae, ""))
+    ]
+    assert f"local contrast gains {costs[0]} nats, T-SAE {costs[1]};" in text
+    named = [at(9, one, "probe_document") for one in (CROSSCODER, "TopK")]
+    assert (
+        f"names {named[0]:.2f} of documents (plain {named[1]:.2f}) for {gains(CROSSCODER, 'delta_ce'):.3f} nats" in text
+    )
+    for name in ("persistent SAE", "TFA"):
+        assert gains(name, "delta_ce") > 0 > max(gains(name, "rho_1_within"), gains(name, "jaccard_corrected"))
 
 
 def test_what_it_says_of_all_methods_holds():
