@@ -16,6 +16,7 @@ METHODS = json.loads((ROOT / "docs" / "results" / "methods.json").read_text())
 PLANTED = json.loads((ROOT / "docs" / "results" / "planted.json").read_text())
 REAL_LM = json.loads((ROOT / "docs" / "results" / "real-lm.json").read_text())
 FORMS = {row["method"]: row for row in REAL_LM["methods"]}
+PAPER = json.loads((ROOT / "docs" / "results" / "results.json").read_text())["questions"]
 LABEL = next(name for name, preset, *_ in FORMS_OF if preset == DEFAULT)
 VALUES = {row["method"]: row["values"] for row in METHODS["methods"]}
 COLUMNS = {
@@ -103,6 +104,31 @@ def test_what_the_temporal_loss_buys_is_what_the_real_model_says(sentence):
     assert abs(at(9, LABEL, "rho_1_within_median") - at(9, "TopK", "rho_1_within_median")) < 0.01
     assert at(9, LABEL, "probe_document") <= at(9, "TopK", "probe_document")
     assert at(9, "BatchTopK", "delta_ce") == min(at(9, form, "delta_ce") for form in ("TopK", "BatchTopK", LABEL))
+
+
+def added(question: str, arm: str, figure: str, store: str = "text") -> float:
+    """What an arm of the paper's page has over the plain SAE on the same store, seeds' mean."""
+
+    def mean_of(name: str) -> float:
+        (row,) = (
+            one for one in PAPER[question] if one["latents"] == "all" and (one["arm"], one["store"]) == (name, store)
+        )
+        return float(np.mean(row["values"][figure]))
+
+    return mean_of(arm) - mean_of("no temporal term")
+
+
+def test_what_it_says_of_the_papers_questions_holds():
+    text, term = " ".join(README.split()), "contrastive, weight 3"
+    cost, gain = (added("shuffled", term, name) for name in ("explained_variance", "rho_8_within"))
+    assert f"costs {-cost:.3f} of explained variance at 1,024 latents" in text
+    assert added("shuffled", "contrastive, pairs at most 15 apart", "rho_8_within") == pytest.approx(gain, rel=0.1)
+    smoothed = "no term, codes smoothed: ema-topk=0.2"
+    assert f"at the same L0 costs {-added('smoothing', smoothed, 'explained_variance'):.3f} for a third" in text
+    assert added("smoothing", smoothed, "rho_8_within") / gain == pytest.approx(1 / 3, abs=0.05)
+    assert added("nulls", term, "rho_8_within", "permuted") / gain == pytest.approx(1 / 2, abs=0.1)
+    assert added("nulls", term, "rho_8_within", "random-weights") / gain == pytest.approx(4, abs=0.5)
+    assert f"and {len(PAPER) - 1} more questions, on the embedded model" in text
 
 
 SPEED = METHODS["costs"]["TopK"]["tokens_s"] / METHODS["costs"]["TFA"]["tokens_s"]
