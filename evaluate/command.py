@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     "--ce-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Cross-entropies and KL, most of the time with a large model, on the first documents that hold N tokens; all "
-    "other figures on all. Default: all.",
+    help="Cross-entropies and KL on the first documents that hold N tokens, all other figures on all: the layers after "
+    "the hook run once for each token and SAE. Default: all.",
 )
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(

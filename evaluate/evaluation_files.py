@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tcsae import __version__
+from tcsae.evaluate.batches import n_sequences
 from tcsae.evaluate.candidates import EvalOptions, Loaded
 from tcsae.evaluate.halves import half
 from tcsae.evaluate.intervals import LEVEL, MIN_DOCUMENTS, N_RESAMPLINGS, interval, point
@@ -93,6 +94,7 @@ def common_values(group: Group, measured: Measured, no_tail: str | None) -> dict
         "n_tokens": int(measured.counted[0].n_tokens[0]),
         "n_tokens_skipped": int(measured.skipped[0].n_tokens[0]),
         "left_out": left_out(split, group.options.rules),
+        "n_ce_tokens": int(split.lengths[: n_sequences(split, group.options.ce_tokens)].sum()),
         "n_predictions": 0 if reference is None else int(reference.n_predictions.sum()),
         "no_tail": no_tail,
         "through_the_tail": [] if reference is None else list(tail_metrics.DEFINITIONS),

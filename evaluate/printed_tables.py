@@ -94,13 +94,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def check_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raises RunError unless two evaluations are of one store with the same positions counted."""
+    """Raises RunError unless two evaluations are of one store with the same documents and positions counted."""
     for key in ("store", "options"):
         ours, theirs = (_comparable(evaluation, key) for evaluation in (one, other))
         if ours != theirs:
             raise RunError(
                 f"{one['name']} and {other['name']} differ in {key} ({ours}, {theirs}), so their documents cannot be "
-                "paired. Give both the same: tcsae eval --force, with --skip-first if that is what differs."
+                "paired. Give both the same --documents, --skip-first, --positions, --splice and --ce-tokens in tcsae "
+                "eval --force; data.exclude_tokens and data.max_norm are as in training."
             )
 
 
@@ -163,10 +164,14 @@ def difference_table(
     )
 
 
+OF_NO_DOCUMENT = ("smooth", "temporal", "baselines", "precision")
+"""Options that change no document, position or prediction that is counted."""
+
+
 def _comparable(evaluation: dict[str, Any], key: str) -> Any:
     if key == "store":
         return evaluation["store"]["content"][:12]
-    return {name: evaluation["options"][name] for name in ("hook", "skip_first", "splice", "split")}
+    return {name: value for name, value in evaluation["options"].items() if name not in OF_NO_DOCUMENT}
 
 
 def _rows(runs_path: Path, evaluation: dict[str, Any]) -> dict[str, Tensor]:

@@ -27,10 +27,7 @@ def place(tmp_path_factory):
 
 
 def evaluation(place, *arguments: str) -> tuple[dict, str]:
-    arguments = ("--store", str(place / "a.zarr"), "--runs", str(place / "runs"), "eval", "--no-temporal", *arguments)
-    done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 0, done.output
-    return json.loads((place / "runs" / "run" / "eval.json").read_text()), done.output
+    return toy.run_eval(place / "a.zarr", place / "runs", "--no-temporal", *arguments)
 
 
 @torch.no_grad()
@@ -65,6 +62,10 @@ def test_cross_entropies_are_of_the_first_documents_and_all_else_is_of_all(place
         else:
             assert (part["metrics"][name], part["intervals"].get(name)) == (value, whole["intervals"].get(name)), name
     assert f"Cross-entropies: of the first {n_predictions:,} predictions." in said
+    saebench = json.loads((place / "runs" / "run" / "saebench_core.json").read_text())
+    read = saebench["eval_result_metrics"]["token_stats"]["total_tokens_eval_reconstruction"]
+    assert read == part["n_ce_tokens"] == int(open_store(str(place / "a.zarr")).eval.lengths[:end].sum())
+    assert whole["n_ce_tokens"] == whole["n_tokens"] + whole["n_tokens_skipped"]
     assert "ce_tokens" not in whole["options"] and part["options"]["ce_tokens"] == N_TOKENS
 
 

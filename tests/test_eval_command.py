@@ -19,7 +19,7 @@ from tcsae.evaluate.evaluation_files import REPLICATES
 from tcsae.evaluate.intervals import N_RESAMPLINGS, holm, jackknife, jackknife_draws, over_seeds, p_value, resamplings
 from tcsae.evaluate.measures.cross_entropy import sequence_losses
 from tcsae.evaluate.measures.saebench import FILE, max_cosines
-from tcsae.evaluate.printed_tables import _figure, differences, seed_differences
+from tcsae.evaluate.printed_tables import _figure, check_comparable, differences, seed_differences
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.commands.group import cli
@@ -110,6 +110,30 @@ def test_two_saes_are_compared_on_the_same_documents(store, tmp_path):
     with pytest.raises(RunError, match="a and b differ in options .* cannot be paired"):
         differences(tmp_path, evaluations["a"], evaluations["b"])
     assert call(store, tmp_path, "--compare", "a").exit_code == 2
+
+
+PLAIN = {"hook": "h", "skip_first": 1, "splice": "counted", "split": "eval"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"documents": "report"},
+        {"ce_tokens": 100},
+        {"positions": ["user"]},
+        {"exclude_tokens": ["special"]},
+        {"max_norm": 10.0},
+        {"splice": "all"},
+    ],
+    ids=str,
+)
+def test_evaluations_of_other_documents_or_positions_are_not_paired(more):
+    one = {"name": "a", "store": {"content": "c"}, "options": PLAIN}
+    with pytest.raises(
+        RunError, match=r"a and b differ in options .* cannot be paired. Give both the same --documents"
+    ):
+        check_comparable(one, one | {"name": "b", "options": PLAIN | more})
+    check_comparable(one, one | {"options": PLAIN | {"smooth": "ema=0.3", "temporal": False, "precision": "tf32"}})
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))

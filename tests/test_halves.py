@@ -1,7 +1,5 @@
 """Promise: `eval --documents choose` and `report` count two halves of the documents, which share none and miss none."""
 
-import json
-
 import numpy as np
 import pytest
 import toy_eval as toy
@@ -34,10 +32,7 @@ def place(tmp_path_factory):
 
 
 def evaluation(place, *arguments: str) -> dict:
-    arguments = ("--store", str(place / "a.zarr"), "--runs", str(place / "runs"), "eval", *arguments)
-    done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 0, done.output
-    return json.loads((place / "runs" / "run" / "eval.json").read_text())
+    return toy.run_eval(place / "a.zarr", place / "runs", *arguments)[0]
 
 
 @pytest.mark.slow
@@ -80,9 +75,7 @@ def test_only_sequences_with_a_counted_position_go_through_the_tail(place, tmp_p
     toy.make_run(tmp_path / "runs", "run", toy.make_sae(), store)
     read, hidden = [], Tail.hidden
     monkeypatch.setattr(Tail, "hidden", lambda tail, x: (read.append(len(x)), hidden(tail, x))[1])
-    arguments = ["--store", store.location, "--runs", str(tmp_path / "runs"), "eval", "--no-temporal"]
-    done = CliRunner().invoke(cli, [*arguments, "--documents", "report", "--skip-first", "1"])
-    assert done.exit_code == 0, done.output
+    toy.run_eval(place / "a.zarr", tmp_path / "runs", "--no-temporal", "--documents=report", "--skip-first=1")
     n = int((split.lengths > 1).sum())
     assert 0 < n < int((store.eval.lengths > 1).sum())
     assert sum(read) == 5 * n  # x, xhat and three ablations

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcsae.paper.real_lm import FORMS as FORMS_OF
+from tcsae.paper.real_lm import FORMS as PRESETS_OF
 from tcsae.train.presets import DEFAULT
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ PLANTED = json.loads((ROOT / "docs" / "results" / "planted.json").read_text())
 REAL_LM = json.loads((ROOT / "docs" / "results" / "real-lm.json").read_text())
 FORMS = {row["method"]: row for row in REAL_LM["methods"]}
 PAPER = json.loads((ROOT / "docs" / "results" / "results.json").read_text())["questions"]
-LABEL = next(name for name, preset, *_ in FORMS_OF if preset == DEFAULT)
+LABEL = next(name for name, preset, *_ in PRESETS_OF if preset == DEFAULT)
 VALUES = {row["method"]: row["values"] for row in METHODS["methods"]}
 COLUMNS = {
     "EV": ("explained_variance", 4),
@@ -75,8 +75,7 @@ def of_x(figure: str, digits: int) -> str:
 
 
 def of_form(form: str, figure: str, digits: int) -> str:
-    row = FORMS[f"layer 9: {form}"]
-    value = float(np.mean(row["values"][figure]))
+    value = at(9, form, figure)
     return f"{value / 40.96 if figure == 'alive' else value:.{digits}f}"
 
 
@@ -95,7 +94,7 @@ def rises(layer: int, figure: str) -> str:
             *(at(layer, LABEL, "delta_ce") - at(layer, "TopK", "delta_ce") for layer in (9, 19))
         ),
         f"(Jaccard) goes {rises(9, 'jaccard_corrected')}, and {rises(19, 'jaccard_corrected')}",
-        f"without the widest 1% persistence goes {rises(9, 'without_widest/rho_1_within')}",
+        f"at layer 9 without the widest 1% persistence goes {rises(9, 'without_widest/rho_1_within')}",
         f"`batchtopk`, which loses {at(9, 'BatchTopK', 'delta_ce'):.3f} nats",
     ],
 )

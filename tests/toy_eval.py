@@ -3,12 +3,16 @@
 No test itself; loaded by path, as nothing below tests/ is a package.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from click.testing import CliRunner
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import make_tail, save_tail
 from tcsae.shared.sae.folder import save_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
@@ -85,6 +89,13 @@ def make_sae(activation: str = "topk", d_model: int = WIDTH, seed: int = 0, **mo
         tensor.data = torch.randn(tensor.shape, generator=generator) / d_model**0.5
     sae.b_enc.data[3] = -1e6  # dead
     return sae
+
+
+def run_eval(store: Path, runs: Path, *arguments: str, name: str = "run") -> tuple[dict[str, Any], str]:
+    """`tcsae eval` on a store and a folder of runs: what a run's eval.json holds, and what was printed."""
+    done = CliRunner().invoke(cli, ["--store", str(store), "--runs", str(runs), "eval", *arguments])
+    assert done.exit_code == 0, done.output
+    return json.loads((runs / name / "eval.json").read_text()), done.output
 
 
 def make_run(runs: Path, name: str, sae: SparseAutoencoder, store: Store, **changes: object) -> Path:

@@ -274,7 +274,7 @@ TEMPORAL_PRESETS = [name for name in PRESETS if _is_temporal(PRESETS[name].make(
 """Those with a twin, NAME-shuffled, whose neighbours are of one document but not adjacent."""
 PRESETS |= {f"{name}-shuffled": _shuffled(name) for name in TEMPORAL_PRESETS}
 DEFAULT = "temporal-topk-centred"
-"""What the rule of `tcsae real-lm` decides: this form as long as no other is worth more and it is within the budget."""
+"""What the rule of `tcsae real-lm` decides (docs/results/real-lm.md)."""
 
 
 def preset(name: str, d_model: int) -> TrainConfig:

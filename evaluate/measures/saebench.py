@@ -106,7 +106,7 @@ def core_output(
         group: {key: _number(figures.get(AS_SAEBENCH.get(key, key))) for key in keys} for group, keys in GROUPS.items()
     }
     groups["token_stats"] = {
-        "total_tokens_eval_reconstruction": evaluation["n_tokens"] + evaluation["n_tokens_skipped"],
+        "total_tokens_eval_reconstruction": evaluation["n_ce_tokens"],
         "total_tokens_eval_sparsity_variance": evaluation["n_tokens"] + evaluation["n_tokens_skipped"],
     }
     groups["misc_metrics"] = {key: _number(value) for key, value in misc_metrics(details).items()}
