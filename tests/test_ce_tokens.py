@@ -31,29 +31,34 @@ def evaluation(place, *arguments: str) -> tuple[dict, str]:
 
 
 @torch.no_grad()
-def naive(place, end: int) -> tuple[float, float, int]:
-    """Mean cross-entropy with the SAE, mean KL divergence, and predictions, of the eval split's first sequences."""
+def naive(place, end: int) -> tuple[float, float, float, int]:
+    """Of the eval split's first sequences: mean cross-entropy with the SAE, KL divergence, cross-entropy of how often
+    each token is predicted, and the number of predictions.
+    """
     store, sae = open_store(str(place / "a.zarr")), toy.make_sae()
     split, tail = store.eval, Tail.load(store.tail_path(toy.HOOK))
-    ce, kl = [], []
+    ce, kl, targets = [], [], []
     for x, tokens, length in zip(split.read(toy.HOOK, 0, end), split.tokens, split.lengths, strict=False):
         x = torch.from_numpy(np.asarray(x, np.float32))[:length]
         x_hat = x.clone()
         x_hat[1:] = sae(x[1:]) if length > 1 else x_hat[1:]
         clean, spliced = (tail.unembed(tail.hidden(one[None])[0]).log_softmax(-1) for one in (x, x_hat))
         kl += (clean.exp() * (clean - spliced)).sum(-1)[1:].tolist()
+        targets += tokens[2:length].tolist()
         ce += [-float(spliced[i, tokens[i + 1]]) for i in range(1, length - 1)]
-    return float(np.mean(ce)), float(np.mean(kl)), len(ce)
+    _, kind, counts = np.unique(targets, return_inverse=True, return_counts=True)
+    return float(np.mean(ce)), float(np.mean(kl)), float(-np.log(counts[kind] / len(ce)).mean()), len(ce)
 
 
 def test_cross_entropies_are_of_the_first_documents_and_all_else_is_of_all(place):
     whole, _ = evaluation(place)
     part, said = evaluation(place, "--ce-tokens", str(N_TOKENS))
     end = n_sequences(open_store(str(place / "a.zarr")).eval, N_TOKENS)
-    ce, kl, n_predictions = naive(place, end)
+    ce, kl, unigrams, n_predictions = naive(place, end)
     assert 0 < n_predictions < whole["n_predictions"]
     assert part["n_predictions"] == n_predictions
     assert part["metrics"]["ce_loss_with_sae"] == pytest.approx(ce, rel=1e-5)
+    assert part["metrics"]["ce_loss_with_unigrams"] == pytest.approx(unigrams, rel=1e-9)
     assert part["metrics"]["kl_div_with_sae"] == pytest.approx(kl, rel=1e-4)
     for name, value in whole["metrics"].items():
         if name.startswith(("ce_", "kl_")):
@@ -77,6 +82,13 @@ def test_nothing_behind_them_goes_through_the_tail(place, tmp_path, monkeypatch)
     evaluate_runs(store, tmp_path, EvalRequest(temporal=False, ce_tokens=N_TOKENS))
     end = n_sequences(store.eval, N_TOKENS)
     assert sum(read) == 5 * int((store.eval.lengths[:end] > 1).sum())  # x, xhat and three ablations
+
+
+def test_intervals_of_other_figures_stay_where_cross_entropies_have_too_few_documents(place):
+    whole, _ = evaluation(place)
+    part, _ = evaluation(place, "--ce-tokens", "1")
+    assert part["intervals"]["mse"] == whole["intervals"]["mse"] is not None
+    assert part["intervals"]["ce_loss_with_sae"] is None and part["metrics"]["ce_loss_with_sae"] is not None
 
 
 def test_more_than_there_are_is_all(place):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from tcsae.paper import real_lm as module
 from tcsae.paper import smollm2 as package
 from tcsae.paper.methods import table_arm
 from tcsae.paper.real_lm import BUDGET, MISSION, PLAIN, POSITION, SMALLEST, Verdict, favoured, hook_of, methods_at
-from tcsae.paper.results import Place, Source
-from tcsae.paper.run import Size
+from tcsae.paper.results import Place, Results, Source
+from tcsae.paper.run import Size, load_arm
 from tcsae.paper.smollm2 import WEIGHTS, smollm2
 from tcsae.shared.base.errors import InstallError, ModelError
 from tcsae.shared.base.settings import with_settings
+from tcsae.shared.store.reader import Store
 from tcsae.train.presets import DEFAULT, preset
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "real-lm.json"
@@ -165,3 +167,7 @@ def test_from_the_model_to_the_page(make_lm, tiny_corpus, tmp_path, monkeypatch)
     module.real_lm(place, tmp_path / "out", asked, size, layers)
     assert {path: path.stat().st_mtime_ns for path in place.work.rglob("sae_weights.safetensors")} == trained
     assert (tmp_path / "out" / "real-lm.svg").exists()
+    first = table_arm(methods_at(layers)[0], 4e-3)
+    known: dict[str, Store] = {}
+    assert load_arm(place, first, size, known, Results({}, {}))
+    assert not load_arm(place, replace(first, ce_tokens=7), size, known, Results({}, {})), "of other tokens"
