@@ -18,6 +18,7 @@ from tcsae.shared.store.extend import extend
 from tcsae.shared.store.format import SEALED
 from tcsae.shared.store.journal import LOCK, Journal, LockedError
 from tcsae.shared.store.places import objects_at
+from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.store.reader import open_store, read_attributes, read_manifest
 from tcsae.shared.store.verify import find_faults
 from tcsae.shared.store.writer import open_writer
@@ -110,6 +111,21 @@ def test_a_store_that_was_sealed_before_the_lock_is_not_written(tmp_path, monkey
     assert list(find_faults(str(path), lambda n: None)) == []  # noqa: ARG005
 
 
+def test_a_store_that_another_process_begins_while_this_one_looks_is_a_store(tmp_path, monkeypatch):
+    """B sees no zarr.json; A begins the store, zarr.json first; B sees that the folder is not empty."""
+    path = tmp_path / "a.zarr"
+    recipe = recipe_of(toy.make(tmp_path / "sealed.zarr", "float16"))
+    is_empty = LocalObjects.is_empty
+
+    def late(objects, is_leftover):
+        monkeypatch.setattr(LocalObjects, "is_empty", is_empty)
+        open_writer(str(path), recipe).close()
+        return is_empty(objects, is_leftover)
+
+    monkeypatch.setattr(LocalObjects, "is_empty", late)
+    assert read_manifest(str(path)).state != SEALED
+
+
 def test_a_store_that_was_extended_before_the_lock_is_not_extended_again(store, monkeypatch):
     recipe = recipe_of(store)
     larger = replace(recipe, n_tokens=80)
@@ -142,6 +158,7 @@ with tcsae.create_store(sys.argv[2], hooks={"h": 4}, sequence_length=2) as made:
     for split in ("train", "eval"):
         made.append(split, {"h": np.ones((3, 2, 4))})
 from tcsae.shared.store.places import objects_at
+from tcsae.shared.store.places.local import LocalObjects
 from tcsae.shared.base.errors import StoreError
 objects = objects_at(sys.argv[2])
 held = objects.lock("x.lock")

@@ -384,17 +384,28 @@ def read_attributes(objects: Objects) -> Mapping[str, Any] | None:
     In an object store, nothing is where there is no zarr.json: readers do not list.
     Raises StoreError if something else is there.
     """
+    root = _root_metadata(objects)
+    if root is None:
+        return None
     try:
-        values = json.loads(objects.get(ROOT))["attributes"].get("tcsae", {})
-    except FileNotFoundError as error:
-        if objects.is_empty(is_leftover):
-            return None
-        raise _foreign(objects, "") from error
+        values = json.loads(root)["attributes"].get("tcsae", {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _foreign(objects, f": its {ROOT} is no JSON of a Zarr group with attributes") from error
     if not isinstance(values, Mapping):
         raise _foreign(objects, f": its {ROOT} has no manifest")
     return values
+
+
+def _root_metadata(objects: Objects) -> bytes | None:
+    """The bytes of zarr.json, or None if nothing is there. Raises StoreError if something else is there."""
+    with contextlib.suppress(FileNotFoundError):
+        return objects.get(ROOT)
+    if objects.is_empty(is_leftover):
+        return None
+    try:
+        return objects.get(ROOT)  # the first object of a store: another process may have begun it in between
+    except FileNotFoundError as error:
+        raise _foreign(objects, "") from error
 
 
 def _foreign(objects: Objects, why: str) -> StoreError:
