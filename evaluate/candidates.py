@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from tcsae.evaluate.halves import Documents
 from tcsae.evaluate.measures import core as metrics
+from tcsae.evaluate.measures.probes import PROBE_LATENTS
 from tcsae.evaluate.measures.smoothing import Smoothing, check_smoothing, parse_smoothing
 from tcsae.shared.base.console import say
 from tcsae.shared.base.device import precision
@@ -68,6 +69,8 @@ class EvalOptions:
     """Of matrix products (`set_precision`)."""
     ce_tokens: int | None = None
     """Cross-entropies are of the first documents that hold so many tokens; None: all."""
+    probe_latents: int = PROBE_LATENTS
+    """Latents that a probe reads, those of largest variance."""
 
     @property
     def rules(self) -> CountingRules:
@@ -83,7 +86,7 @@ class EvalOptions:
     def to_json(self) -> dict[str, Any]:
         """As evaluations hold them: nothing is said of smoothing, half the documents or rules where there are none."""
         silent: dict[str, object] = {"smooth": None, "documents": "all", "precision": "float32", "ce_tokens": None}
-        silent |= {"exclude_tokens": [], "positions": [], "max_norm": None}
+        silent |= {"probe_latents": PROBE_LATENTS, "exclude_tokens": [], "positions": [], "max_norm": None}
         return {name: value for name, value in to_dict(self).items() if name not in silent or value != silent[name]}
 
     @property
@@ -111,6 +114,8 @@ class EvalRequest:
     """Roles whose tokens are counted; none: as each run was trained."""
     ce_tokens: int | None = None
     """Cross-entropies are of the first documents that hold so many tokens; None: all."""
+    probe_latents: int = PROBE_LATENTS
+    """Latents that a probe reads, those of largest variance."""
     smooth: Collection[str] = ()
     """Each one more evaluation of every run, with its codes smoothed; as on the command line."""
 
@@ -215,6 +220,7 @@ def candidate(store: Store, path: Path, request: EvalRequest) -> Candidate:
         max_norm=data.get("max_norm"),
         precision=precision(),
         ce_tokens=request.ce_tokens,
+        probe_latents=request.probe_latents,
     )
     return Candidate(path, record, options, tuple(differences))
 

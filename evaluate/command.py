@@ -59,6 +59,15 @@ if TYPE_CHECKING:
     help="Cross-entropies and KL on the first documents that hold N tokens, all other figures on all: the layers after "
     "the hook run once for each token and SAE. Default: all.",
 )
+@click.option(
+    "--probe-latents",
+    type=click.IntRange(min=1),
+    default=512,  # probes.PROBE_LATENTS, which would load torch
+    show_default=True,
+    metavar="N",
+    help="Latents that the probes of --temporal read, those of largest variance; d_sae for all. The time grows with "
+    "the square.",
+)
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(
     "--splice",

@@ -100,8 +100,8 @@ def check_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
         if ours != theirs:
             raise RunError(
                 f"{one['name']} and {other['name']} differ in {key} ({ours}, {theirs}), so their documents cannot be "
-                "paired. Give both the same --documents, --skip-first, --positions, --splice and --ce-tokens in tcsae "
-                "eval --force; data.exclude_tokens and data.max_norm are as in training."
+                "paired. Give both the same --documents, --skip-first, --positions, --splice, --ce-tokens and "
+                "--probe-latents in tcsae eval --force; data.exclude_tokens and data.max_norm are as in training."
             )
 
 

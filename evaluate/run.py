@@ -105,7 +105,8 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     centre = mean.nan_to_num()  # of no influence on a measure but by rounding
     observer = None
     if options.temporal:
-        observer = TemporalObserver(split, options.rules, centre, len(group.runs), sums_on(group.device))
+        on = sums_on(group.device)
+        observer = TemporalObserver(split, options.rules, centre, len(group.runs), on, options.probe_latents)
     widths = [one.sae.config.d_sae for one in group.runs]
     measures = MeasureObserver([one.sae for one in group.runs], split)
     observers: list[Observer] = [measures, observer] if observer else [measures]

@@ -7,7 +7,7 @@ import click
 
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST
 from tcsae.evaluate.measures.probes import DEFINITIONS as PROBES
-from tcsae.evaluate.measures.probes import EMA_DECAY
+from tcsae.evaluate.measures.probes import EMA_DECAY, PROBE_LATENTS
 from tcsae.evaluate.measures.temporal_figures import SPREAD
 from tcsae.evaluate.measures.temporal_run import SMOOTHED, WITHOUT_WIDEST
 from tcsae.shared.base.console import sparkline, table
@@ -141,4 +141,6 @@ def _probes(measured: Sequence[dict[str, Any]]) -> None:
         if PROBES.keys() <= figures["measures"].keys():
             rows.append([name.replace("_", " "), *(_with_null(figures["measures"][probe]) for probe in PROBES)])
     if rows:
-        table("Probes: share of tokens named, in brackets that of the commonest class", ("", *PROBES), rows)
+        n_latents = measured[0]["options"].get("probe_latents", PROBE_LATENTS)
+        title = f"Probes of the {n_latents} latents of largest variance: share of tokens named"
+        table(f"{title}, in brackets that of the commonest class", ("", *PROBES), rows)

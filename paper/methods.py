@@ -9,8 +9,8 @@ topic term's sees pairs of any documents. Plain SAEs are what the literature cal
 position), the mean over 3 positions its pooled ones.
 
 After a first look at the *choose* half alone, T-SAE and TFA were given larger rates to choose from (FURTHER_RATES), as
-both did best at the largest. TFA has no shuffled twin, and no row for its variant that predicts from the past: its
-four products of d_sae x d_sae a token take 16 times a TopK run's time.
+both did best at the largest. TFA has no row for its variant that predicts from the past alone: its four products of
+d_sae x d_sae a token take 16 times a TopK run's time.
 """
 
 from dataclasses import replace
@@ -168,6 +168,7 @@ METHODS = (
     Method(
         "TFA",
         "tfa",
+        shuffled=SHUFFLED,
         rates=FURTHER_RATES["tfa"],
         about="arXiv 2511.01836: attention over past codes predicts, a TopK code of the rest; L0 is the novel code's.",
     ),

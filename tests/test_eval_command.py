@@ -120,6 +120,7 @@ PLAIN = {"hook": "h", "skip_first": 1, "splice": "counted", "split": "eval"}
     [
         {"documents": "report"},
         {"ce_tokens": 100},
+        {"probe_latents": 4096},
         {"positions": ["user"]},
         {"exclude_tokens": ["special"]},
         {"max_norm": 10.0},

@@ -31,9 +31,10 @@ MAX_DOCUMENTS, MAX_TOKENS = 128, 128
 """Documents that are probed, evenly spaced, and tokens of each: of its first sequence."""
 GAP = 16
 MIN_TOKENS = 3 * GAP
-MAX_LATENTS = 512
-"""Latents that are read, those of largest variance where there are more: bounds the time. Reading all 4,096 of a TopK
-SAE took 15 s a probe in place of 0.3, and named .251 of documents in place of .211 (x itself: .274).
+PROBE_LATENTS = 512
+"""Latents that are read where nothing else is asked for, those of largest variance: a probe takes the square of their
+number for each token, and its cube once. Reading all 4,096 of a TopK SAE took 15 s a probe in place of 0.3, and named
+.251 of documents in place of .211 (x itself: .274).
 """
 SLICE = 512
 """Tokens squared at a time: 1 MB."""
@@ -49,7 +50,8 @@ TARGETS = ("document", "token", "position")
 DEFINITIONS = {
     "probe_document": "share of tokens in the second half of a document whose document a ridge on the code names, "
     f"trained on first halves, {GAP} tokens apart; up to {MAX_DOCUMENTS} documents, the first sequence of each, and "
-    f"the {MAX_LATENTS} latents of largest variance; null: always naming the document with most of the tested tokens",
+    f"the {PROBE_LATENTS} latents of largest variance, or as many as the options have as probe_latents; null: always "
+    "naming the document with most of the tested tokens",
     "probe_token": f"share of tokens, of the {N_TOKEN_IDS} most frequent, named in documents not trained on; null: "
     "always naming the most frequent",
     "probe_position": f"share of tokens whose position's bin (of {N_POSITION_BINS}, equally filled) is named in "
@@ -130,15 +132,15 @@ def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[
     return {name: filtered_rows(code, plan.lengths.tolist(), kernel) for name, kernel in kernels.items()}
 
 
-def widest(code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
-    """The latents `which` as a matrix; of more than MAX_LATENTS, those of largest variance."""
+def widest(code: Code, which: Bool[Tensor, " d_sae"], n_latents: int) -> Float[Tensor, "n n_kept"]:
+    """The latents `which` as a matrix; of more than `n_latents`, those of largest variance."""
     chosen = which.nonzero().squeeze(1)
-    if len(chosen) > MAX_LATENTS:
+    if len(chosen) > n_latents:
         n = code.n_tokens if isinstance(code, SparseCode) else len(code)
         values = entry_values(code)
         total, squares = (_latent_sums(code, one) for one in (values, values.square()))
         variance = torch.where(which, squares / n - (total / n).square(), -1.0)
-        chosen = variance.topk(MAX_LATENTS).indices.sort().values
+        chosen = variance.topk(n_latents).indices.sort().values
     return columns(code, chosen)
 
 

@@ -91,13 +91,15 @@ class TemporalObserver:
         mean: Float64[Tensor, " d_model"],
         n_systems: int,
         device: torch.device | str = "cpu",
+        probe_latents: int = probes.PROBE_LATENTS,
     ) -> None:
-        """`device`: where codes and activations come from."""
+        """`device`: where codes and activations come from; `probe_latents`: how many a probe reads at most."""
         self.device = torch.device(device)
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
         self.layout = Layout(split, skip_first)
         self.plan = probes.plan_probes(split, skip_first)
+        self.probe_latents = probe_latents
         self.mean = mean.float()
         self._mean_there = self.mean.to(self.device)
         self.moments = XMoments(len(mean), self.device)
@@ -183,12 +185,12 @@ class TemporalObserver:
             for name, which in groups.items():
                 if name == WITHOUT_WIDEST:
                     continue
-                rows, draws = probes.probe(self.plan, probes.widest(code, which))
+                rows, draws = probes.probe(self.plan, self._probed(code, which))
                 measured[name]["measures"] |= rows
                 if name == "all":
                     self.probe_draws[system] = draws
         if self.plan and code is not None:
-            for name, smooth in probes.smoothed(self.plan, probes.widest(code, groups["all"])).items():
+            for name, smooth in probes.smoothed(self.plan, self._probed(code, groups["all"])).items():
                 measured[name] = {"measures": probes.probe(self.plan, smooth)[0]}
         return {
             "groups": measured,
@@ -205,12 +207,15 @@ class TemporalObserver:
             "null_definitions": NULL_DEFINITIONS,
         }
 
+    def _probed(self, code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
+        return probes.widest(code, which, self.probe_latents)
+
     @cached_property
     def of_x(self) -> dict[str, Any]:
         """The same of x itself; below "smoothed" of x with a memory, and the probes of `probes.smoothed`."""
         of_x, smoothed = self._of_activations(self.x), {"ema": self._of_activations(self.smooth_x)}
         if self.plan:
-            x = probes.widest(join_codes(self.read[-1]), torch.ones(len(self.mean), dtype=torch.bool))
+            x = self._probed(join_codes(self.read[-1]), torch.ones(len(self.mean), dtype=torch.bool))
             of_x["measures"] |= probes.probe(self.plan, x)[0]
             for name, smooth in probes.smoothed(self.plan, x).items():
                 smoothed.setdefault(name, {"measures": {}})["measures"] |= probes.probe(self.plan, smooth)[0]
