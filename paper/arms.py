@@ -12,6 +12,9 @@ from tcsae.train.presets import WRITTEN_STEPS
 TEXT, PERMUTED, RANDOM, MOMENTS = "text", "permuted", "random-weights", "moments"
 """Stores: the text, its tokens in random order, a model that was never trained, and synthetic activations of the
 moments that the paper's had."""
+CENTRED = f"{RANDOM}-centred"
+"""RANDOM's activations less a mean for each token id and one for each position. Made from that store, so after it."""
+NO_HARVEST = (MOMENTS, CENTRED)
 SMALL = ("sae.d_sae=1024", "sae.k=16")
 
 

@@ -30,8 +30,9 @@ from tcsae.paper.arms import (
     WRITTEN,
     Arm,
 )
+from tcsae.paper.derived_stores import D_MODEL, NORM, SPREAD
 from tcsae.paper.primary_figures import primary_line
-from tcsae.paper.results import BUDGET, D_MODEL, NORM, SPREAD, Results
+from tcsae.paper.results import BUDGET, Results
 from tcsae.paper.sections import FIGURES, markdown, number, spread
 from tcsae.shared.base.files import remove_dead_partials_in, whole_file, write_atomic, write_json
 
@@ -268,7 +269,6 @@ CUT = (
     "Ablating slow features and reading what follows: the tail has it exactly, but it is no question of the paper.",
     "Three seeds for each rung of the sparsity frontier and for the paper's runs: one or two each, with intervals over "
     "documents in results.json.",
-    "The random-weights null after the means of tokens and positions are taken out of its activations.",
 )
 
 

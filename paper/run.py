@@ -11,7 +11,7 @@ from typing import Any
 from tcsae.evaluate.candidates import EvalRequest, smoothed_file
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
-from tcsae.paper.arms import MOMENTS, TEXT, Arm
+from tcsae.paper.arms import NO_HARVEST, TEXT, Arm
 from tcsae.paper.page import PageContext, title_of, write_page
 from tcsae.paper.results import (
     PYTHIA_SQUARED_NORM,
@@ -83,7 +83,7 @@ def make_store(place: Place, name: str, asked: Source, key: str) -> Store:
     """A store, made first by all processes together, or by rank 0 where it is no harvest."""
     ours = ranks()
     with timed(place, key, "harvest"):
-        if ours.rank == 0 or name != MOMENTS:
+        if ours.rank == 0 or name not in NO_HARVEST:
             open_or_make(place, name, asked)
     if ours.parallel:
         wait_for_all(ours)

@@ -264,11 +264,11 @@ SECTIONS = (
         "Is it the text, or the method?",
         "The plain SAE and three terms on the activations of the same text with each document's tokens in random order "
         "(`harvest --control permuted`), and on those of a model of the same shape that was never trained "
-        "(`harvest --control random-weights`).",
+        "(`harvest --control random-weights`), also less a mean for each token id and one for each position.",
         (
             *(
                 line
-                for store in (TEXT, arms.PERMUTED, arms.RANDOM)
+                for store in (TEXT, arms.PERMUTED, arms.RANDOM, arms.CENTRED)
                 for line in _to(PLAIN.on(store), *(arm.on(store) for arm in (CONTRASTIVE, arms.LOCAL, arms.TOPIC)))
             ),
         ),
