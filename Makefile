@@ -1,7 +1,7 @@
 # make run    install, harvest, train the default and its plain twin, evaluate, report, compare (FRESH=1 starts anew)
 # make test   install with the development extras, then lint, type check and test
 # make torture  kills, damage, full disks and two at once, some minutes; TORTURE="--trials 50 --seed 1" for more
-# make paper  the paper's table and questions into docs/results, in 76 minutes on two cores
+# make paper  the paper's table and questions into docs/results, in 80 minutes on two cores
 # make methods  every temporal method on one store, in one table into docs/results, under two hours on two cores
 # make real-lm  the temporal presets on SmolLM2-135M (from pip's index) into docs/results, two hours on two cores
 # make gpu    every stage on a GPU against the CPU, and how fast, into docs/results/gpu.md; one line where there is none

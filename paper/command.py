@@ -52,7 +52,7 @@ def paper(
 ) -> None:
     """Reproduce the paper's table, train its equations, test its claim: harvest, train, evaluate, write the page.
 
-    The whole takes 76 minutes on two cores with the embedded model. What is done is not done again, so
+    The whole takes 80 minutes on two cores with the embedded model. What is done is not done again, so
     that it can be stopped and started; --only takes one question at a time, and the page shows all that are complete.
 
     \b

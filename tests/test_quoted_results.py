@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tcsae.paper.real_lm import FORMS as PRESETS_OF
+from tcsae.paper.sections import FIGURES, SECTIONS, number
 from tcsae.train.presets import DEFAULT
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,18 @@ def test_the_table_is_that_of_the_methods_page():
     for name, *cells in rows:
         for cell, (figure, digits) in zip(cells, COLUMNS.values(), strict=True):
             assert cell == f"{mean(name, figure):.{digits}f}", (name, figure)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda one: one.key)
+def test_the_papers_page_has_the_figures_of_its_numbers(section):
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    text = page.partition(f"\n## {section.title}\n")[2].partition("\n## ")[0]
+    _, _, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(PAPER[section.key])
+    for (_, *cells), row in zip(rows, PAPER[section.key], strict=True):
+        for cell, (name, values) in zip(cells, row["values"].items(), strict=True):
+            value = np.mean([np.nan if one is None else one for one in values])
+            assert cell.split()[0] == number(float(value), FIGURES[name].digits), (row["arm"], name)
 
 
 FIRST = {
