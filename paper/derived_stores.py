@@ -1,6 +1,6 @@
 """Stores of the experiments that are no harvest: made by one process, from random numbers or from another store.
 
-Each is made whole or again: nothing of one that was interrupted is used.
+Each is made whole or again: nothing of one that was interrupted, or made from another store, is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def moments_store(location: str) -> Store:
             documents = np.arange(n) + (split == "eval") * MOMENTS_SEQUENCES["train"]
             store.append(split, {"moments": x.astype(np.float32)}, documents=documents)
 
-    return _whole(location, {"moments": D_MODEL}, 128, fill)
+    return _whole(location, fill, hooks={"moments": D_MODEL}, sequence_length=128, source="Gaussian moments")
 
 
 def centred_store(location: str, source: Store) -> Store:
@@ -60,16 +60,20 @@ def centred_store(location: str, source: Store) -> Store:
                     documents=split.documents[part],
                 )
 
-    return _whole(location, {hook: source.d_model(hook)}, source.sequence_length, fill)
+    made_from = f"{source.content} less the means of tokens and positions"
+    hooks = {hook: source.d_model(hook)}
+    return _whole(location, fill, hooks=hooks, sequence_length=source.sequence_length, source=made_from)
 
 
-def _whole(location: str, hooks: dict[str, int], sequence_length: int, fill: Callable[[StoreCreation], None]) -> Store:
+def _whole(
+    location: str, fill: Callable[[StoreCreation], None], *, hooks: dict[str, int], sequence_length: int, source: str
+) -> Store:
     manifest = read_manifest(location)
-    if manifest is not None and manifest.state != SEALED:
+    if manifest is not None and (manifest.state != SEALED or manifest.recipe.corpus.name != source):
         remove_store(location)
         manifest = None
     if manifest is None:
-        with create_store(location, hooks=hooks, sequence_length=sequence_length) as store:
+        with create_store(location, hooks=hooks, sequence_length=sequence_length, source=source) as store:
             fill(store)
     return open_store(location)
 

@@ -99,3 +99,12 @@ def test_one_that_is_there_is_opened_and_one_that_was_interrupted_is_made_again(
     assert made.hooks != ("other",) and open_store(location).content == made.content
     again = make(location, source)
     assert (again.content, again.manifest) == (made.content, made.manifest)
+
+
+def test_one_of_another_source_is_made_again(source, tmp_path):
+    location, other = str(tmp_path / "a.zarr"), str(tmp_path / "other.zarr")
+    with create_store(other, hooks={HOOK: 4}, sequence_length=LENGTH) as store:
+        store.append("train", {HOOK: np.random.default_rng(1).normal(size=(9, LENGTH, 4))})
+    before = centred_store(location, open_store(other))
+    after = centred_store(location, source)
+    assert before.train.n_sequences == 9 and after.train.n_sequences == source.train.n_sequences
