@@ -117,6 +117,11 @@ def write_methods(
     """The page, its figure and its numbers as JSON, in the folder `out`; returns the page."""
     arms = {method.name: table_arm(method, chosen[method.name].rate) for method in methods}
     twins = {method.name: method.twin for method in methods}
+    controls = {
+        method.name: table_arm(method, chosen[method.name].rate, shuffled=True)
+        for method in methods
+        if method.shuffled is not None
+    }
     follows = page.conclude(results, arms)
     text = rendered(
         f"{page.name}.md.j2",
@@ -126,7 +131,7 @@ def write_methods(
         rates=_rates(chosen, methods),
         table=_table(results, arms, twins, page.columns),
         ended=ended_early(results, arms),
-        shuffled=_shuffled(results, arms, chosen, methods),
+        shuffled=_shuffled(results, arms, controls, twins),
         paragraphs=[_paragraph(results, method, arms) for method in methods if method.twin != method.name],
         costs=cost_table(costs),
         columns=[f"{column.heading}: `{name}`" for name, column in page.columns.items()],
@@ -142,6 +147,9 @@ def write_methods(
         out.mkdir(parents=True, exist_ok=True)
         _draw(results, arms, out / f"{page.name}.svg")
         data = _data(results, arms, chosen, twins, page.columns)
+        if controls:
+            of_controls = [{"method": name} | _values(results, arm, page.columns) for name, arm in controls.items()]
+            data["shuffled"] = of_controls
         data["costs"] = {name: cost._asdict() for name, cost in costs.items()}
         write_json(out / f"{page.name}.json", data | follows)
         write_atomic(out / f"{page.name}.md", text.encode())
@@ -212,18 +220,16 @@ def _cell(results: Results, arm: Arm, twin: Arm, column: str, digits: int) -> st
     return f"{text} ({difference(results.gain(arm, twin, column), digits)})"
 
 
-def _shuffled(results: Results, arms: Arms, chosen: Mapping[str, Chosen], methods: Sequence[Method]) -> str:
+def _shuffled(results: Results, arms: Arms, controls: Arms, twins: Mapping[str, str]) -> str:
     """What of each gain the shuffled twin has as well."""
     rows = []
-    for method in methods:
-        if method.shuffled is not None:
-            control = table_arm(method, chosen[method.name].rate, shuffled=True)
-            cells = [
-                f"{number(_gain(results, arms[method.name], arms[method.twin], name), 4)} / "
-                f"{number(_gain(results, control, arms[method.twin], name), 4)}"
-                for name in ("explained_variance", *BOUGHT)
-            ]
-            rows.append([method.name, *cells])
+    for method, control in controls.items():
+        twin = arms[twins[method]]
+        cells = [
+            f"{number(_gain(results, arms[method], twin, name), 4)} / {number(_gain(results, control, twin, name), 4)}"
+            for name in ("explained_variance", *BOUGHT)
+        ]
+        rows.append([method, *cells])
     headings = [COLUMNS[name].heading for name in ("explained_variance", *BOUGHT)]
     return markdown(["gain over its twin: in order / shuffled", *headings], rows)
 
@@ -281,10 +287,8 @@ def _data(
         evaluations, twin = results.evaluations[arm], arms[twins[name]]
         row: dict[str, Any] = {
             "method": name,
-            "preset": arm.preset,
             "rate": chosen[name].rate,
-            "runs": [one["name"] for one in evaluations],
-            "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
+            **_values(results, arm, columns),
             "metrics": [one["metrics"] | _temporal(one) for one in evaluations],
         }
         if twin == arm:
@@ -294,6 +298,16 @@ def _data(
             row["differences"] = {column: results.gain(arm, twin, column)._asdict() for column in PAIRED}
         rows.append(row)
     return {"tried": {name: one.tried for name, one in chosen.items()}, "methods": rows}
+
+
+def _values(results: Results, arm: Arm, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """An arm's runs, and each column's figures of them."""
+    evaluations = results.evaluations[arm]
+    return {
+        "preset": arm.preset,
+        "runs": [one["name"] for one in evaluations],
+        "values": {column: [finite(figure(one, column)) for one in evaluations] for column in columns},
+    }
 
 
 def _temporal(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ FORMS = {row["method"]: row for row in REAL_LM["methods"]}
 PAPER = json.loads((ROOT / "docs" / "results" / "results.json").read_text())["questions"]
 LABEL = next(name for name, preset, *_ in PRESETS_OF if preset == DEFAULT)
 VALUES = {row["method"]: row["values"] for row in METHODS["methods"]}
+SHUFFLED = {row["method"]: row["values"] for row in METHODS["shuffled"]}
 COLUMNS = {
     "EV": ("explained_variance", 4),
     "delta CE": ("delta_ce", 3),
@@ -32,6 +33,11 @@ COLUMNS = {
 
 def mean(method: str, figure: str) -> float:
     return float(np.mean(VALUES[method][figure]))
+
+
+def shuffled_gain(method: str, figure: str, twin: str = "TopK") -> float:
+    """What the method's shuffled twin has over the row that both are compared with."""
+    return float(np.mean(SHUFFLED[method][figure])) - mean(twin, figure)
 
 
 def cost(method: str, figure: str = "explained_variance", twin: str = "TopK") -> float:
@@ -153,6 +159,7 @@ CROSSCODER = "crosscoder, 3 positions"
     [
         f"{len(VALUES)} methods",
         f"`tfa` explains {cost('TFA'):.3f} more than `topk`",
+        f"its shuffled twin {-shuffled_gain('TFA', 'explained_variance'):.3f} less)",
         f"at 1/{SPEED:.0f} of the speed",
         f"`{DEFAULT}`, the default, for {cost(LABEL):.3f} of EV and {cost(LABEL, 'delta_ce'):.3f} nats",
         f"for {cost('local contrast'):.3f} of EV",
@@ -186,6 +193,28 @@ def test_what_it_says_of_smollm2_holds():
     )
     for name in ("persistent SAE", "TFA"):
         assert gains(name, "delta_ce") > 0 > max(gains(name, "rho_1_within"), gains(name, "jaccard_corrected"))
+
+
+def test_the_methods_pages_shuffled_twins_are_those_of_its_numbers():
+    page = (ROOT / "docs" / "results" / "methods.md").read_text()
+    text = page.partition("\n## Does order matter?\n")[2].partition("\n## ")[0]
+    _, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [name for name, *_ in rows] == list(SHUFFLED)
+    minus = {row["method"]: row.get("minus") for row in METHODS["methods"]}
+    figures = ("explained_variance", "rho_1_within", "rho_8_within", "jaccard_corrected")
+    for name, *cells in rows:
+        for cell, figure in zip(cells, figures, strict=True):
+            gain = mean(name, figure) - mean(minus[name], figure)
+            assert cell == f"{gain:.4f} / {shuffled_gain(name, figure, minus[name]):.4f}", (name, figure)
+
+
+def test_what_it_says_of_shuffled_twins_holds():
+    def share(method: str, figure: str) -> float:
+        return shuffled_gain(method, figure) / (mean(method, figure) - mean("TopK", figure))
+
+    assert share("contrastive", "rho_1_within") == pytest.approx(2 / 5, abs=0.05)
+    assert "Two fifths of what `temporal-topk` gains are there with shuffled tokens" in " ".join(SECTION.split())
+    assert max(shuffled_gain("local contrast", one) for one in ("rho_1_within", "rho_8_within")) < 0
 
 
 def test_what_it_says_of_all_methods_holds():
