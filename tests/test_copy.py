@@ -93,6 +93,18 @@ def test_what_a_killed_copy_into_a_zip_left_is_swept(tiny_store, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"b.zip", other.name}
 
 
+def test_the_lock_of_a_copy_that_was_killed_after_its_last_byte_goes_and_a_living_ones_stays(tiny_store, tmp_path):
+    target, lock = str(tmp_path / "b.zip"), tmp_path / "b.zip.lock"
+    copy_store(tiny_store, target, nothing)
+    held = local.LocalObjects(str(tmp_path)).lock(lock.name)
+    assert held is not None
+    for living in (True, False):
+        done = CliRunner().invoke(cli, ["copy", "--from", str(tiny_store), "--to", target])
+        assert done.exit_code == 0 and "is that copy already" in done.stdout
+        assert lock.exists() == living
+        held.release()
+
+
 def test_damage_is_not_copied(tiny_store, tmp_path):
     copy_store(tiny_store, str(tmp_path / "b.zarr"), nothing)
     chunk = tmp_path / "b.zarr" / "train" / "activations" / HOOK / "c" / "0" / "0" / "0"

@@ -1,5 +1,6 @@
 """Copy of a sealed store to another place, or in another codec. Interrupted, the same call goes on where it stopped."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def copy_store(
             raise StoreError(f"{target}: --codec into a zip takes two steps. Copy to a folder first, then to the zip.")
         _encode_anew(store, target, codec, error, advance)
     elif target.endswith(SUFFIX):
-        _copy_into_zip(store, Path(target.removeprefix("file://")), advance)
+        _copy_into_zip(store, _path(target), advance)
     else:
         _copy_objects(store, objects_at(target), advance)
     return open_store(target)
@@ -69,6 +70,7 @@ def encodes_anew(store: Store, codec: str | None, error: float | None) -> bool:
 def finished_copy(store: Store, target: str, codec: str | None = None, error: float | None = None) -> Store | None:
     """The store at `target` if it is the copy that is asked for, and finished; else None.
 
+    The lock of a copy that was killed between a zip's last byte and its own end is deleted.
     Raises StoreError if a different sealed store is there.
     """
     objects = objects_at(target)
@@ -86,6 +88,8 @@ def finished_copy(store: Store, target: str, codec: str | None = None, error: fl
     if not is_copy:
         raise StoreError(f"{target} is there already: another store. Give another --to, or delete it first.")
     unfinished = objects.writable and (objects.has(MARKER) or bool(objects.listed(FOLDER)))
+    if target.endswith(SUFFIX):
+        _clear_dead_lock(_path(target))
     return None if unfinished else other
 
 
@@ -101,7 +105,7 @@ def _copy_into_zip(store: Store, path: Path, advance: Advance) -> None:
     """Write a zip file under a lock beside it, so that what a killed copy left can be told from one at work."""
     if path.exists():
         raise StoreError(f"{path} is there already. Give another --to, or delete it first.")
-    beside, name = LocalObjects(str(path.parent)), f"{path.name}.lock"
+    beside, name = _lock_beside(path)
     lock = beside.lock(name)
     if lock is None:
         raise StoreError(f"Another process writes {path}{beside.holder(name)}. Wait for it.")
@@ -110,6 +114,24 @@ def _copy_into_zip(store: Store, path: Path, advance: Advance) -> None:
         beside.delete([name])
     finally:
         lock.release()
+
+
+def _clear_dead_lock(path: Path) -> None:
+    beside, name = _lock_beside(path)
+    with contextlib.suppress(StoreError):  # where nothing can be written, the copy is as good with it
+        if beside.has(name) and (lock := beside.lock(name)) is not None:
+            try:
+                beside.delete([name])
+            finally:
+                lock.release()
+
+
+def _lock_beside(path: Path) -> tuple[LocalObjects, str]:
+    return LocalObjects(str(path.parent)), f"{path.name}.lock"
+
+
+def _path(target: str) -> Path:
+    return Path(target.removeprefix("file://"))
 
 
 def _verified(store: Store, digests: dict[str, str], advance: Advance) -> Iterator[tuple[str, bytes]]:
