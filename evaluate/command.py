@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     default=512,  # probes.PROBE_LATENTS, which would load torch
     show_default=True,
     metavar="N",
-    help="Latents that the probes of --temporal read, those of largest variance; d_sae for all. The time grows with "
-    "the square.",
+    help="Latents that the probes of --temporal read, those of largest variance; d_sae for all. Time and memory "
+    "grow with its square.",
 )
 @click.option("--baselines", is_flag=True, help="Also score PCA-k, random directions and an untrained SAE.")
 @click.option(

@@ -20,10 +20,7 @@ N_TOKENS = 100
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ce_tokens")
-    store = toy.write_store(path / "a.zarr", toy.make_model(), {"train": 30, "eval": 40})
-    toy.make_run(path / "runs", "run", toy.make_sae(), store)
-    return path
+    return toy.make_place(tmp_path_factory.mktemp("ce_tokens"), n_eval=40)
 
 
 def evaluation(place, *arguments: str) -> tuple[dict, str]:

@@ -17,9 +17,7 @@ N = 3
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """The toy's sequences are too short for the usual gap."""
-    path = tmp_path_factory.mktemp("probe_latents")
-    store = toy.write_store(path / "a.zarr", toy.make_model(), {"train": 30, "eval": 60})
-    toy.make_run(path / "runs", "run", toy.make_sae(), store)
+    path = toy.make_place(tmp_path_factory.mktemp("probe_latents"), n_eval=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "GAP", 2)
         patch.setattr(probes, "MIN_TOKENS", 6)

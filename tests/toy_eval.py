@@ -91,6 +91,13 @@ def make_sae(activation: str = "topk", d_model: int = WIDTH, seed: int = 0, **mo
     return sae
 
 
+def make_place(path: Path, n_eval: int) -> Path:
+    """A folder with a store, a.zarr, of so many eval sequences, and below runs an SAE named run."""
+    store = write_store(path / "a.zarr", make_model(), {"train": 30, "eval": n_eval})
+    make_run(path / "runs", "run", make_sae(), store)
+    return path
+
+
 def run_eval(store: Path, runs: Path, *arguments: str, name: str = "run") -> tuple[dict[str, Any], str]:
     """`tcsae eval` on a store and a folder of runs: what a run's eval.json holds, and what was printed."""
     done = CliRunner().invoke(cli, ["--store", str(store), "--runs", str(runs), "eval", *arguments])
