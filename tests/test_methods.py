@@ -130,6 +130,21 @@ def test_the_page_has_every_row_and_the_rate_that_did_best(made):
 
 
 @pytest.mark.slow
+def test_shuffled_twins_have_figures_of_their_own_runs(made):
+    place, out, _, _ = made
+    page, data = (out / "methods.md").read_text(), json.loads((out / "methods.json").read_text())
+    plain, twins = ({row["method"]: row["values"] for row in data[key]} for key in ("methods", "shuffled"))
+    assert list(twins) == [method.name for method in FEW if method.shuffled is not None]
+    for row in data["shuffled"]:
+        evaluations = [json.loads((place.runs("text") / run / "eval.json").read_text()) for run in row["runs"]]
+        assert all("-shuffled" in one["name"] for one in evaluations)
+        values = row["values"]["explained_variance"]
+        assert values == [one["metrics"]["explained_variance"] for one in evaluations]
+        own, base = (sum(plain[name]["explained_variance"]) for name in (row["method"], "TopK"))
+        assert f"\n| {row['method']} | {(own - base) / 2:.4f} / {(sum(values) - base) / 2:.4f} | " in page
+
+
+@pytest.mark.slow
 def test_started_again_it_trains_nothing_and_writes_the_same_page(made, tmp_path):
     place, out, asked, size = made
     before = {path: path.stat().st_mtime_ns for path in place.work.rglob("sae_weights.safetensors")}
