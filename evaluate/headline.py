@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = ("", "EV", "delta CE", "L0", "alive %", "median persistence", "pooled persistence", "document probe")
+COLUMNS = ("", "EV", "delta CE", "L0", "alive %", "Jaccard", "median persistence", "document probe")
 LEGEND = (
-    "delta CE: nats a token that the reconstruction costs. persistence: correlation of adjacent tokens of a document, "
-    "median over latents or pooled by variance.\ndocument probe: share of held-out tokens whose document is named."
+    "delta CE: nats a token that the reconstruction costs. Jaccard: overlap of the active latents of adjacent tokens, "
+    "corrected for chance.\nmedian persistence: correlation of adjacent tokens of a document, of the median latent. "
+    "document probe: share of held-out tokens whose document is named."
 )
-MEDIAN, POOLED, PROBE = "rho_1_within_median", "rho_1_within", "probe_document"
+JACCARD, MEDIAN, POOLED, PROBE = "jaccard_corrected", "rho_1_within_median", "rho_1_within", "probe_document"
 MAIN = (
     "explained_variance",
     "ce_loss_increase",
@@ -16,7 +17,7 @@ MAIN = (
     "kl_div_with_sae",
     "l0",
     "dead_fraction",
-    "jaccard_corrected",
+    JACCARD,
     POOLED,
     MEDIAN,
     "rho_8_within",
@@ -37,7 +38,7 @@ NAMES = {
     "ce_loss_increase": "delta CE, nats a token",
     "ce_loss_score_mean": "recovered of the gap to mean ablation",
     "dead_fraction": "share of latents never on in eval",
-    "jaccard_corrected": "chance-corrected Jaccard",
+    JACCARD: "chance-corrected Jaccard",
     POOLED: "within-document autocorrelation, variance-weighted",
     MEDIAN: "the same of the median latent",
     "rho_8_within": "the same at lag 8, variance-weighted",
@@ -54,23 +55,14 @@ def rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[object]]:
     first = evaluations[0]
     x = (first.get("temporal") or {}).get("x", {}).get("measures", {})
     known = first["metrics"]["ce_loss_without_sae"] is not None
-    x_row: list[object] = [
-        "x itself",
-        1.0,
-        0.0 if known else None,
-        None,
-        None,
-        None,
-        _value(x, POOLED),
-        _value(x, PROBE),
-    ]
+    x_row: list[object] = ["x itself", 1.0, 0.0 if known else None, None, None, None, None, _value(x, PROBE)]
     return [x_row, *map(_row, evaluations)]
 
 
 def _row(evaluation: Mapping[str, Any]) -> list[object]:
     figures, measures = evaluation["metrics"], _measures(evaluation)
     alive = None if figures["dead_fraction"] is None else 100 * (1 - figures["dead_fraction"])
-    temporal = (_value(measures, name) for name in (MEDIAN, POOLED, PROBE))
+    temporal = (_value(measures, name) for name in (JACCARD, MEDIAN, PROBE))
     return [evaluation["name"], figures["explained_variance"], delta_ce(figures), figures["l0"], alive, *temporal]
 
 

@@ -163,7 +163,7 @@ def harvest(ctx: click.Context, **options: Any) -> None:
       tcsae harvest                                  the embedded model and corpus, no network
       tcsae --store pythia.zarr harvest --model EleutherAI/pythia-70m --dataset openwebtext --tokens 50M
       tcsae --store mine.zarr harvest --model ./model --dataset texts.jsonl --hook blocks.2.hook_mlp_out
-      tcsae harvest --tokens 1G --codec compact --dry-run          size and time; nothing is left behind
+      tcsae --store big.zarr harvest --model ./model --dataset texts.jsonl --tokens 1G --dry-run    size and time alone
 
     Documents become sequences, one document in each, in a train and an eval split. The model runs up to the deepest
     hook. Killed at any moment, the same command goes on where it stopped; a finished store of the same settings is used

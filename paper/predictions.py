@@ -267,6 +267,7 @@ PREDICTIONS: dict[str, list[Prediction]] = {
             lambda r: (
                 passes_null(r, LOCAL, "rho_1_within", CENTRED) and passes_null(r, TOPIC, "document_share", CENTRED)
             ),
+            known="all other figures were known",
         ),
     ],
     "windows": [

@@ -185,8 +185,8 @@ def test_what_has_no_form_there_is_refused(export, tmp_path, to, settings, said)
     path = make_run(tmp_path / "runs", **{"activation": "relu", **settings})
     done = export("--to", to, "--run", path.name)
     assert done.exit_code == 1
-    expected = f"Error: {path.name} has sae.{said}, which has no form in {to}."
-    assert done.stderr.splitlines() == [f"{expected} There is: relu, topk, batchtopk, jumprelu, without a layer norm."]
+    there = f"There is: relu, topk, batchtopk, jumprelu, without a layer norm{', and TFA' * (to == 'saelens')}."
+    assert done.stderr.splitlines() == [f"Error: {path.name} has sae.{said}, which has no form in {to}. {there}"]
     assert not (path / f"export-{to}").exists()
 
 

@@ -138,4 +138,4 @@ def test_its_store_of_own_activations_is_made(tmp_path, monkeypatch):
     import tcsae
 
     store = tcsae.open_store("arrays.zarr")
-    assert (store.train.n_tokens, store.eval.n_tokens) == (40 * 64, 64 + 64 + 50 + 9)
+    assert (store.train.n_tokens, store.eval.n_tokens) == (36 * 64, 64 + 64 + 50 + 9)

@@ -138,6 +138,13 @@ def test_it_is_trained_beside_others_saved_and_evaluated(store, tmp_path, name):
     evaluation = json.loads((folder / "eval.json").read_text())
     assert evaluation["metrics"]["l0_total"] >= evaluation["metrics"]["l0_predicted"] > 0
     assert evaluation["metrics"]["l0"] <= 4
+    exported = command(store, tmp_path, "export", "--to", "saelens", "--run", folder.name)
+    if name == "tfa":  # SAELens' own layout, as the run's folder is
+        assert exported.exit_code == 0, exported.output
+        for file in ("cfg.json", "sae_weights.safetensors"):
+            assert (folder / "export-saelens" / file).read_bytes() == (folder / file).read_bytes()
+    else:
+        assert "has sae.predictor=past, which has no form in saelens" in exported.stderr
     assert {"l0_predicted", "l0_total"} <= evaluation["definitions"].keys()
     split = tcsae.open_store(store).eval
     x = [torch.from_numpy(one[1:length]) for one, length in zip(split.read("h", 0, 20), split.lengths, strict=True)]

@@ -45,8 +45,9 @@ def export(place: Place, form: str, name: str, out: str | None, **options: Any) 
     neuronpedia          batch-N.json as SAEDashboard writes them, for Neuronpedia's converter
     delphi               cached latents (LatentDataset), so that delphi explains features without the language model
 
-    GELU, layer norms, crosscoders, TFA and persistent SAEs have no form in the first three. The last two run the SAE
-    over the store. An earlier export in the folder is replaced; one that is interrupted leaves it as it was.
+    GELU, layer norms, crosscoders and persistent SAEs have no form in the first three; TFA has one in saelens. The last
+    two run the SAE over the store. An earlier export in the folder is replaced; one that is interrupted leaves it as it
+    was.
     """
     from pathlib import Path
     from typing import cast

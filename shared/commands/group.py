@@ -142,9 +142,7 @@ def cli(ctx: click.Context, store: str, runs: str, quiet: bool, log_file: str | 
 
     \b
       tcsae harvest train eval report       the embedded model and corpus, no network
-      tcsae harvest --model EleutherAI/pythia-70m --dataset openwebtext --tokens 50M
-      tcsae train --preset topk --preset temporal-topk-centred
-      tcsae eval
+      tcsae --store pythia.zarr --runs pythia harvest --model EleutherAI/pythia-70m --dataset openwebtext train eval
       tcsae compare --run temporal-topk-centred --with topk
 
     Every stage goes on where it was interrupted. Each command has its own page: tcsae train --help.

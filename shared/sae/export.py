@@ -167,10 +167,10 @@ def _check_form(name: str, sae: SparseAutoencoder, form: Format) -> None:
         kind = f"sae.activation={config.activation}"
     elif config.layer_norm != "none":
         kind = f"sae.layer_norm={config.layer_norm}"
-    elif config.reads_neighbours:
+    elif config.reads_neighbours and not (form == "saelens" and config.predictor == "attention"):
         kind = f"sae.window={config.window}" if config.window > 1 else f"sae.predictor={config.predictor}"
     if kind:
-        there = f"There is: {', '.join(known)}, without a layer norm."
+        there = f"There is: {', '.join(known)}, without a layer norm{', and TFA' * (form == 'saelens')}."
         raise RunError(f"{name} has {kind}, which has no form in {form}. {there}")
     norms = sae.W_dec.detach().norm(dim=1)
     rescales = form == "dictionary_learning" and config.activation == "relu"
