@@ -65,9 +65,9 @@ def import_(place: Place, source: tuple[str, str], **options: Any) -> None:
     npy          .npy or .npz, files side by side: NAME.npy, tokens.npy, documents.npy; NAME_0.npy, tokens_0.npy, ...
     safetensors  the same by name inside each file
 
-    Activations are [sequences, positions, width] or [tokens, width]; tokens (token_ids, input_ids), lengths or
-    attention_mask, and documents (document_ids) are optional. Without sequences or documents the vectors are stored one
-    by one: no windows. There is no tail, so no cross-entropies.
+    Activations are [sequences, positions, width] or [tokens, width]; tokens (token_ids, input_ids), attention_mask,
+    documents (document_ids) and, of sequences, lengths are optional. Without sequences or documents the vectors are
+    stored one by one: no windows. There is no tail, so no cross-entropies.
     """
     from pathlib import Path
 
