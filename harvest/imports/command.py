@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand, codec_option
 
 
 @click.command(name="import", cls=StageCommand, short_help="Make a store of activations that another program saved.")
@@ -41,13 +41,7 @@ from tcsae.shared.base.cli import Place, StageCommand
 @click.option(
     "--eval-every", default=20, show_default=True, help="One document in so many, by a hash, goes to the eval split."
 )
-@click.option(
-    "--codec",
-    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    default="float16",
-    show_default=True,
-    help="How activations are stored, as in harvest.",
-)
+@codec_option("How activations are stored, as in harvest.", default="float16")
 @click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
 @click.pass_obj
 def import_(place: Place, source: tuple[str, str], **options: Any) -> None:
