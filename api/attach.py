@@ -8,28 +8,18 @@
 Works on TransformerLens models (HookedTransformer, TransformerBridge) and on plain Hugging Face ones.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tcsae.shared.base.errors import ConfigError, ModelError, unknown
-from tcsae.shared.lm.tail import TailError, layers_name
-from tcsae.shared.sae.module import SparseAutoencoder, layer_normed
+from tcsae.shared.lm.tail import TailError, layers_name, residual_place
+from tcsae.shared.sae.module import Edit, SparseAutoencoder, edit_difference
 from tcsae.shared.sae.sparse import SparseCode
-
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_(resid_post|out|resid_pre|in)")
-
-
-class Edit(NamedTuple):
-    """What becomes of a latent's value."""
-
-    kind: Literal["set", "add"]
-    amount: float
 
 
 class LiveSae:
@@ -95,23 +85,10 @@ class LiveSae:
         if not self.splice and not self.edits:
             return activation
         spliced = self.splice and not self.error
-        changed = (sae.decode_sparse(code, x) if spliced else x) + self._difference(code, x)
+        changed = (sae.decode_sparse(code, x) if spliced else x) + edit_difference(sae, code, x, self.edits)
         position = torch.arange(self.shape[1], device=flat.device) + self._n_before
         applies = (position >= self.skip_first)[None, :, None]
         return torch.where(applies, changed.reshape(flat.shape).to(flat), flat).reshape(activation.shape)
-
-    def _difference(self, code: SparseCode, x: Tensor) -> Tensor:
-        """What the edits change in the reconstruction."""
-        total = torch.zeros_like(x)
-        for latent, edit in self.edits.items():
-            amount = torch.full((code.n_tokens,), edit.amount, device=x.device, dtype=x.dtype)
-            if edit.kind == "set":
-                at = (code.latents == latent).nonzero().squeeze(1)
-                amount = amount.index_add(0, code.rows[at], -code.values[at])
-            total = total + amount[:, None] * self.sae.W_dec[latent]
-        if self.sae.config.layer_norm == "in_out":
-            total = total * layer_normed(x)[2]
-        return total
 
 
 @contextmanager
@@ -180,14 +157,15 @@ def _through_module(model: nn.Module, name: str, live: LiveSae) -> Callable[[], 
 
 def _place(model: Any, name: str) -> tuple[nn.Module, bool]:
     """(module, whether its input is meant)."""
-    if match := _RESIDUAL.fullmatch(name):
+    if place := residual_place(name):
+        block, is_after = place
         try:
             layers: Any = model.get_submodule(layers_name(model))
         except (TailError, AttributeError) as error:
             raise ModelError(f"{type(model).__name__} has no list of layers: give a module's path as hook.") from error
-        if int(match[1]) >= len(layers):
+        if block >= len(layers):
             raise ModelError(f"{name}: the model has blocks 0 to {len(layers) - 1}.")
-        return layers[int(match[1])], match[2] in ("resid_pre", "in")
+        return layers[block], not is_after
     for owner in (model, getattr(model, "base_model", model)):
         try:
             return owner.get_submodule(name), False

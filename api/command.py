@@ -49,20 +49,13 @@ def _show_text(place: Place, name: str | None, latent: int | None, text: str, mo
     from rich.console import Console
 
     from tcsae.api.text import activations
-    from tcsae.harvest.language_model import find_model
-    from tcsae.shared.base.errors import ModelError
+    from tcsae.harvest.language_model import stored_model
     from tcsae.shared.sae.sources import load_sae
     from tcsae.shared.store.reader import open_store
 
     store = open_store(place.store)
-    sae, recipe = load_sae(_one_run(place, name)), store.manifest.recipe.model
-    try:
-        lm = find_model(model or recipe.name, None, recipe)
-    except ModelError as error:
-        raise ModelError(f"{error} Where it is now, say with --model.") from error
-    if lm.revision != recipe.revision:
-        raise ModelError(f"{lm.source} is {lm.revision}, not the store's {recipe.revision}. Give another --model.")
-    shown = activations(sae, lm, text, hook=sae.metadata.hook or store.hook())
+    sae = load_sae(_one_run(place, name))
+    shown = activations(sae, stored_model(store.manifest.recipe, model), text, hook=sae.metadata.hook or store.hook())
     console = Console(highlight=False)
     for one in shown.shaded(*([] if latent is None else [latent])):
         console.print(one, soft_wrap=True)

@@ -1,6 +1,7 @@
 """An SAE as another kind that computes the same, or nearly: decoder rows of norm 1, a threshold in place of a top-k."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.saelens import GatedAutoencoder
+from tcsae.shared.store.counted import CountingRules, counted, norm_median
 from tcsae.shared.store.reader import Store
 
 SAMPLE_TOKENS = 32_768
@@ -66,7 +68,7 @@ def to_jumprelu(
 
     The threshold is that at which L0 is `k` (default: the SAE's own) on about `n_tokens` tokens of the store's train
     split, from the positions that the SAE was trained on. A batchtopk keeps its threshold unless k is given.
-    Raises ConfigError for another kind of SAE, StoreError for a store without its hook.
+    Raises ConfigError for another kind of SAE, StoreError for a store without its hook, or without such a position.
     """
     _check_plain(sae)
     kind = sae.config.activation
@@ -77,7 +79,7 @@ def to_jumprelu(
         wanted = float(sae.config.k if k is None else k)
         if not 0 < wanted <= sae.config.d_sae:
             raise ConfigError(f"k={wanted:g}: must lie in 0..{sae.config.d_sae}, above 0.")
-        x = _sample(store, hook or sae.metadata.hook, max(1, sae.metadata.skip_first), n_tokens)
+        x = _sample(store, _rules(sae, store, hook or sae.metadata.hook), n_tokens)
         if x.shape[1] != sae.config.d_model:
             raise ConfigError(f"The store's activations are {x.shape[1]} wide; the SAE reads {sae.config.d_model}.")
         jump.learned_threshold.fill_(_threshold(sae, x, wanted))
@@ -101,18 +103,50 @@ def _with_activation(sae: SparseAutoencoder, activation: str) -> SparseAutoencod
     return made.eval()
 
 
-def _sample(store: Store, hook: str | None, skip_first: int, n_tokens: int) -> Float[Tensor, "n d_model"]:
-    """About `n_tokens` tokens of the train split, from all over it."""
+def _rules(sae: SparseAutoencoder, store: Store, hook: str | None) -> CountingRules:
+    """Which positions the SAE was trained on; of one that does not say so, all but the first."""
     names = {one.canonical: one.requested for one in store.manifest.recipe.hooks}
-    batches = store.iterate(
-        "train", batch_tokens=CHUNK, hook=names.get(hook, hook) if hook else None, skip_first=skip_first
+    hook = store.hook(names.get(hook, hook) if hook else None)
+    data = sae.metadata.record.get("train", {}).get("data")
+    if data is None:
+        return CountingRules(skip_first=max(1, sae.metadata.skip_first), hook=hook)
+    return CountingRules(
+        skip_first=data["skip_first"],
+        exclude_tokens=tuple(data.get("exclude_tokens") or ()),
+        positions=tuple(data.get("positions") or ()),
+        max_norm=data.get("max_norm"),
+        hook=hook,
     )
+
+
+def _sample(store: Store, rules: CountingRules, n_tokens: int) -> Float[Tensor, "n d_model"]:
+    """About `n_tokens` counted tokens of the train split, from all over it."""
     parts: list[Tensor] = []
-    for batch in batches:
-        parts.append(batch.x[batch.valid])
+    if (store.train.lengths > rules.skip_first).any():
+        parts = _parts(store, rules, n_tokens)
+    if not sum(map(len, parts)):
+        raise StoreError(
+            f"{store.location}: no train token counts, {rules}, as in the SAE's training. Give the store that it was "
+            "trained on, or one like it."
+        )
+    return torch.cat(parts)
+
+
+def _parts(store: Store, rules: CountingRules, n_tokens: int) -> list[Float[Tensor, "_n d_model"]]:
+    assert rules.hook is not None, "`_rules` has named it"
+    split = store.train
+    usable = torch.from_numpy(counted(split, rules.without_norm())) if rules.has_holes else None
+    limit = math.inf if rules.max_norm is None else rules.max_norm * norm_median(store, rules.hook)
+    parts: list[Tensor] = []
+    for batch in store.iterate("train", batch_tokens=CHUNK, hook=rules.hook, skip_first=rules.skip_first):
+        taken = batch.valid & (batch.x.norm(dim=2) <= limit)
+        if usable is not None:
+            position = batch.starts[:, None] + torch.arange(batch.valid.shape[1])
+            taken &= usable[batch.sequences[:, None], position.clamp(max=store.sequence_length - 1)]
+        parts.append(batch.x[taken])
         if sum(map(len, parts)) >= n_tokens:
             break
-    return torch.cat(parts)
+    return parts
 
 
 def _threshold(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], k: float) -> float:

@@ -72,7 +72,7 @@ def train(
 
     place, given = Place(_location(store), str(_folder(runs))), _train_configs(config)
     if given:
-        if extra := settings.keys() & {"preset", "set", "sweep", "steps", "seed"}:
+        if extra := settings.keys() & {"preset", "set", "sweep", "steps", "seed", "positions"}:
             raise ConfigError(f"{sorted(extra)[0]} and config=TrainConfig: the config says it all. Give one of them.")
         options = options_of(train_command, settings)
         prepared = prepare(place, options)

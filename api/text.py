@@ -117,10 +117,12 @@ def activations(
         model, tokenizer = _loaded(model, tokenizer, hook or sae.metadata.hook)
     tokenizer = tokenizer or _tokenizer_of(model)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if sae.metadata.prepend_bos if prepend_bos is None else prepend_bos:
-        ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise DataError("The text has no token. Give some.")
+    if sae.metadata.prepend_bos if prepend_bos is None else prepend_bos:
+        if tokenizer.bos_token_id is None:
+            raise ModelError("The tokenizer has no BOS token to begin the text with. Give prepend_bos=False.")
+        ids = [tokenizer.bos_token_id, *ids]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with attach(sae, model, hook) as live:
         model(tokens)

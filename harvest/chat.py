@@ -6,7 +6,7 @@ it marks nothing, those of a message's own text, without the marks that the temp
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +16,15 @@ from jaxtyping import Int, UInt8
 from numpy import ndarray
 
 from tcsae.harvest.language_model import LanguageModel
-from tcsae.harvest.messages import ASSISTANT, Message, text_of
+from tcsae.harvest.messages import ASSISTANT, Message, texts_of, with_texts
 from tcsae.shared.base.errors import ConfigError, ModelError
 from tcsae.shared.store.format import MAX_ROLES, ChatRecipe
 
 OWN = "own"
 """In place of a template's file: the template that the tokenizer comes with."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PLACE = re.compile("\ufdd0(\\d+),(\\d+)\ufdd1")
+"""Stands in a message's text while its place is looked for. Unicode keeps these two out of all texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,21 +67,24 @@ class ChatTemplate:
         """Tokens of one conversation. Raises ValueError, saying why, for one that the template refuses."""
         if not messages:
             return Marked(np.zeros(0, np.int64), np.zeros(0, np.uint8) if self.recipe.roles else None)
-        options = {"chat_template": self._text}
         try:
             made = self._tokenizer.apply_chat_template(
                 messages,
+                chat_template=self._text,
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask="generation" in self.recipe.spans,
                 tokenizer_kwargs={"return_offsets_mapping": bool(self.recipe.roles)},
-                **options,
             )
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            text = self._rendered(messages) if self.recipe.roles else ""
         except Exception as error:  # a template may raise whatever it likes, and so may what it is given
             raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
         ids = np.asarray(made["input_ids"], np.int64).reshape(-1)
         return Marked(ids, self._roles(messages, text, made) if self.recipe.roles else None)
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, chat_template=self._text, tokenize=False)
+        return text
 
     def _roles(self, messages: Sequence[Message], text: str, made: Mapping[str, Any]) -> UInt8[ndarray, " n"]:
         starts, stops = np.asarray(made["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -94,18 +99,54 @@ class ChatTemplate:
 
     def _contents(self, messages: Sequence[Message], text: str) -> Iterator[tuple[str, int, int]]:
         """Where in the rendered text the messages' own texts stand, of the roles that are marked by them."""
-        at = 0
-        for message in messages:
-            content = text_of(message).strip()
-            start = text.find(content, at) if content else -1
-            role = message["role"]
-            marked = role in self.recipe.roles and self.recipe.spans[self.recipe.roles.index(role)] == "content"
-            if start >= 0:
-                at = start + len(content)
-                if marked:
-                    yield role, start, at
-            elif content and marked:
-                self.n_unmarked += 1
+        spans = dict(zip(self.recipe.roles, self.recipe.spans, strict=True))
+        wanted = [
+            number
+            for number, message in enumerate(messages)
+            if spans.get(message["role"]) == "content" and "".join(texts_of(message)).strip()
+        ]
+        places = self._places(messages, wanted, text)
+        if places is None:  # for one that the template looks into, the others are not given up
+            places = [place for one in wanted for place in self._places(messages, [one], text) or ()]
+        self.n_unmarked += len(set(wanted) - {number for number, _, _ in places})
+        for number, start, stop in places:
+            yield messages[number]["role"], start, stop
+
+    def _places(
+        self, messages: Sequence[Message], which: Collection[int], text: str
+    ) -> list[tuple[int, int, int]] | None:
+        """(message, start, stop) of some messages' own texts; None where the template cannot be asked.
+
+        A search would take a short text for the template's own words. So the conversation is rendered again, with a
+        mark inside each text: in its middle, as templates trim its ends and look at how it begins.
+        """
+        marked = [
+            with_texts(message, [_with_mark(one, number, part) for part, one in enumerate(texts_of(message))])
+            if number in which
+            else message
+            for number, message in enumerate(messages)
+        ]
+        try:
+            rendered = self._rendered(marked) if which else text
+        except Exception:  # as in `read`; without marks it did not
+            return None
+        if PLACE.sub("", rendered) != text:
+            return None
+        places, n_before = [], 0
+        for mark in PLACE.finditer(rendered):
+            number, part = int(mark[1]), int(mark[2])
+            own = texts_of(messages[number])[part].strip()
+            start = mark.start() - n_before - len(own) // 2
+            n_before += len(mark[0])
+            if start >= 0 and text.startswith(own, start):
+                places.append((number, start, start + len(own)))
+        return places
+
+
+def _with_mark(text: str, number: int, part: int) -> str:
+    own = text.strip()
+    at = text.find(own) + len(own) // 2
+    return f"{text[:at]}\ufdd0{number},{part}\ufdd1{text[at:]}" if own else text
 
 
 def chat_template(choice: ChatChoice, model: LanguageModel) -> ChatTemplate:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tcsae.shared.base.cli import Count, Place, StageCommand, device_option
+from tcsae.shared.base.cli import Count, Place, StageCommand, codec_option, device_option
 
 if TYPE_CHECKING:
     from tcsae.harvest.cost import Plan
@@ -134,10 +134,8 @@ if TYPE_CHECKING:
     type=click.Choice(["permuted", "random-weights"]),
     help="A null in place of the store: each document's tokens in random order, or the model as it is before training.",
 )
-@click.option(
-    "--codec",
-    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    help="How activations are stored; compact takes about a fifth of float16's bytes. The eval split is float16 or "
+@codec_option(
+    "How activations are stored; compact takes about a fifth of float16's bytes. The eval split is float16 or "
     "float32 whatever the codec.  [default: float16; with --lm-dtype bfloat16 bfloat16, which has its range and "
     "precision]",
 )
@@ -177,10 +175,6 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 
     if options["sequences"] is not None and ctx.get_parameter_source("tokens") is ParameterSource.COMMANDLINE:
         raise click.UsageError("Give --tokens or --sequences, not both.", ctx)
-    if options["roles"] and not options["chat_template"]:
-        raise click.UsageError("--roles needs --chat-template: without one there are no roles.", ctx)
-    if options["chat_template"] and options["tokens_field"]:
-        raise click.UsageError("Give --chat-template or --tokens-field, not both.", ctx)
     place: Place = ctx.obj
     config, fresh, exact = config_of(options), options["fresh"], options["exact"]
     if options["dry_run"]:
@@ -190,12 +184,20 @@ def harvest(ctx: click.Context, **options: Any) -> None:
 
 
 def config_of(options: Mapping[str, Any]) -> "HarvestConfig":
-    """What the command's options ask for."""
+    """What the command's options ask for. Raises ConfigError for some that exclude each other."""
     from tcsae.harvest.chat import ChatChoice
     from tcsae.harvest.documents import CorpusChoice
     from tcsae.harvest.resolve import HarvestConfig, ModelChoice
+    from tcsae.shared.base.errors import ConfigError
     from tcsae.shared.store.format import ControlRecipe, SequenceRecipe
 
+    if options["roles"] and not options["chat_template"]:
+        raise ConfigError(f"--roles {options['roles']} needs --chat-template: without one there are no roles.")
+    if options["chat_template"] and options["tokens_field"]:
+        raise ConfigError(
+            f"--chat-template {options['chat_template']} and --tokens-field {options['tokens_field']} are two ways to "
+            "come by tokens. Give one."
+        )
     roles = tuple(options["roles"].split(",")) if options["roles"] else ()
     chat = ChatChoice(template=options["chat_template"], roles=roles) if options["chat_template"] else None
     return HarvestConfig(

@@ -5,8 +5,8 @@ import re
 import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from tcsae.harvest.documents import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
 from tcsae.shared.base.errors import ConfigError, ModelError, broken_library
 from tcsae.shared.lm.tail import TailError
-from tcsae.shared.store.format import ModelRecipe
+from tcsae.shared.store.format import RANDOM_WEIGHTS, ControlRecipe, ModelRecipe, Recipe
 
 EMBEDDED = "embedded"
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -133,14 +133,42 @@ def find_model(
         raise ModelError(not_found("model", name, name, known, error)) from error
 
 
+def stored_model(recipe: Recipe, given: str | None = None) -> LanguageModel:
+    """The language model that a store was harvested from, as its control has it. `given`: where it lies now.
+
+    Raises ModelError if it is not to be found, or another.
+    """
+    stored = recipe.model
+    try:
+        model = find_model(given or stored.name, None, stored)
+    except ModelError as error:
+        raise ModelError(f"{error} Where it is now, say with --model.") from error
+    if model.revision != stored.revision:
+        raise ModelError(
+            f"{given or stored.name} has revision {model.revision[:19]}; the store was harvested from {stored.name}, "
+            f"revision {stored.revision[:19]}. Give that model: --model"
+        )
+    return controlled(model, recipe.control)
+
+
+def controlled(model: LanguageModel, control: ControlRecipe | None) -> LanguageModel:
+    """The model, with the weights that a store's control calls for."""
+    if control is None or control.kind != RANDOM_WEIGHTS:
+        return model
+    return replace(model, weights_seed=control.seed)
+
+
 def load_bridge(model: LanguageModel, device: str = "cpu", dtype: str = "float32", plain: Any = None) -> Any:
     """TransformerLens' bridge around the model, with eager attention. Raises ModelError.
 
     Around a twin of `plain`, which holds the same weights, where the bridge would load a model of that class; else the
-    bridge loads its own.
+    bridge loads its own. Weights of a seed, which it cannot draw, always come in a twin.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    if model.weights_seed is not None and plain is None:
+        with suppress(TailError):
+            plain = load_plain(model, device, dtype)
     twin = _twin(plain)
     if model.weights_seed is not None and twin is None:
         raise ModelError(f"{model.name} cannot be run with random weights: transformers makes no such model anew.")

@@ -33,13 +33,24 @@ def as_messages(value: Any) -> list[Message]:
     return messages
 
 
-def text_of(message: Message) -> str:
-    """A message's own text: its content, or the texts among its parts."""
+def texts_of(message: Message) -> list[str]:
+    """A message's own texts: its content, or those of its parts."""
     content = message.get("content", "")
     if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+        return [content]
+    return [part["text"] for part in content if _is_text(part)] if isinstance(content, list) else []
+
+
+def with_texts(message: Message, texts: Sequence[str]) -> Message:
+    """A copy with others in place of `texts_of` the message, as many."""
+    content, left = message.get("content", ""), iter(texts)
+    if isinstance(content, list):
+        return message | {"content": [{**one, "text": next(left)} if _is_text(one) else one for one in content]}
+    return message | {"content": next(left, content)}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def check_roles(roles: Sequence[str], conversations: Sequence[Sequence[Message]], name: str) -> None:

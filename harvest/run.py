@@ -22,7 +22,7 @@ from tcsae.harvest.capture import Capture
 from tcsae.harvest.chat import ChatChoice
 from tcsae.harvest.cost import Plan, free_bytes, make_plan, no_room
 from tcsae.harvest.documents import Corpus, find_corpus
-from tcsae.harvest.language_model import EMBEDDED, LanguageModel, find_model
+from tcsae.harvest.language_model import EMBEDDED, LanguageModel, controlled, find_model
 from tcsae.harvest.phases import write_activations, write_sequences, write_tails, write_tokenizer
 from tcsae.harvest.resolve import HarvestConfig, ModelChoice, load, resolve
 from tcsae.harvest.sequences import budgets_of, n_tokens
@@ -34,7 +34,7 @@ from tcsae.shared.base.files import disk_errors
 from tcsae.shared.base.settings import differences
 from tcsae.shared.base.signals import StopRequest, stop_on_signals
 from tcsae.shared.store.extend import can_extend, extend
-from tcsae.shared.store.format import FORMAT, RANDOM_WEIGHTS, SEALED, SPLITS, Recipe, Shard
+from tcsae.shared.store.format import FORMAT, SEALED, SPLITS, Recipe, Shard
 from tcsae.shared.store.journal import FOLDER, Journal, LockedError
 from tcsae.shared.store.places import objects_at
 from tcsae.shared.store.places.local import LocalObjects
@@ -176,8 +176,7 @@ def _prepare(location: str, config: HarvestConfig, fresh: bool, force: bool = Fa
     stored = manifest.recipe if manifest else None
     choice = config.model
     model = find_model(choice.name, choice.revision, stored.model if stored else None, choice.trust_remote_code)
-    if config.control is not None and config.control.kind == RANDOM_WEIGHTS:
-        model = replace(model, weights_seed=config.control.seed)
+    model = controlled(model, config.control)
     corpus = find_corpus(config.corpus, stored.corpus if stored else None)
     return _Job(model, corpus, *resolve(config, model, corpus, stored), config.chat)
 

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.evaluate.report.pages.page_files import Included
-from tcsae.harvest.language_model import LanguageModel, find_model, load_bridge
+from tcsae.harvest.language_model import LanguageModel, load_bridge
 from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.lm.token_text import TokenTexts
-from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.module import Edit, SparseAutoencoder, edit_difference
 from tcsae.shared.store.reader import Store
 
 MAX_TOKENS = 512
@@ -28,12 +28,17 @@ KINDS = ("ablate", "clamp", "steer")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What is done to one latent at every position."""
+    """What is done to one latent, at every position that its SAE applies to."""
 
     kind: str
     """ablate: its value becomes 0; clamp: it becomes `value`; steer: `value` is added to it."""
     latent: int
     value: float = 0.0
+
+    @property
+    def edit(self) -> Edit:
+        amounts = {"ablate": Edit("set", 0.0), "clamp": Edit("set", self.value), "steer": Edit("add", self.value)}
+        return amounts[self.kind]
 
 
 class Reading(NamedTuple):
@@ -58,24 +63,6 @@ class Outcome(NamedTuple):
     changed: list[int]
 
 
-def stored_model(store: Store, given: str | None) -> LanguageModel:
-    """The store's language model. `given`: where it lies, if the store has the name of a local folder alone.
-
-    Raises ConfigError for another model than the store's, ModelError if there is none.
-    """
-    recipe = store.manifest.recipe.model
-    if recipe.revision.startswith("sha256:") or given is not None:
-        model = find_model(given or recipe.name)
-    else:
-        model = find_model(recipe.name, recipe.revision)
-    if model.revision != recipe.revision:
-        raise ConfigError(
-            f"{given or recipe.name} has revision {model.revision[:19]}; the store {store.location} was harvested from "
-            f"{recipe.name}, revision {recipe.revision[:19]}. Give that model: --model"
-        )
-    return model
-
-
 class LiveModel:
     """One language model, its tokenizer, and the SAEs of a report by name. One call at a time."""
 
@@ -97,11 +84,16 @@ class LiveModel:
             raise ConfigError(f"The text has {len(ids)} tokens; give 1 to {self.limit}.")
         return ids
 
+    @property
+    def readable(self) -> list[str]:
+        """Names of the SAEs that `read` takes."""
+        return [name for name, one in self.runs.items() if not one.loaded.sae.config.reads_neighbours]
+
     def run(self, name: str) -> Included:
         """Raises ConfigError for an unknown one."""
         if name not in self.runs:
             raise ConfigError(unknown("run", name, self.runs))
-        if self.runs[name].loaded.sae.config.reads_neighbours:
+        if name not in self.readable:
             raise ConfigError(f"{name} has codes of several tokens: it cannot be read or changed token by token.")
         return self.runs[name]
 
@@ -130,7 +122,7 @@ class LiveModel:
         n_continued = max(0, min(n_continued, MAX_CONTINUED, self.limit - len(ids)))
 
         def changed(x: Tensor) -> Tensor:
-            return x + changed_by(sae, x, change).to(x.dtype)
+            return x + changed_by(sae, x, change, one.skip_first).to(x.dtype)
 
         with self._lock, torch.inference_mode():
             clean = self._forward(ids, one.hook, None).log_softmax(-1)
@@ -167,12 +159,13 @@ def _kept(x: Tensor, caught: list[Tensor]) -> Tensor:
 
 
 def changed_by(
-    sae: SparseAutoencoder, x: Float[Tensor, "*batch d_model"], change: Change
-) -> Float[Tensor, "*batch d_model"]:
-    """What a change adds to x: the change of the latent's value times its decoder row; the SAE's error stays."""
-    value = sae.encode(x.float())[..., change.latent]
-    by = {"ablate": -value, "clamp": change.value - value, "steer": torch.full_like(value, change.value)}[change.kind]
-    return by[..., None] * sae.W_dec.detach()[change.latent]
+    sae: SparseAutoencoder, x: Float[Tensor, "batch position d_model"], change: Change, skip_first: int = 0
+) -> Float[Tensor, "batch position d_model"]:
+    """What a change adds to x from position `skip_first` on."""
+    flat = x.float().flatten(0, 1)
+    result = edit_difference(sae, sae.encode_sparse(flat), flat, {change.latent: change.edit}).reshape(x.shape)
+    result[:, :skip_first] = 0
+    return result
 
 
 def _pairs(top: Any) -> list[tuple[int, float]]:

@@ -11,8 +11,9 @@ import click
 
 from tcsae.evaluate.report.features.shown_feature import MARK
 from tcsae.evaluate.report.pages.page_files import choose_runs
+from tcsae.harvest.language_model import stored_model
 from tcsae.serve.application import application
-from tcsae.serve.live_model import LiveModel, stored_model
+from tcsae.serve.live_model import LiveModel
 from tcsae.shared.base.console import legible, say
 from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.store.reader import open_store
@@ -52,15 +53,24 @@ def start(location: str, request: ServeRequest) -> None:
         say(f"{one.name}: left out. {one.why}")
     listener = _listen(request.port)
     with listener:
-        live = LiveModel(store, included, stored_model(store, request.model))
-        began = time.perf_counter()
-        live.read(included[0].name, WARM_UP)
-        say(f"{len(included)} SAEs at {included[0].hook}; a first pass took {time.perf_counter() - began:.2f} s.")
+        live = LiveModel(store, included, stored_model(store.manifest.recipe, request.model))
+        warm_up(live)
         token = secrets.token_urlsafe(16)
         click.echo(f"Serving {legible(str(request.report))}: http://{HOST}:{listener.getsockname()[1]}/{token}/")
         app = application(live, request.runs_path, request.report, token)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def warm_up(live: LiveModel) -> None:
+    """A first pass, through an SAE that can be read token by token, if there is one."""
+    began, n, readable = time.perf_counter(), len(live.runs), live.readable
+    if not readable:
+        say(f"None of {n} SAEs can be read token by token: their codes are of several tokens. The report is served.")
+        return
+    live.read(readable[0], WARM_UP)
+    hook = live.runs[readable[0]].hook
+    say(f"{n} SAEs at {hook}; a first pass took {time.perf_counter() - began:.2f} s.")
 
 
 def _listen(port: int) -> socket.socket:

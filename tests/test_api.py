@@ -91,6 +91,7 @@ def test_a_config_in_place_of_presets(made, tmp_path):
         ({"a": wrong}, {}, "a: sae.d_model=17, but the store's activations are 16 wide"),
         ({"a/b": wrong}, {}, "takes the name of a run"),
         (wrong, {"steps": 3}, "steps and config=TrainConfig"),
+        (wrong, {"positions": ["assistant"]}, "positions and config=TrainConfig"),
         ({"a": 3}, {}, "a TOML file, a TrainConfig, or a dictionary"),
     ):
         with pytest.raises(tcsae.ConfigError, match=message):
@@ -115,6 +116,12 @@ def test_harvest_makes_and_reuses_a_store(tiny_lm, tiny_corpus, tmp_path):
         (lambda: tcsae.harvest(codec="zip"), tcsae.ConfigError, "codec='zip': .* is not one of"),
         (lambda: tcsae.harvest(tokens="many"), tcsae.ConfigError, "tokens='many': 'many' is not a count"),
         (lambda: tcsae.harvest(tokens=5000, sequences=50), tcsae.ConfigError, "tokens and sequences are two ways"),
+        (lambda: tcsae.harvest(roles="user"), tcsae.ConfigError, "--roles user needs --chat-template"),
+        (
+            lambda: tcsae.harvest(chat_template="own", tokens_field="ids"),
+            tcsae.ConfigError,
+            "--chat-template own and --tokens-field ids are two ways to come by tokens. Give one",
+        ),
         (lambda: tcsae.evaluate("x.zarr", details=True), tcsae.ConfigError, "Unknown setting 'details'"),
         (lambda: tcsae.report("x.zarr", "no runs"), tcsae.StoreError, "No activation store at x.zarr"),
     ],

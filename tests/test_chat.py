@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tcsae.harvest.chat import ChatChoice
+from tcsae.harvest.chat import ChatChoice, chat_template
+from tcsae.harvest.language_model import find_model
 from tcsae.harvest.run import harvest
 from tcsae.shared.base.errors import ConfigError, DataError, ModelError
 from tcsae.shared.commands.group import cli
@@ -20,6 +21,18 @@ MARKS = """{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' %}{
 {% endif %}{% endfor %}"""
 PLAIN = "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + PLAIN
+CHATML = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}"
+DEFAULT = "{% if messages[0].role != 'system' %}You are no human, ok?\n{% endif %}" + CHATML
+FOLDED = """{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.index0 == 1 %}<<SYS>>
+{{- messages[0].content }}<</SYS>>{% endif %}
+{{ m.content | trim }}
+{% elif m.role == 'assistant' %}{{ m.content | trim }}{% endif %}{% endfor %}"""
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}({{ part.text | trim }}){% endfor %}{% endfor %}"
+)
+PEEKS = CHATML.replace("\n{{", "\n{% if m.content.startswith('!') %}loud:{% endif %}{{")
+CUTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+SHOUTS = CHATML.replace("m.content", "(m.content | upper if m.role == 'user' else m.content)")
 WORDS = ["the", "stream", "reads", "each", "token", "of", "one", "window"]
 
 
@@ -99,6 +112,46 @@ def test_marked_tokens_are_those_of_the_role(tiny_config, data, conversations, t
     assert seen > 40
     same = [np.array_equal(store.train.documents, np.sort(store.train.documents))]
     assert all(same)
+
+
+def turns(*contents) -> list[dict]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def with_brackets(reader, tokenizer, messages) -> str:
+    """The text of a conversation, with user's tokens in [] and the assistant's in {}."""
+    ids, roles = reader.read(messages)
+    cuts = np.flatnonzero(np.diff(roles)) + 1
+    pieces = zip(np.split(ids, cuts), np.split(roles, cuts), strict=True)
+    return "".join("|[{"[role] + tokenizer.decode(some) + "|]}"[role] for some, (role, *_) in pieces).replace("|", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (CHATML, turns("user", "assistant", "a"), "<user>\n[user]\n<assistant>\n{assistant}\n<user>\n[a]\n"),
+        (CHATML, turns("a", "<user>\nno"), "<user>\n[a]\n<assistant>\n{<user>\nno}\n"),
+        (CHATML, turns("no", "no"), "<user>\n[no]\n<assistant>\n{no}\n"),
+        (CHATML, turns("", "s", "\n"), "<user>\n\n<assistant>\n{s}\n<user>\n\n\n"),
+        (DEFAULT, turns("no", "ok"), "You are no human, ok?\n<user>\n[no]\n<assistant>\n{ok}\n"),
+        (
+            FOLDED,
+            [{"role": "system", "content": "S"}, *turns(" SYS ", "s")],
+            "[INST]<<SYS>>S<</SYS>>[SYS]\n{s}",
+        ),
+        (PARTS, turns([{"type": "text", "text": one} for one in ("user", "\n", "r")]), "<user>([user])()([r])"),
+        (PEEKS, turns("!loud", "loud"), "<user>\nloud:[!loud]\n<assistant>\n{loud}\n"),
+        (CUTS, turns("user", "<think>s</think>s", "t"), "<user>\n[user]\n<assistant>\ns\n<user>\n[t]\n"),
+        (SHOUTS, turns("user", "s"), "<user>\nUSER\n<assistant>\n{s}\n"),
+    ],
+)
+def test_a_message_is_not_taken_for_the_templates_own_words(tiny_lm, tmp_path, template, messages, expected):
+    (tmp_path / "a.jinja").write_text(template)
+    model = find_model(str(tiny_lm))
+    reader = chat_template(ChatChoice(template=str(tmp_path / "a.jinja"), roles=("user", "assistant")), model)
+    assert with_brackets(reader, model.tokenizer(), messages) == expected
+    assert reader.n_unmarked == (template in (CUTS, SHOUTS)), "what is not in the text as it stands is counted"
 
 
 @pytest.mark.slow
@@ -183,5 +236,5 @@ def test_from_the_command_line_to_a_run_on_one_role(tiny_lm, data, tmp_path):
     store = open_store(tmp_path / "a.zarr")
     assert evaluation["n_tokens"] == (store.eval.roles[:, 1:] == 1).sum()
     refused = CliRunner().invoke(cli, ["harvest", "--roles", "user"])
-    assert refused.exit_code == 2
-    assert "--roles needs --chat-template" in refused.output
+    assert refused.exit_code == 1
+    assert refused.output.strip() == "Error: --roles user needs --chat-template: without one there are no roles."

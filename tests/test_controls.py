@@ -11,6 +11,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tcsae
+from tcsae.api import text
+from tcsae.api.text import activations as shown
+from tcsae.harvest.language_model import load_bridge, load_plain, stored_model
 from tcsae.harvest.resolve import HarvestConfig
 from tcsae.harvest.run import harvest
 from tcsae.shared.base.errors import ConfigError
@@ -150,6 +154,28 @@ def check_activations(store, model):
         with torch.no_grad():
             model(torch.from_numpy(store.train.tokens[i : i + 1, :length].astype(np.int64)))
         np.testing.assert_allclose(stored[i, :length], seen.pop()[0].numpy(), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ("plain", "random-weights"))
+def test_the_stores_model_has_the_controls_weights(stores, trained_lm, kind):
+    model = stored_model(stores[kind].manifest.recipe, str(trained_lm))
+    plain, tokens = load_plain(model), torch.from_numpy(stores[kind].eval.tokens[:1]).long()
+    check_activations(stores[kind], plain)
+    with torch.no_grad():
+        torch.testing.assert_close(load_bridge(model)(tokens), plain(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_text_is_read_by_the_controls_weights(stores, trained_lm, tmp_path, monkeypatch):
+    location, read = stores["random-weights"].location, []
+    tcsae.train(location, tmp_path, preset="topk", steps=1, set={"sae.d_sae": 32, "sae.k": 4})
+    monkeypatch.setattr(
+        text, "activations", lambda sae, *rest, **more: read.append(rest[0]) or shown(sae, *rest, **more)
+    )
+    named = ["--store", location, "--runs", str(tmp_path), "feature", "--text", "the model", "--model", str(trained_lm)]
+    done = CliRunner().invoke(cli, named)
+    assert done.exit_code == 0, done.output
+    assert [one.weights_seed for one in read] == [0]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -62,6 +63,26 @@ def test_a_threshold_from_the_store_keeps_l0(tiny_store, k):
     assert float((jump.encode(x) > 0).sum(1).float().mean()) == pytest.approx(k or 4, abs=0.01)
     above = jump.encode(x) > 0
     torch.testing.assert_close(jump.encode(x)[above], sae.pre_activations(x)[above])
+
+
+DATA = {"skip_first": 0, "exclude_tokens": [], "positions": [], "max_norm": None}
+
+
+@torch.no_grad()
+def test_single_vectors_have_a_threshold_too(tmp_path):
+    x = np.random.default_rng(0).normal(size=(300, 1, 16)).astype(np.float32)
+    with tcsae.create_store(str(tmp_path / "a.zarr"), hooks={HOOK: 16}, sequence_length=1) as made:
+        for split in ("train", "eval"):
+            made.append(split, {HOOK: x})
+        store = made.seal()
+    sae = sae_of("topk")
+    with pytest.raises(
+        tcsae.StoreError, match="no train token counts, from 1 on, .* Give the store that it was trained"
+    ):
+        tcsae.to_jumprelu(sae, store)
+    sae.metadata = SaeMetadata(hook=HOOK, record={"train": {"data": DATA}})
+    found = tcsae.to_jumprelu(sae, store).encode(torch.from_numpy(x[:, 0]))
+    assert float((found > 0).sum(1).float().mean()) == pytest.approx(4, abs=0.05)
 
 
 def test_what_has_no_threshold_is_refused(tiny_store):
@@ -149,7 +170,7 @@ def test_a_text_by_the_command(command, tiny_store, tiny_lm, tmp_path):
     for arguments, code, message in (
         ([], 2, "Missing option '--id' (or '--text')"),
         (["--text", "x"], 1, "Where it is now, say with --model"),
-        (["--text", "x", "--model", "embedded"], 1, "not the store's sha256"),
+        (["--text", "x", "--model", "embedded"], 1, "Give that model: --model"),
     ):
         done = command("feature", *arguments)
         assert done.exit_code == code, done.output

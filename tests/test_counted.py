@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from tcsae.api import convert
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
 from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import ConfigError, StoreError
+from tcsae.shared.base.settings import to_dict
+from tcsae.shared.sae.layout import SaeConfig, SaeMetadata
+from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.store.counted import CountingRules, counted, left_out, norm_median
 from tcsae.shared.store.format import (
     SPLITS,
@@ -89,6 +93,15 @@ def expected(store, rules: CountingRules, split: str) -> set[tuple[int, int]]:
         and (not rules.positions or ("", *ROLES)[one.roles[s, p]] in rules.positions)
         and np.linalg.norm(x[s, p]) <= limit
     }
+
+
+@pytest.mark.parametrize("rules", [*RULES.values(), CountingRules()], ids=[*RULES, "none"])
+def test_a_converted_saes_threshold_is_of_what_counted_in_its_training(store, rules, monkeypatch):
+    sae, samples = SparseAutoencoder(SaeConfig(d_model=3, d_sae=8, k=2)), []
+    sae.metadata = SaeMetadata(hook=HOOK, record={"train": {"data": to_dict(rules)}}, skip_first=rules.skip_first)
+    monkeypatch.setattr(convert, "_threshold", lambda sae, x, k: samples.append(x) or 0.0)  # noqa: ARG005
+    convert.to_jumprelu(sae, store)
+    assert sorted((int(s), int(p)) for s, p, _ in samples[0]) == sorted(expected(store, rules, "train"))
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)

@@ -125,6 +125,19 @@ def test_every_token_is_there_once_with_its_activations(tmp_path, make, form, op
         assert float(store.train.read("layer_1", 0, 1)[0, 0, 2]) == 2
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_masked_positions_are_not_stored(tmp_path, flat, documents):
+    arrays(tmp_path / "source", "npy", flat=flat, documents=documents)
+    mask = GRID[1] < 1 + GRID[0] % LENGTH
+    for part, rows in enumerate((slice(0, 20), slice(20, ROWS))):
+        np.save(tmp_path / f"source/attention_mask_{part}.npy", mask[rows].reshape(-1 if flat else mask[rows].shape))
+    request = ImportRequest(form="npy", path=tmp_path / "source", min_length=1, eval_every=4)
+    store, counts = import_store(str(tmp_path / "a.zarr"), request)
+    assert counts["tokens_read"] == mask.sum()
+    assert sorted(stored_tokens(store)) == sorted(IDS[mask].tolist())
+
+
 def test_without_boundaries_vectors_are_single_and_windows_are_refused(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(3000, WIDTH)))
     request = ImportRequest(form="npy", path=tmp_path / "x.npy", eval_every=3)
@@ -214,6 +227,13 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(tmp_path, kind):
         import_store(str(tmp_path / "a.zarr"), ImportRequest(form=form, path=tmp_path / "source"))
     with pytest.raises(StoreError, match="No activation store"):
         open_store(tmp_path / "a.zarr")
+
+
+def test_lengths_of_single_vectors_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", layer4=X.reshape(-1, WIDTH), lengths=np.full(ROWS * LENGTH, LENGTH))
+    message = r"lengths are of sequences, activations are of \[300\] tokens. Give documents or attention_mask"
+    with pytest.raises(DataError, match=message):
+        import_store(str(tmp_path / "a.zarr"), ImportRequest(form="npy", path=tmp_path / "a.npz"))
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,16 @@ def test_a_text_shaded(tiny_lm):
     assert "\x1b[38;2;244;244;240;48;2" in capture.get()
     with pytest.raises(tcsae.ConfigError, match="Latent 99"):
         result.latent(99)
-    with pytest.raises(tcsae.DataError, match="no token"):
-        tcsae.activations(sae_of(), str(tiny_lm), "")
+    for prepend_bos in (False, True):
+        with pytest.raises(tcsae.DataError, match="no token"):
+            tcsae.activations(sae_of(), str(tiny_lm), "", prepend_bos=prepend_bos)
+
+
+def test_a_missing_bos_is_one_line(tiny_lm):
+    tokenizer = find_model(str(tiny_lm)).tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(tcsae.ModelError, match="no BOS token to begin the text with. Give prepend_bos=False"):
+        tcsae.activations(sae_of(), str(tiny_lm), "the", tokenizer=tokenizer, prepend_bos=True)
 
 
 def test_the_same_text_through_a_bridge(tiny_lm):

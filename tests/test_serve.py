@@ -18,8 +18,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from tcsae.evaluate.report.pages.page_files import choose_runs
-from tcsae.serve.live_model import Change, LiveModel, changed_by, stored_model
-from tcsae.shared.base.errors import ConfigError
+from tcsae.harvest.language_model import stored_model
+from tcsae.serve.live_model import Change, LiveModel, changed_by
+from tcsae.serve.server import warm_up
+from tcsae.shared.base.errors import ConfigError, ModelError
+from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.store.reader import open_store
 
 pytestmark = pytest.mark.slow
@@ -35,7 +38,7 @@ def store(evaluated):
 @pytest.fixture(scope="module")
 def live(store, evaluated, tiny_lm) -> LiveModel:
     included, _ = choose_runs(store, evaluated / "runs")
-    return LiveModel(store, included, stored_model(store, str(tiny_lm)))
+    return LiveModel(store, included, stored_model(store.manifest.recipe, str(tiny_lm)))
 
 
 def run_of(live: LiveModel, start: str) -> str:
@@ -85,6 +88,42 @@ def test_a_change_adds_the_latents_change_along_its_row(live):
             torch.testing.assert_close(result, by[..., None] * sae.W_dec[latent])
 
 
+@pytest.mark.parametrize("layer_norm", ["none", "in", "in_out"])
+def test_a_change_is_that_of_the_reconstruction_from_the_first_trained_position_on(layer_norm):
+    sae = SparseAutoencoder(SaeConfig(d_model=8, d_sae=24, k=3, layer_norm=layer_norm)).requires_grad_(False)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    x = 5 * torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(2))
+    code = sae.encode(x)
+    clamped = code.clone()
+    clamped[..., 4] = 3.0
+    expected = sae.decode(clamped, x) - sae.decode(code, x)
+    expected[:, :2] = 0
+    result = changed_by(sae, x, Change(kind="clamp", latent=4, value=3.0), skip_first=2)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sequences_begin_as_they_would_without_a_change(live):
+    name = run_of(live, "topk")
+    assert live.runs[name].skip_first == 1
+    moved = live.change(name, TEXT, Change(kind="steer", latent=0, value=50.0), 0)
+    assert moved.kl[0] < 1e-6 < max(moved.kl)
+
+
+def test_saes_that_read_neighbours_do_not_stop_the_server(live, monkeypatch, capsys):
+    first, *_ = live.runs.values()
+    crosscoder = SparseAutoencoder(SaeConfig(d_model=first.loaded.sae.config.d_model, d_sae=8, k=2, window=2))
+    unreadable = {"crosscoder": first._replace(loaded=first.loaded._replace(sae=crosscoder))}
+    monkeypatch.setattr(live, "runs", unreadable | {first.name: first})
+    warm_up(live)
+    assert f"2 SAEs at {first.hook}; a first pass took" in capsys.readouterr().err
+    monkeypatch.setattr(live, "runs", unreadable)
+    warm_up(live)
+    assert "None of 1 SAEs can be read token by token" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="crosscoder has codes of several tokens"):
+        live.read("crosscoder", TEXT)
+
+
 def test_nothing_changed_is_no_divergence_and_a_change_is_one(live, tiny_lm):
     name, ids = run_of(live, "topk"), live.ids(TEXT)
     same = live.change(name, TEXT, Change(kind="steer", latent=0, value=0.0), 4)
@@ -126,8 +165,10 @@ def test_another_model_than_the_stores_is_refused(store, make_lm, tmp_path):
 
     other = make_lm(tmp_path / "other", GPTNeoXConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1,
                                                      num_attention_heads=1, intermediate_size=8))  # fmt: skip
-    with pytest.raises(ConfigError, match="Give that model: --model"):
-        stored_model(store, str(other))
+    with pytest.raises(ModelError, match="Give that model: --model"):
+        stored_model(store.manifest.recipe, str(other))
+    with pytest.raises(ModelError, match="Unknown model 'tiny'.* Where it is now, say with --model"):
+        stored_model(store.manifest.recipe)
 
 
 def test_without_a_report_there_is_nothing_to_serve(evaluated, toy_report, tmp_path):

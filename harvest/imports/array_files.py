@@ -166,6 +166,11 @@ def layout_of(name: str, group: Group) -> Layout:
                 "that belong together."
             )
     in_sequences = len(shape) == 2
+    if "lengths" in parts and not in_sequences:
+        raise DataError(
+            f"{name}: lengths are of sequences, activations are of {list(shape)} tokens. Give documents or "
+            "attention_mask in place of lengths."
+        )
     return Layout(
         in_sequences or "documents" in parts, "documents" in parts, "tokens" in parts, shape[1] if in_sequences else 1
     )
@@ -196,12 +201,12 @@ def _numbered(
     start, stop, width, n_axes = place
     row = np.repeat(np.arange(start, stop), width)
     documents = np.repeat(read["documents"].astype(np.int64), width) if "documents" in read else None
-    if n_axes == 3:
-        run, document = first[0] + row, first[1] + row if documents is None else documents
-        return Tokens(x, run, document, ids).part(_valid(read, stop - start, width))
     if documents is None:
-        return Tokens(x, first[0] + row, first[1] + row // VECTORS_PER_DOCUMENT, ids)
-    return Tokens(x, documents, documents, ids)
+        text = row if n_axes == 3 else row // VECTORS_PER_DOCUMENT
+        tokens = Tokens(x, first[0] + row, first[1] + text, ids)
+    else:
+        tokens = Tokens(x, first[0] + row if n_axes == 3 else documents, documents, ids)
+    return tokens.part(_valid(read, stop - start, width))
 
 
 def _valid(read: Mapping[str, ndarray], n: int, width: int) -> ndarray:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand, codec_option
 
 
 @click.command(name="import", cls=StageCommand, short_help="Make a store of activations that another program saved.")
@@ -41,13 +41,7 @@ from tcsae.shared.base.cli import Place, StageCommand
 @click.option(
     "--eval-every", default=20, show_default=True, help="One document in so many, by a hash, goes to the eval split."
 )
-@click.option(
-    "--codec",
-    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    default="float16",
-    show_default=True,
-    help="How activations are stored, as in harvest.",
-)
+@codec_option("How activations are stored, as in harvest.", default="float16")
 @click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
 @click.pass_obj
 def import_(place: Place, source: tuple[str, str], **options: Any) -> None:
@@ -65,9 +59,9 @@ def import_(place: Place, source: tuple[str, str], **options: Any) -> None:
     npy          .npy or .npz, files side by side: NAME.npy, tokens.npy, documents.npy; NAME_0.npy, tokens_0.npy, ...
     safetensors  the same by name inside each file
 
-    Activations are [sequences, positions, width] or [tokens, width]; tokens (token_ids, input_ids), lengths or
-    attention_mask, and documents (document_ids) are optional. Without sequences or documents the vectors are stored one
-    by one: no windows. There is no tail, so no cross-entropies.
+    Activations are [sequences, positions, width] or [tokens, width]; tokens (token_ids, input_ids), attention_mask,
+    documents (document_ids) and, of sequences, lengths are optional. Without sequences or documents the vectors are
+    stored one by one: no windows. There is no tail, so no cross-entropies.
     """
     from pathlib import Path
 

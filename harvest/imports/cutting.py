@@ -1,6 +1,5 @@
 """A stream of tokens, as other programs saved them, to the sequences of a store."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -122,8 +121,3 @@ class Cutter:
         x: Mapping[str, ndarray] = {hook: values[at] for hook, values in tokens.x.items()}
         ids = np.zeros(at.shape, np.int64) if tokens.ids is None else np.where(valid, tokens.ids[at], 0)
         return Sequences(dict(x), lengths, tokens.document[first], ids)
-
-
-def digest_names(names: list[str]) -> str:
-    """ "sha256:..." over names and sizes of a source's files: their bytes may be terabytes."""
-    return f"sha256:{hashlib.sha256(chr(0).join(names).encode()).hexdigest()}"

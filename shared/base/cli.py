@@ -133,3 +133,14 @@ def precision_option(about: str) -> Callable[[click.decorators.FC], click.decora
         show_default=True,
         help=f"Of matrix products on a GPU; bf16: {about}",
     )
+
+
+def codec_option(about: str, default: str | None = None) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """--codec; `about` says of what, and what holds without it."""
+    return click.option(
+        "--codec",
+        type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
+        default=default,
+        show_default=default is not None,
+        help=about,
+    )

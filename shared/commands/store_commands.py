@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tcsae.shared.base.cli import Place, StageCommand
+from tcsae.shared.base.cli import Place, StageCommand, codec_option
 from tcsae.shared.base.errors import StoreError
 
 
@@ -52,11 +52,7 @@ def verify(place: Place, as_json: bool) -> None:
 @click.command(cls=StageCommand)
 @click.option("--from", "source", required=True, metavar="STORE", help="A sealed store: a folder, a zip file, a URL.")
 @click.option("--to", "target", required=True, metavar="STORE", help="A new place: a folder, a URL, or a file .zip.")
-@click.option(
-    "--codec",
-    type=click.Choice(["float16", "float32", "bfloat16", "int8", "compact"]),
-    help="Store the activations anew in this form. Default: as they are.",
-)
+@codec_option("Store the activations anew in this form. Default: as they are.")
 @click.option("--codec-error", type=float, metavar="SHARE", help="Of compact, as in harvest.")
 def copy(source: str, target: str, codec: str | None, codec_error: float | None) -> None:
     """Copy a store to another place or into another codec, checked and resumable.

@@ -21,7 +21,6 @@ RUN_FILES = (CONFIG, WEIGHTS, RECORD, EVALUATION, "saebench_core.json", "latents
 COMMIT_FILES, COMMIT_BYTES = 64, 256 << 20
 """Of a store, in one commit: what an interruption may cost."""
 CARD = "README.md"
-PYDOCS_LICENCE = "documentation of the packages installed where it was harvested, each under its own licence"
 
 
 class PushOptions(NamedTuple):

@@ -51,16 +51,22 @@ def tail_start(canonical_hook: str, n_layers: int) -> int:
 
     Raises TailError for a hook that is not the residual stream between two blocks of the model.
     """
-    match = _RESIDUAL.fullmatch(canonical_hook)
-    if match is None:
+    place = residual_place(canonical_hook)
+    if place is None:
         raise TailError(
             f"{canonical_hook} is not a residual stream: only blocks.N.hook_resid_pre, hook_in, hook_resid_post "
             "and hook_out determine all that follows; harvest one of these for cross-entropy and KL."
         )
-    block = int(match[1])
+    block, is_after = place
     if block >= n_layers:
         raise TailError(f"{canonical_hook} is not in the model: it has blocks 0 to {n_layers - 1}; name one of these.")
-    return block + (match[2] in ("resid_post", "out"))
+    return block + is_after
+
+
+def residual_place(hook: str) -> tuple[int, bool] | None:
+    """(block, whether it is after the block rather than before it) of a hook of the residual stream between blocks."""
+    match = _RESIDUAL.fullmatch(hook)
+    return match and (int(match[1]), match[2] in ("resid_post", "out"))
 
 
 def make_tail(model: PreTrainedModel, start_layer: int) -> PreTrainedModel:

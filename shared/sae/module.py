@@ -1,7 +1,8 @@
 """The sparse autoencoder: one module, whatever the activation function. Training and evaluation live elsewhere."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from tcsae.shared.sae.activations import KINDS, Kind
 from tcsae.shared.sae.layout import SaeConfig, SaeMetadata, saelens_config, write_sae
 from tcsae.shared.sae.sparse import SparseCode, decode
 
-__all__ = ["SaeConfig", "SparseAutoencoder", "layer_normed"]
+__all__ = ["Edit", "SaeConfig", "SparseAutoencoder", "edit_difference", "layer_normed"]
 
 
 class SparseAutoencoder(nn.Module):
@@ -176,3 +177,26 @@ def layer_normed(x: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Tensor, Te
     mean = x.mean(-1, keepdim=True)
     deviation = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     return (x - mean) / deviation, mean, deviation
+
+
+class Edit(NamedTuple):
+    """What becomes of a latent's value."""
+
+    kind: Literal["set", "add"]
+    amount: float
+
+
+def edit_difference(
+    sae: SparseAutoencoder, code: SparseCode, x: Float[Tensor, "n d_model"], edits: Mapping[int, Edit]
+) -> Float[Tensor, "n d_model"]:
+    """What edits of latents change in the reconstruction of x, whose code is `code`."""
+    total = torch.zeros_like(x)
+    for latent, edit in edits.items():
+        amount = torch.full((code.n_tokens,), edit.amount, device=x.device, dtype=x.dtype)
+        if edit.kind == "set":
+            at = (code.latents == latent).nonzero().squeeze(1)
+            amount = amount.index_add(0, code.rows[at], -code.values[at])
+        total = total + amount[:, None] * sae.W_dec[latent]
+    if sae.config.layer_norm == "in_out":
+        total = total * layer_normed(x)[2]
+    return total
