@@ -27,7 +27,6 @@ from tcsae.train.config import (
     InitConfig,
     OptimizerConfig,
     SparsityConfig,
-    TemporalConfig,
     TrainConfig,
 )
 from tcsae.train.log import metrics_line
@@ -35,6 +34,7 @@ from tcsae.train.losses import STATEFUL, TEMPORAL, temporal_term
 from tcsae.train.losses.contrastive import contrastive, info_nce
 from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.losses.position import PositionPenalty
+from tcsae.train.settings.temporal_settings import TemporalConfig
 from tcsae.train.trainer import StepResult, Trainer
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from toy_pairs import pair_settings
 
 from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.settings import with_settings
@@ -238,7 +239,7 @@ def test_each_run_of_the_paper_adds_to_the_one_before_what_it_says():
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("-shuffled")])
 def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
     settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
-    settings += ["temporal.contrast.gap=2", "temporal.contrast.distance=4", "temporal.contrast.around=1"]
+    settings += pair_settings(name, gap=2, distance=4, around=1)
     steps = preset(name, WIDTH).steps and 10
     runs = plan_runs(store, Request([name], [*settings, f"steps={steps}"]))
     (one,) = estimate(store, tmp_path, runs).passes[0].runs

@@ -15,7 +15,8 @@ from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.layout import SaeConfig
 from tcsae.shared.store.reader import Store
-from tcsae.train.config import CONTRASTIVE, TrainConfig
+from tcsae.train.config import TrainConfig
+from tcsae.train.settings.temporal_settings import CONTRASTIVE
 
 FLOAT_BYTES = 4
 
@@ -46,9 +47,9 @@ def _n_pairs(config: TrainConfig) -> int:
     temporal, data = config.temporal, config.data
     if not temporal.active or temporal.kind not in CONTRASTIVE:
         return 0
-    one = temporal.kind in ("contrastive", "t-sae")
-    most = -(-data.segment_length // temporal.contrast.gap)
-    return data.n_segments * min(most, temporal.contrast.per_segment or (1 if one else most))
+    apart = temporal.contrast.gap if "gap" in CONTRASTIVE[temporal.kind] else 1
+    fitting = -(-data.segment_length // apart)
+    return data.n_segments * min(fitting, temporal.pairs_per_segment or fitting)
 
 
 def check_memory(store: Store, configs: Sequence[TrainConfig], device: torch.device) -> None:

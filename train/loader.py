@@ -31,7 +31,8 @@ from tcsae.shared.store.counted import counted, left_out, norm_median
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Text, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig, TemporalConfig, TrainConfig
+from tcsae.train.config import DataConfig, TrainConfig
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 FIRST_READS = 8
 SINGLE_VECTORS = (

@@ -179,7 +179,8 @@ class Trainer:
             self.parameters, lr=config.optimizer.lr, betas=betas, fused=fused, foreach=not fused
         )
         self.positions = None
-        if config.temporal.position_penalty > 0 or config.temporal.contrast.centred:
+        centred = config.temporal.active and config.temporal.contrast.centred
+        if config.temporal.position_penalty > 0 or centred:
             self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device)
 
     def step(self, batch: Batch) -> StepResult:

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from tcsae.shared.base.windows import positions
 from tcsae.train.batch import Batch
-from tcsae.train.config import TemporalConfig
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
 class Pairs(NamedTuple):
@@ -33,7 +33,7 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
     contrast, whole = config.contrast, batch.all
     rng = np.random.default_rng(seed)
     room = whole.lengths - 1 - before
-    limit = contrast.per_segment or (1 if config.kind == "contrastive" else None)
+    limit = config.pairs_per_segment
     aligned = config.negatives == "position"
     if limit == 1 and not aligned:
         segment = np.flatnonzero(room >= 1)

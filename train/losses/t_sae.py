@@ -22,9 +22,9 @@ from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch, Whole, shuffled
-from tcsae.train.config import TemporalConfig
 from tcsae.train.losses.contrastive import info_nce, sparse_products
 from tcsae.train.losses.state import NO_STATE, TermState
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 DEVIATIONS = (
     "a pair's tokens never lie in two documents; AuxK looks at 1024 tokens of a batch; decoder rows start normal, not "
