@@ -1,9 +1,5 @@
 """What cannot be trained is refused here, before anything is allocated: too much for the memory, or what several
-processes cannot train as one.
-
-In several processes every one reads the same order of data and takes its share of each batch's segments, so it knows
-the whole batch's lengths and documents without asking. Gradients are summed before they are clipped
-(tcsae.train.collectives), so the weights stay the same in every process, bit for bit, and rank 0 writes.
+processes (tcsae.train.collectives) cannot train as one.
 """
 
 import os
@@ -95,7 +91,8 @@ def check_parallel(config: TrainConfig, world: int, device: torch.device | str =
     """Raises ConfigError for what several processes cannot train together."""
     if torch.device(device).type == "mps":
         raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")
-    if config.temporal.active and config.temporal.order in ("batch", "document"):
+    reads_order = config.temporal.active or config.sae.reads_neighbours
+    if reads_order and config.temporal.order in ("batch", "document"):
         raise ConfigError(
             f"temporal.order={config.temporal.order!r} pairs tokens of the whole batch, and {world} processes have a "
             "part of it each. Train in one process."
