@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import to_dict, with_settings
 from tcsae.shared.sae.sparse import positive_code
-from tcsae.train.batch import Batch, Text
+from tcsae.train.batch import Batch, Text, shuffled
 from tcsae.train.losses import temporal_term
 from tcsae.train.losses.contrastive import contrastive
 from tcsae.train.losses.direction import direction
@@ -212,6 +212,25 @@ def test_every_position_is_drawn(negatives, share):
     assert float(np.mean([pairs.negatives.mean() for pairs in drawn])) > share
 
 
+@pytest.mark.parametrize("order", ["segment", "batch"])
+@pytest.mark.parametrize("per_segment", [1, 2])
+def test_the_same_position_is_that_in_the_text_in_another_order_too(order, per_segment):
+    n = 32
+    text = Batch(torch.arange(16.0 * n)[:, None], np.full(n, 16), np.arange(n) % 4 * 16 + 1, np.arange(n) // 2)
+    contrast = ContrastConfig(negatives="position", gap=4, per_segment=per_segment)
+    config, at, shares = TemporalConfig(kind="contrastive", contrast=contrast), where(text), []
+    for seed in range(20):
+        _, batch = shuffled(order, text, seed)
+        pairs = choose_pairs(config, batch, seed)
+        assert (pairs.first % 16 < 15).all(), "whose partners are of the same segment"
+        token = [at[int(batch.x[i])] for i in pairs.first]
+        expected = [[one[2] == other[2] and one[3] != other[3] for other in token] for one in token]
+        assert (pairs.negatives == np.array(expected)).all()
+        in_text = choose_pairs(config, text, seed).negatives.sum(1)
+        shares.append(pairs.negatives.sum(1).mean() / in_text.mean())
+    assert np.mean(shares) > 0.85, "but those that nothing follows, as many as in the text"
+
+
 @pytest.mark.parametrize(
     ("settings_", "line"),
     [
@@ -226,6 +245,20 @@ def test_every_position_is_drawn(negatives, share):
         (("temporal.contrast.negatives=sequnce",), "Unknown value 'sequnce'. Did you mean 'sequence'?"),
         (("temporal.contrast.gap=0",), "temporal.contrast.gap=0: must be at least 1."),
         (("temporal.contrast.per_segment=0",), "temporal.contrast.per_segment=0: must be at least 1."),
+        (
+            ("temporal.kind=contrastive", "temporal.contrast.negatives=position", "temporal.order=document"),
+            "temporal.contrast.negatives='position' with temporal.order='document', sae.window=1 and sae.predictor="
+            "'none': a token has no place of its own there. Set temporal.contrast.negatives=documents",
+        ),
+        (
+            (
+                "temporal.kind=contrastive",
+                "temporal.contrast.negatives=position",
+                "temporal.order=segment",
+                "sae.predictor=decay",
+            ),
+            "sae.predictor='decay': a token has no place of its own there.",
+        ),
         (("temporal.temperature=0.3",), "Did you mean 'temporal.contrast.temperature'?"),
         (("temporal.kind=direction", "temporal.pairs=all"), "temporal.kind='direction': it takes adjacent pairs only."),
     ],

@@ -60,6 +60,7 @@ KINDS = {
     "local-contrast-batch": ("temporal.contrast.gap=1",),
     "temporal-topk-centred": (),
     "temporal-topk-positions": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
+    "temporal-topk-positions-shuffled": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
     "persistent": (),
     "direction": ("temporal.contrast.gap=2", "temporal.contrast.rank=5"),
     "topic": ("temporal.contrast.distance=6", "data.segment_length=4"),

@@ -312,6 +312,7 @@ class TrainConfig:
                 f"temporal.kind={temporal.kind!r}, sae.window={self.sae.window} and sae.predictor="
                 f"{self.sae.predictor!r} are not such. Set temporal.order=segment or batch."
             )
+        self._check_places()
         if not temporal.active or length >= temporal.n_positions:
             return
         if temporal.kind not in CONTRASTIVE:
@@ -328,6 +329,17 @@ class TrainConfig:
             f"data.segment_length={length}: {what} takes segments of {temporal.n_positions} positions, and finds no "
             "pair to compare in shorter ones. Raise data.segment_length (whole sequences are best)."
         )
+
+    def _check_places(self) -> None:
+        """Raises ConfigError for pairs at the same position of codes that are of no position of the text."""
+        temporal, sae = self.temporal, self.sae
+        moved = temporal.order == "document" or (temporal.order != "text" and sae.reads_neighbours)
+        if temporal.active and temporal.negatives == "position" and moved:
+            raise ConfigError(
+                f"temporal.contrast.negatives='position' with temporal.order={temporal.order!r}, sae.window="
+                f"{sae.window} and sae.predictor={sae.predictor!r}: a token has no place of its own there. Set "
+                "temporal.contrast.negatives=documents or temporal.order=text."
+            )
 
     def _check_predictor(self) -> None:
         """Raises ConfigError for what a tied dictionary of free norms, whose rows are its encoder, cannot have."""

@@ -306,7 +306,7 @@ class Trainer:
             return batch._replace(x=self.linear.rest(batch.x))
         window, order = self.config.sae.window, self.config.temporal.order
         if self.config.sae.reads_neighbours and order != "text":
-            batch = batch._replace(x=batch.x[shuffled(order, batch, self.step_seed())])
+            _, batch = shuffled(order, batch, self.step_seed())
         if window == 1:
             return batch
         n_offsets = min(window, batch.longest - window + 1)
@@ -347,8 +347,7 @@ class Trainer:
             if config.order == "document":
                 tokens, batch = far_apart(batch, config.contrast.distance)
             else:
-                tokens = shuffled(config.order, batch, seed)
-                batch = batch._replace(x=batch.x[tokens])
+                tokens, batch = shuffled(config.order, batch, seed)
             code = permuted(code, tokens)
             if state.position is not None:
                 state = state._replace(position=state.position[tokens])
