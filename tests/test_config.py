@@ -16,11 +16,11 @@ from tcsae.train.config import (
     InitConfig,
     OptimizerConfig,
     SparsityConfig,
-    TemporalConfig,
     TrainConfig,
 )
 from tcsae.train.losses import temporal_term
 from tcsae.train.presets import PRESETS, preset
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ from torch.nn import functional as F
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import to_dict, with_settings
 from tcsae.shared.sae.sparse import positive_code
-from tcsae.train.batch import Batch
-from tcsae.train.config import ContrastConfig, TemporalConfig
+from tcsae.train.batch import Batch, Text, shuffled
+from tcsae.train.losses import temporal_term
 from tcsae.train.losses.contrastive import contrastive
 from tcsae.train.losses.direction import direction
 from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.losses.state import BilinearHead, TermState
+from tcsae.train.losses.t_sae import paired
 from tcsae.train.presets import PRESETS, TEMPORAL_PRESETS, preset
 from tcsae.train.record import _with_defaults
+from tcsae.train.settings.temporal_settings import CONTRASTIVE, ContrastConfig, TemporalConfig
+from tcsae.train.trainer import Trainer
 
 D = 7
 
@@ -52,6 +55,17 @@ def where(batch: Batch) -> list[tuple[int, int, int, int]]:
     """Of each token: segment, offset in it, position in the sequence, document."""
     rows = enumerate(zip(batch.lengths, batch.starts, batch.documents, strict=True))
     return [(i, t, int(start) + t, int(document)) for i, (n, start, document) in rows for t in range(n)]
+
+
+class Watched(ContrastConfig):
+    """Notes the names of the settings that are looked at."""
+
+    def __getattribute__(self, name: str):
+        LOOKED_AT.add(name)
+        return super().__getattribute__(name)
+
+
+LOOKED_AT: set[str] = set()
 
 
 def is_negative(kind: str, one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
@@ -115,7 +129,7 @@ def test_contrasts_equal_autograd_pair_by_pair(lengths, negatives, per_segment, 
     contrast = ContrastConfig(
         negatives=negatives, per_segment=per_segment, gap=gap, centred=centred, min_negatives=least, temperature=0.5
     )
-    config, batch = TemporalConfig(weight=1.0, kind="local", contrast=contrast), batch_of(lengths, seed)
+    config, batch = TemporalConfig(kind="local", contrast=contrast), batch_of(lengths, seed)
     means = torch.rand(30, D, generator=torch.Generator().manual_seed(seed)) + 0.1 if centred else None
     state = TermState(position=batch.positions(), means=means)
     same_as(
@@ -198,6 +212,25 @@ def test_every_position_is_drawn(negatives, share):
     assert float(np.mean([pairs.negatives.mean() for pairs in drawn])) > share
 
 
+@pytest.mark.parametrize("order", ["segment", "batch"])
+@pytest.mark.parametrize("per_segment", [1, 2])
+def test_the_same_position_is_that_in_the_text_in_another_order_too(order, per_segment):
+    n = 32
+    text = Batch(torch.arange(16.0 * n)[:, None], np.full(n, 16), np.arange(n) % 4 * 16 + 1, np.arange(n) // 2)
+    contrast = ContrastConfig(negatives="position", gap=4, per_segment=per_segment)
+    config, at, shares = TemporalConfig(kind="contrastive", contrast=contrast), where(text), []
+    for seed in range(20):
+        _, batch = shuffled(order, text, seed)
+        pairs = choose_pairs(config, batch, seed)
+        assert (pairs.first % 16 < 15).all(), "whose partners are of the same segment"
+        token = [at[int(batch.x[i])] for i in pairs.first]
+        expected = [[one[2] == other[2] and one[3] != other[3] for other in token] for one in token]
+        assert (pairs.negatives == np.array(expected)).all()
+        in_text = choose_pairs(config, text, seed).negatives.sum(1)
+        shares.append(pairs.negatives.sum(1).mean() / in_text.mean())
+    assert np.mean(shares) > 0.85, "but those that nothing follows, as many as in the text"
+
+
 @pytest.mark.parametrize(
     ("settings_", "line"),
     [
@@ -212,6 +245,20 @@ def test_every_position_is_drawn(negatives, share):
         (("temporal.contrast.negatives=sequnce",), "Unknown value 'sequnce'. Did you mean 'sequence'?"),
         (("temporal.contrast.gap=0",), "temporal.contrast.gap=0: must be at least 1."),
         (("temporal.contrast.per_segment=0",), "temporal.contrast.per_segment=0: must be at least 1."),
+        (
+            ("temporal.kind=contrastive", "temporal.contrast.negatives=position", "temporal.order=document"),
+            "temporal.contrast.negatives='position' with temporal.order='document', sae.window=1 and sae.predictor="
+            "'none': a token has no place of its own there. Set temporal.contrast.negatives=documents",
+        ),
+        (
+            (
+                "temporal.kind=contrastive",
+                "temporal.contrast.negatives=position",
+                "temporal.order=segment",
+                "sae.predictor=decay",
+            ),
+            "sae.predictor='decay': a token has no place of its own there.",
+        ),
         (("temporal.temperature=0.3",), "Did you mean 'temporal.contrast.temperature'?"),
         (("temporal.kind=direction", "temporal.pairs=all"), "temporal.kind='direction': it takes adjacent pairs only."),
     ],
@@ -219,6 +266,122 @@ def test_every_position_is_drawn(negatives, share):
 def test_what_has_no_pair_is_refused_with_the_cure(settings_, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         with_settings(preset("topk", 8), ["temporal.weight=1", *settings_])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_", "line"),
+    [
+        (
+            "temporal-topk",
+            ("temporal.contrast.negatives=sequence", "data.segment_length=128"),
+            "temporal.kind='contrastive' draws 1 pair(s) a segment (temporal.contrast.per_segment=None) and tells each "
+            "from others of its segment: 0 at most, fewer than temporal.contrast.min_negatives=1. "
+            "Set temporal.contrast.per_segment=2 or more.",
+        ),
+        ("local-contrast", ("temporal.contrast.per_segment=1",), "Set temporal.contrast.per_segment=2 or more."),
+        ("local-topic", ("temporal.contrast.per_segment=1",), "'local-topic' draws 1 pair(s) a segment"),
+        (
+            "local-contrast",
+            ("temporal.contrast.per_segment=3", "temporal.contrast.min_negatives=3"),
+            "2 at most, fewer than temporal.contrast.min_negatives=3. Set temporal.contrast.per_segment=4 or more.",
+        ),
+        (
+            "direction",  # the token before is a negative too
+            ("temporal.contrast.per_segment=2", "temporal.contrast.min_negatives=3"),
+            "2 at most, fewer than temporal.contrast.min_negatives=3. Set temporal.contrast.per_segment=3 or more.",
+        ),
+        (
+            "local-contrast",
+            ("temporal.contrast.min_negatives=8",),
+            "data.segment_length=128: temporal.kind='local' at temporal.contrast.gap=16 and "
+            "temporal.contrast.min_negatives=8 takes segments of 130 positions",
+        ),
+        ("direction", ("temporal.contrast.min_negatives=9",), "takes segments of 131 positions"),
+    ],
+)
+def test_pairs_without_enough_negatives_in_their_segment_are_refused(name, settings_, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        with_settings(preset(name, 8), settings_)
+    with_settings(preset(name, 8), [*settings_, "temporal.weight=0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_"),
+    [
+        ("temporal-topk", ("temporal.contrast.negatives=sequence", "temporal.contrast.per_segment=2")),
+        ("temporal-topk", ("temporal.contrast.negatives=batch",)),
+        ("local-contrast", ("temporal.contrast.per_segment=2",)),
+        ("local-contrast", ("temporal.contrast.min_negatives=7",)),
+        ("direction", ("temporal.contrast.per_segment=1",)),
+        ("direction", ("temporal.contrast.per_segment=2", "temporal.contrast.min_negatives=2")),
+        ("direction", ("temporal.contrast.min_negatives=8",)),
+    ],
+)
+def test_what_is_taken_has_pairs_with_enough_negatives(name, settings_):
+    config = with_settings(preset(name, 8), [*settings_, "data.segment_length=128"])
+    contrast, own = config.temporal.contrast, int(name == "direction")
+    batch = batch_of([128] * 4)
+    drawn = [choose_pairs(config.temporal, batch, seed, before=own) for seed in range(200)]
+    assert max(int(pairs.negatives.sum(1).max(initial=0)) for pairs in drawn) + own >= contrast.min_negatives
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "line"),
+    [
+        (
+            "topk",
+            "centred=true",
+            "temporal.contrast.centred=True is for temporal.kind=contrastive or local or topic or local-topic, and it "
+            "is 'difference'. Set temporal.contrast.centred=false.",
+        ),
+        ("local-contrast", "partner=past", "is for temporal.kind=t-sae, and it is 'local'"),
+        ("local-contrast", "rank=3", "is for temporal.kind=direction, and it is 'local'. Set temporal.contrast.rank"),
+        ("direction", "centred=true", "temporal.contrast.centred=True is for"),
+        ("direction", "negatives=batch", "is for temporal.kind=contrastive or local, and it is 'direction'"),
+        (
+            "temporal-topk",
+            "distance=5",
+            "temporal.contrast.distance=5 is for temporal.kind=topic or local-topic (and temporal.order=document), and "
+            "it is 'contrastive'. Set temporal.contrast.distance=64.",
+        ),
+        ("t-sae", "around=2", "is for temporal.kind=topic or local-topic, and it is 't-sae'"),
+        ("t-sae", "gap=2", "is for temporal.kind=contrastive or local or direction or local-topic, and it is 't-sae'"),
+        ("topic", "gap=2", "temporal.contrast.gap=2 is for"),
+        ("t-sae", "min_negatives=2", "temporal.contrast.min_negatives=2 is for"),
+        ("topk", "per_segment=2", "it is 'difference'. Set temporal.contrast.per_segment=none."),
+    ],
+)
+def test_a_setting_that_the_kind_does_not_read_is_refused(name, setting, line):
+    asked = ["temporal.weight=1", f"temporal.contrast.{setting}"]
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        with_settings(preset(name, 8), asked)
+    # A term that is not there leaves them all unread: one command trains presets with it and without.
+    with_settings(preset(name, 8), [*asked, "temporal.weight=0"])
+
+
+def test_far_pairs_of_any_kind_read_the_distance():
+    asked = ["temporal.weight=1", "temporal.order=document", "temporal.contrast.distance=5"]
+    assert with_settings(preset("topk", 8), asked).temporal.contrast.distance == 5
+
+
+@pytest.mark.parametrize("kind", CONTRASTIVE)
+def test_the_settings_of_a_kind_are_those_that_its_term_looks_at(kind):
+    n, batch = 24, batch_of([12, 12])
+    batch = batch._replace(x=torch.rand(n, 3), text=Text(np.arange(n), np.arange(n)))
+    state = TermState(batch.positions(), torch.rand(30, D), BilinearHead(D, 3, 0).double(), code_of(n, 1))
+    config = TemporalConfig(kind=kind, contrast=Watched(gap=2, distance=2, per_segment=2))
+    LOOKED_AT.clear()
+    if kind == "t-sae":
+        paired(config, batch, 0)
+    temporal_term(kind, state)(config, code_of(n, 0), batch, 0)
+    read = LOOKED_AT | ({"rank"} if kind == "direction" else set())  # of the head, which the trainer makes
+    # Whose default a kind has of its own, and every preset its temperature.
+    assert {*CONTRASTIVE[kind]} - {"negatives"} == read - {"negatives", "temperature"}
+
+
+def test_means_are_kept_only_for_a_term_that_reads_them():
+    config = with_settings(preset("temporal-topk-centred", 8), ["sae.d_sae=16", "sae.k=2", "temporal.weight=0"])
+    assert Trainer(config, torch.rand(4, 8)).positions is None
 
 
 def test_records_of_older_runs_say_the_same():

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from toy_pairs import pair_settings
 
 import tcsae
 import tcsae.train.run as run_module
@@ -29,12 +30,11 @@ from tcsae.train.trainer import Trainer
 FAR = torch.device(pretend.NAME)
 
 WIDTH, LENGTH = 8, 6
-SMALL = ("sae.d_sae=64", "sae.k=3", "data.segment_length=6", "steps=100", "log_every=1", "dead.aux_k=8",
-         "temporal.contrast.gap=2", "temporal.contrast.distance=3")  # fmt: skip
+SMALL = ("sae.d_sae=64", "sae.k=3", "data.segment_length=6", "steps=100", "log_every=1", "dead.aux_k=8")
 VARIANTS = {
     "topk": ("data.seed=0",),
-    "topk, local": ("temporal.kind=local", "temporal.weight=0.1", "temporal.contrast.gap=2"),
-    "topk, direction": ("temporal.kind=direction", "temporal.weight=0.1", "temporal.contrast.gap=2"),
+    "topk, local": ("temporal.kind=local", "temporal.weight=0.1"),
+    "topk, direction": ("temporal.kind=direction", "temporal.weight=0.1"),
     "topk, shuffled": ("temporal.kind=contrastive", "temporal.weight=0.1", "temporal.order=segment"),
     "topk, centred": ("temporal.kind=contrastive", "temporal.weight=0.1", "temporal.contrast.centred=true"),
     "batchtopk, t-sae": ("temporal.kind=t-sae", "temporal.weight=0.1", "sparsity.threshold=average"),
@@ -54,7 +54,9 @@ def on(device: torch.device, name: str, settings: tuple[str, ...]) -> tuple[Trai
     """A trainer in the middle of a run, with dead latents, and its batch."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, WIDTH, generator=generator) + 0.5
-    config = with_settings(preset(name.partition(",")[0], WIDTH), [*SMALL, *settings])
+    base = name.partition(",")[0]
+    pairs = pair_settings(base, settings, gap=2, distance=3)
+    config = with_settings(preset(base, WIDTH), [*SMALL, *pairs, *settings])
     text = Text(np.arange(48), np.arange(48) % 12)
     batch = Batch(x.to(device), np.full(8, 6), np.zeros(8, np.int64), np.arange(8) // 2, text=text)
     window = config.sae.window

@@ -60,6 +60,7 @@ KINDS = {
     "local-contrast-batch": ("temporal.contrast.gap=1",),
     "temporal-topk-centred": (),
     "temporal-topk-positions": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
+    "temporal-topk-positions-shuffled": ("temporal.contrast.gap=2", "temporal.contrast.per_segment=2"),
     "persistent": (),
     "direction": ("temporal.contrast.gap=2", "temporal.contrast.rank=5"),
     "topic": ("temporal.contrast.distance=6", "data.segment_length=4"),
@@ -214,11 +215,18 @@ def test_a_sweep_without_a_rendezvous(location, tmp_path, monkeypatch):
         (("data.n_segments=12",), 13, "cpu", "data.n_segments=12 is less than one for each of 13 processes. Raise it"),
         (("temporal.weight=1", "temporal.order=batch"), 2, "cpu", "temporal.order='batch' pairs tokens of the whole"),
         ((), 2, "mps", "One run in several processes is not for mps. Give --device cpu, or train in one process."),
+        # What reads neighbours is shuffled whatever the term's weight.
+        (("sae.window=3", "temporal.order=batch"), 2, "cpu", "temporal.order='batch' pairs tokens of the whole"),
+        (("sae.predictor=decay", "temporal.order=batch"), 2, "cpu", "temporal.order='batch' pairs tokens of the whole"),
     ],
 )
 def test_what_several_processes_cannot_train_is_refused(settings, world, device, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         check_parallel(make_run("topk", *settings).config, world, device)
+
+
+def test_an_order_that_nothing_reads_is_no_hindrance():
+    check_parallel(make_run("topk", "temporal.order=batch").config, 2)
 
 
 def test_one_run_needs_a_rendezvous(monkeypatch):

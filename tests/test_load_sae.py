@@ -218,7 +218,7 @@ FAULTS = {
     "groupmax": "activation='groupmax' is not supported; 'topk' is",
     "no config": "cfg.json cannot be read",
     "no k": "does not hold the weights of such an SAE",
-    "torn": "does not hold the weights of such an SAE",
+    "torn": "does not hold the weights of such an SAE .* a format that is read: ours, .* sparsify's, Gemma Scope's.",
     "below": r"holds its SAEs in subfolders: layers.4. Name one: subfolder='layers.4'",
     "unknown class": "Unknown dict_class 'CrossCoder'. There is: AutoEncoder",
     "code in ae.pt": "does not hold the weights of such an SAE",

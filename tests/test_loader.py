@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import tcsae
 from tcsae.shared.base.errors import StoreError
+from tcsae.shared.store.counted import norm_median
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
 from tcsae.train.config import DataConfig
-from tcsae.train.loader import SegmentLoader, norm_median
+from tcsae.train.loader import SegmentLoader
 
 HOOK, LENGTH = "blocks.0.hook_resid_post", 7
 
@@ -137,7 +138,9 @@ def test_a_norm_that_leaves_nothing_is_said(store):
     batch = next(iter(loader))
     assert (len(batch.x), len(batch.lengths), batch.n_whole) == (0, 0, 0)
     assert batch.n_left_out > 0
-    with pytest.raises(StoreError, match=r"data.max_norm=0.001 leaves no token of the first \d+ segments. Raise it"):
+    with pytest.raises(
+        StoreError, match=r"no train token counts, from 1 on, of a norm up to 0.001 medians. Raise data"
+    ):
         loader.sample(10)
 
 
@@ -146,6 +149,47 @@ def test_sample_does_not_depend_on_progress(store):
     sample = SegmentLoader(store, config).sample(20)
     assert 20 <= len(sample) <= 22
     torch.testing.assert_close(SegmentLoader(store, config, n_batches_done=9).sample(20), sample)
+
+
+def loaders_with_empty_beginnings(store: Store, **settings) -> list[SegmentLoader]:
+    """Whose first block, a chunk of three sequences, has no token by the rules, though others have."""
+    loaders = [
+        SegmentLoader(store, DataConfig(n_segments=2, buffer_sequences=3, seed=seed, **settings)) for seed in range(9)
+    ]
+    length, limit = settings.get("min_sequence_length", 1), settings.get("max_norm", 1e9) * norm_median(store, HOOK)
+    first = [int(loader._chunks(0, 0)[0]) for loader in loaders]
+    sequences = [range(3 * chunk, min(3 * chunk + 3, 23)) for chunk in first]
+    lengths = store.train.lengths
+    empty = [all(lengths[i] < length or np.hypot(i, 1) > limit for i in some) for some in sequences]
+    return [loader for loader, none in zip(loaders, empty, strict=True) if none]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_sequence_length": 7},
+        {"max_norm": 0.5},
+        {"max_norm": 0.5, "min_sequence_length": 5},
+        {"min_sequence_length": 7, "document_segments": 2},
+    ],
+)
+def test_a_block_without_a_token_is_passed_over(store, settings):
+    loaders = loaders_with_empty_beginnings(store, **settings)
+    assert loaders
+    for loader in loaders:
+        sequence = loader.sample(10).numpy()[:, 0].astype(int)
+        assert len(sequence) and (store.train.lengths[sequence] >= settings.get("min_sequence_length", 1)).all()
+    assert any(batch.n_whole for batch in itertools.islice(loaders[0], 12)), "and in training"
+
+
+def test_a_sample_of_windows_passes_over_what_holds_none(store):
+    """The first 20 tokens of the only block are all above the norm, or no 3 of them in a row are left."""
+    for seed in range(8):
+        loader = SegmentLoader(store, DataConfig(segment_length=3, max_norm=0.5, seed=seed))
+        sample = loader.sample(4, window=3)
+        assert sample.shape[1] == 6 and len(sample)
+    with pytest.raises(StoreError, match=r"no 3 train tokens in a row count, from 1 on, of a norm up to 0.001 medians"):
+        SegmentLoader(store, DataConfig(segment_length=3, max_norm=0.001)).sample(10, window=3)
 
 
 def test_no_token_left_is_said(store):

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from toy_pairs import pair_settings
 
 import tcsae.harvest.capture as capture_module
 from tcsae.evaluate import one_pass
@@ -41,7 +42,6 @@ META = torch.device("meta")
 WIDTH, LENGTH, SEGMENTS = 8, 6, 8
 SMALL = (
     "sae.d_sae=512", "sae.k=3", "data.segment_length=6", "steps=100", "dead.aux_k=8", "init.input_scale=none",
-    "temporal.contrast.gap=2", "temporal.contrast.distance=3",
 )  # fmt: skip
 """init.input_scale=unit reads one number before the first step."""
 VARIANTS = {
@@ -93,7 +93,7 @@ def no_waits(monkeypatch, answer: float = 1.0):
 
 def trainer_on_meta(monkeypatch, name: str, settings: tuple[str, ...] = ()) -> tuple[Trainer, Batch]:
     monkeypatch.setattr(SparseAutoencoder, "to", lambda self, *_: self)  # it is there; Module.to fails on fake ones
-    config = with_settings(preset(name, WIDTH), [*SMALL, *settings])
+    config = with_settings(preset(name, WIDTH), [*SMALL, *pair_settings(name, settings, gap=2, distance=3), *settings])
     n = SEGMENTS * LENGTH
     with torch.device(META):
         initial = new_sae(config.sae)

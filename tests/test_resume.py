@@ -208,6 +208,18 @@ def test_checkpoints_come_after_minutes_too_and_the_last_ones_stay(store, alone,
     assert same(tmp_path / run.name, alone / run.name)
 
 
+@pytest.mark.parametrize("guard", ["guard.checkpoint_steps=0", "guard.action=restore"])
+def test_a_run_without_checkpoints_by_time_is_not_waited_for(store, tmp_path, monkeypatch, guard):
+    """Each wait is one for the GPU."""
+    real, waits = Trainer.settle, []
+    monkeypatch.setattr(Trainer, "settle", lambda self: (waits.append(self.progress.n_steps), real(self)))
+    settings = [*SETTINGS, "steps=10", "guard.checkpoint_steps=100", guard]
+    for minutes in ("10", "1e-9"):
+        config = with_settings(preset("topk", WIDTH), [*settings, f"guard.checkpoint_minutes={minutes}"])
+        train_runs(store, tmp_path / minutes, [Run("a", "topk", config)])
+    assert waits == [7, 10] * 2, "where a line is logged"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [15, 20, 28])
 def test_a_restored_run_that_was_interrupted_equals_one_that_was_not(store, tmp_path, monkeypatch, number):

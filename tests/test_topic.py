@@ -12,13 +12,13 @@ from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.sparse import positive_code
 from tcsae.train.batch import Batch, Text
-from tcsae.train.config import ContrastConfig, TemporalConfig
 from tcsae.train.loader import SegmentLoader, document_order
 from tcsae.train.losses.contrastive import contrastive
 from tcsae.train.losses.topic import MATCHED, local_topic, topic, topic_pairs
 from tcsae.train.plan import Run
 from tcsae.train.presets import preset
 from tcsae.train.run import train_runs
+from tcsae.train.settings.temporal_settings import ContrastConfig, TemporalConfig
 
 D, LENGTH = 6, 20
 

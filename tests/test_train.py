@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
+from toy_pairs import pair_settings
 
-from tcsae.shared.base.errors import RunError
+import tcsae
+from tcsae.shared.base.errors import ConfigError, RunError
 from tcsae.shared.base.settings import with_settings
+from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.folder import load_sae
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
@@ -189,6 +193,25 @@ def test_loss_that_is_not_finite_stops_before_any_weight_moves():
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.sae.state_dict().items())
 
 
+def test_a_sample_of_zeros_is_refused_with_a_cure_that_trains(tmp_path):
+    zeros = torch.zeros(50, WIDTH)
+    with pytest.raises(ConfigError, match=r"the store's first hook.* Set data.hook to another, or init.input_scale=no"):
+        Trainer(with_settings(preset("topk", WIDTH), SMALL), zeros)
+    with tcsae.create_store(tmp_path / "a.zarr", hooks={"h": WIDTH}, sequence_length=LENGTH, codec="float32") as store:
+        for split, first in (("train", 0), ("eval", 100)):
+            store.append(split, {"h": np.zeros((9, LENGTH, WIDTH), "f4")}, documents=first + np.arange(9))
+    options = ["--store", str(tmp_path / "a.zarr"), "--runs", str(tmp_path), "train", "--preset", "topk"]
+    options += [f"--set={one}" for one in (*SMALL, "data.hook=h")]
+    done = CliRunner().invoke(cli, options)
+    assert (done.exit_code, done.output.splitlines()[-1]) == (
+        1,
+        "Error: All activations of the sample are zero, or too small to square (data.hook=h): init.input_scale='unit' "
+        "has nothing to scale. Set data.hook to another, or init.input_scale=none.",
+    )
+    done = CliRunner().invoke(cli, [*options, "--set=init.input_scale=none"])
+    assert done.exit_code == 0, done.output
+
+
 def test_exploding_loss_stops_too():
     trainer = Trainer(with_settings(preset("topk", WIDTH), SMALL), torch.randn(100, WIDTH))
     for _ in range(3):
@@ -238,7 +261,7 @@ def test_each_run_of_the_paper_adds_to_the_one_before_what_it_says():
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("-shuffled")])
 def test_every_preset_trains_or_stays_as_it_was(store, tmp_path, name):
     settings = ["data.n_segments=8", "data.segment_length=6", "sae.d_sae=40", "sae.k=4", "log_every=5"]
-    settings += ["temporal.contrast.gap=2", "temporal.contrast.distance=4", "temporal.contrast.around=1"]
+    settings += pair_settings(name, gap=2, distance=4, around=1)
     steps = preset(name, WIDTH).steps and 10
     runs = plan_runs(store, Request([name], [*settings, f"steps={steps}"]))
     (one,) = estimate(store, tmp_path, runs).passes[0].runs

@@ -80,8 +80,8 @@ def add_temporal(losses, trainer, batch, f) -> float:
     if temporal.active:
         seed, seen, of = trainer.step_seed(), f, batch
         if temporal.order != "text":
-            moved = shuffled(temporal.order, batch, seed)
-            seen, of = f[moved], batch._replace(x=batch.x[moved])
+            moved, of = shuffled(temporal.order, batch, seed)
+            seen = f[moved]
         term = contrastive if temporal.kind == "contrastive" else windows
         value = term(temporal, seen[:, scope], of, seed)
         weight = min(1.0, 1 / max(1.0, temporal.warmup * config.steps)) * temporal.weight

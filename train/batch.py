@@ -52,6 +52,8 @@ class Batch(NamedTuple):
     """Activations of each token's partner, where a loss takes pairs (t-sae)."""
     stride: int = 1
     """Positions from one row of `x` to the next."""
+    order: Int[ndarray, " n_whole"] | None = None
+    """Number in the text of the token that stands at each place of the whole batch, where a control has moved them."""
 
     @property
     def all(self) -> Whole:
@@ -93,20 +95,26 @@ class Batch(NamedTuple):
             whole = whole._replace(
                 lengths=counts, n_before=int(counts[:n_segments_before].sum()), starts=whole.starts + offset
             )
-        return self._replace(x=x, lengths=lengths, starts=self.starts + offset, whole=whole, stride=window)
+        return self._replace(x=x, lengths=lengths, starts=self.starts + offset, whole=whole, stride=window, order=None)
 
 
 # Controls of the temporal term: the same tokens in another order.
 
 
-def shuffled(order: Literal["segment", "document", "batch"], batch: Batch, seed: int) -> Int[Tensor, " n"]:
-    """The batch's tokens in random order, drawn by `seed`: within each segment, or over the batch."""
+def shuffled(
+    order: Literal["segment", "document", "batch"], batch: Batch, seed: int
+) -> tuple[Int[Tensor, " n"], Batch]:
+    """The batch's tokens in random order, drawn by `seed`, within each segment or over the batch; and the batch in this
+    order.
+    """
     assert order != "document", "the settings refuse it where `far_apart` is not asked"
-    rng = np.random.default_rng(seed)
-    draws = rng.random(batch.n_whole)[batch.offset : batch.offset + len(batch.x)]
+    lengths = batch.all.lengths
+    draws = np.random.default_rng(seed).random(batch.n_whole)
     if order == "segment":
-        draws += np.repeat(np.arange(len(batch.lengths)), batch.lengths)
-    return to_device(np.argsort(draws), batch.x.device)
+        draws += np.repeat(np.arange(len(lengths)), lengths)
+    moved = np.argsort(draws)
+    tokens = to_device(moved[batch.offset : batch.offset + len(batch.x)] - batch.offset, batch.x.device)
+    return tokens, batch._replace(x=batch.x[tokens], order=moved)
 
 
 def far_apart(batch: Batch, distance: int) -> tuple[Int[Tensor, " n"], Batch]:

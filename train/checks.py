@@ -1,9 +1,5 @@
 """What cannot be trained is refused here, before anything is allocated: too much for the memory, or what several
-processes cannot train as one.
-
-In several processes every one reads the same order of data and takes its share of each batch's segments, so it knows
-the whole batch's lengths and documents without asking. Gradients are summed before they are clipped
-(tcsae.train.collectives), so the weights stay the same in every process, bit for bit, and rank 0 writes.
+processes (tcsae.train.collectives) cannot train as one.
 """
 
 import os
@@ -15,7 +11,8 @@ from tcsae.shared.base.console import size
 from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.layout import SaeConfig
 from tcsae.shared.store.reader import Store
-from tcsae.train.config import CONTRASTIVE, TrainConfig
+from tcsae.train.config import TrainConfig
+from tcsae.train.settings.temporal_settings import CONTRASTIVE
 
 FLOAT_BYTES = 4
 
@@ -46,9 +43,9 @@ def _n_pairs(config: TrainConfig) -> int:
     temporal, data = config.temporal, config.data
     if not temporal.active or temporal.kind not in CONTRASTIVE:
         return 0
-    one = temporal.kind in ("contrastive", "t-sae")
-    most = -(-data.segment_length // temporal.contrast.gap)
-    return data.n_segments * min(most, temporal.contrast.per_segment or (1 if one else most))
+    apart = temporal.contrast.gap if "gap" in CONTRASTIVE[temporal.kind] else 1
+    fitting = -(-data.segment_length // apart)
+    return data.n_segments * min(fitting, temporal.pairs_per_segment or fitting)
 
 
 def check_memory(store: Store, configs: Sequence[TrainConfig], device: torch.device) -> None:
@@ -94,7 +91,8 @@ def check_parallel(config: TrainConfig, world: int, device: torch.device | str =
     """Raises ConfigError for what several processes cannot train together."""
     if torch.device(device).type == "mps":
         raise ConfigError("One run in several processes is not for mps. Give --device cpu, or train in one process.")
-    if config.temporal.active and config.temporal.order in ("batch", "document"):
+    reads_order = config.temporal.active or config.sae.reads_neighbours
+    if reads_order and config.temporal.order in ("batch", "document"):
         raise ConfigError(
             f"temporal.order={config.temporal.order!r} pairs tokens of the whole batch, and {world} processes have a "
             "part of it each. Train in one process."

@@ -1,5 +1,6 @@
 """The `train` and `presets` commands."""
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -160,7 +161,7 @@ def show(records: list[dict[str, Any]], runs: str) -> None:
         lines = [line for line in read_metrics(f"{runs}/{record['name']}") if "event" not in line]
         last = lines[-1] if lines else {}
         values = [line.get("explained_variance") for line in lines]
-        curve = sparkline([value for value in values if isinstance(value, int | float)])
+        curve = sparkline([value for value in values if isinstance(value, int | float) and math.isfinite(value)])
         name = record["name"] + (" (ended early)" if record["ended"] else "")
         size = (record["sae"]["d_sae"], record["steps"], record["tokens"])
         figures = (last.get("explained_variance"), curve, last.get("l0"), 100 * record["dead_fraction"])

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tcsae.shared.base.errors import ConfigError
+from tcsae.shared.base.settings import check_least, check_most, check_positive
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.store.counted import SPECIAL, CountingRules
+from tcsae.train.settings.temporal_settings import CONTRASTIVE, SINGLE_TOKENS, TemporalConfig
 
 FOLDABLE = ("batchtopk", "jumprelu", "relu")
 """Activations that a linear part folds into: a latent is on by its own value alone, once trained."""
@@ -50,20 +52,20 @@ class DataConfig:
     """Order of the data."""
 
     def __post_init__(self) -> None:
-        _at_least("data.n_segments", self.n_segments, 1)
-        _at_least("data.segment_length", self.segment_length, 1)
-        _at_least("data.skip_first", self.skip_first, 0)
-        _at_least("data.min_sequence_length", self.min_sequence_length, 1)
-        _at_least("data.document_segments", self.document_segments, 1)
-        _at_least("data.buffer_sequences", self.buffer_sequences, 1)
+        check_least("data.n_segments", self.n_segments, 1)
+        check_least("data.segment_length", self.segment_length, 1)
+        check_least("data.skip_first", self.skip_first, 0)
+        check_least("data.min_sequence_length", self.min_sequence_length, 1)
+        check_least("data.document_segments", self.document_segments, 1)
+        check_least("data.buffer_sequences", self.buffer_sequences, 1)
         if self.n_segments * self.segment_length > MAX_BATCH_TOKENS:
             raise ConfigError(
                 f"data.n_segments={self.n_segments} times data.segment_length={self.segment_length} tokens a batch: at "
                 f"most {MAX_BATCH_TOKENS:,}, whose activations take {MAX_BATCH_TOKENS * 2048 >> 30} GiB at width 512. "
                 "Lower either."
             )
-        _at_least("data.seed", self.seed, 0)
-        _at_most("data.seed", self.seed, MAX_SEED)
+        check_least("data.seed", self.seed, 0)
+        check_most("data.seed", self.seed, MAX_SEED)
         for name in self.exclude_tokens:
             if name != SPECIAL and not name.isdecimal():
                 given = ",".join(self.exclude_tokens)
@@ -103,11 +105,11 @@ class OptimizerConfig:
     """Keep decoder rows at norm 1, and take the gradient along them away."""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.warmup_share <= 1:
             raise ConfigError(f"optimizer.warmup_share={self.warmup_share}: must lie in 0..1, a share of the run.")
-        _positive("optimizer.lr", self.lr)
-        _positive("optimizer.clip_norm", self.clip_norm)
+        check_positive("optimizer.lr", self.lr)
+        check_positive("optimizer.clip_norm", self.clip_norm)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must lie in 0..1, below 1.")
@@ -125,131 +127,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ContrastConfig:
-    """Pairs of tokens of the contrastive kinds, and what each is told from."""
-
-    temperature: float = 0.1
-    """Scores (cosine, bilinear) are divided by it; t-sae has none."""
-    negatives: Literal["documents", "sequence", "batch", "position"] | None = None
-    """documents: pairs of other documents. sequence: pairs of the same segment. batch: both. position: pairs of other
-    documents at the same position. None: as the kind says (contrastive: documents; local: sequence)."""
-    gap: int = 16
-    """Positions between the pairs of one segment, at least."""
-    per_segment: int | None = None
-    """Pairs drawn from a segment, at most. None: as the kind says (local and direction: all that fit; the
-    others: 1)."""
-    min_negatives: int = 1
-    """Pairs with fewer negatives are left out."""
-    centred: bool = False
-    """Compare codes less their (running) mean at their position: contrastive and local."""
-    partner: Literal["previous", "past"] = "previous"
-    """Of t-sae: the token before ("p" there), or any earlier one of the segment ("r")."""
-    rank: int = 64
-    """Of direction's bilinear score."""
-    distance: int = 64
-    """Positions between the two tokens of a topic pair, or of one under temporal.order=document, at least."""
-    around: int = 4
-    """Tokens on either side of each of a topic pair's two, of which none may occur around both."""
-
-    def __post_init__(self) -> None:
-        _positive("temporal.contrast.temperature", self.temperature)
-        for name in ("gap", "min_negatives", "rank", "distance"):
-            _at_least(f"temporal.contrast.{name}", getattr(self, name), 1)
-        _at_least("temporal.contrast.around", self.around, 0)
-        if self.per_segment is not None:
-            _at_least("temporal.contrast.per_segment", self.per_segment, 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TemporalConfig:
-    """The temporal consistency term, and the position penalty."""
-
-    weight: float = 0.0
-    """lambda_2; 0 leaves the term out."""
-    kind: str = "difference"
-    """A name in `tcsae.train.losses.TEMPORAL`. difference: eq. 3. relative: the same over the pairs' squared norms, so
-    that shrinking the code gains nothing. gated: eq. 3 with each pair weighted by relu(cos(x_t, x_t+1)). contrastive:
-    InfoNCE of adjacent tokens against other documents' pairs. local: against far pairs of the same segment. direction:
-    the next token against the one before, by a learned bilinear score. topic: tokens of one document that share no
-    word. local-topic: the mean of the two. t-sae: as arXiv 2511.05541's code."""
-    scope: Literal["all", "first"] = "all"
-    """Latents it acts on: all, or the first group of sae.groups."""
-    window: int = 3
-    pairs: Literal["adjacent", "all"] = "adjacent"
-    """Pairs within a window."""
-    order: Literal["text", "segment", "document", "batch"] = "text"
-    """Order of the positions that the term sees, and an SAE that reads neighbours (crosscoder, TFA, persistent SAE). As
-    controls: shuffled within each segment (its pairs are near, but not adjacent), pairs of one document
-    contrast.distance positions apart or more (what is left is topic), or shuffled over the batch (any documents)."""
-    warmup: float = 0.0
-    """Share of the run over which the weight rises from 0."""
-    budget: float = 0.0
-    """If above 0, the weight follows: the term's gradient at the code gets this share of the reconstruction's norm."""
-    position_penalty: float = 0.0
-    """Weight of the code's variance between positions (running means), over the same scope."""
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    """Of the contrastive kinds."""
-
-    def __post_init__(self) -> None:
-        _at_least("temporal.window", self.window, 2)
-        for name in ("weight", "budget", "position_penalty"):
-            _at_least(f"temporal.{name}", getattr(self, name), 0)
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"temporal.warmup={self.warmup}: must lie in 0..1, a share of the run.")
-        if self.kind in CONTRASTIVE and self.pairs == "all":
-            raise ConfigError(f"temporal.pairs='all' with temporal.kind={self.kind!r}: it takes adjacent pairs only.")
-        if self.contrast.negatives is not None and self.kind not in ("contrastive", "local"):
-            raise ConfigError(
-                f"temporal.contrast.negatives={self.contrast.negatives!r} is for temporal.kind=contrastive or local, "
-                f"and it is {self.kind!r}. Set temporal.contrast.negatives=none."
-            )
-
-    @property
-    def active(self) -> bool:
-        return self.weight > 0 or self.budget > 0
-
-    @property
-    def negatives(self) -> str:
-        """What a contrastive kind's pairs are told from."""
-        return self.contrast.negatives or (
-            "sequence" if self.kind in ("local", "direction", "local-topic") else "documents"
-        )
-
-    @property
-    def contrasts_documents(self) -> bool:
-        """Whether all that its pairs are told from lies in other documents."""
-        return self.kind in ("contrastive", "local", "topic", "local-topic") and (
-            "topic" in self.kind or self.negatives in ("documents", "position")
-        )
-
-    @property
-    def n_positions(self) -> int:
-        """Consecutive positions that the term takes: it is 0 on segments that are all shorter."""
-        gap = self.contrast.gap
-        match self.kind:
-            case "contrastive" | "local" | "local-topic":
-                return gap + 2 if self.negatives == "sequence" else 2
-            case "direction":
-                return gap + 3
-            case "t-sae":
-                return 2
-            case "topic":
-                return 1
-        return self.window
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the term takes token ids or their places in the document."""
-        return self.active and (self.kind in ("topic", "local-topic") or self.order == "document")
-
-
-CONTRASTIVE = ("contrastive", "local", "direction", "topic", "local-topic", "t-sae")
-"""Kinds that compare pairs with pairs."""
-SINGLE_TOKENS = ("t-sae", "topic", "local-topic")
-"""Kinds that pick the two tokens of a pair themselves."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SparsityConfig:
     """What keeps a code sparse where no top-k does."""
 
@@ -264,9 +141,9 @@ class SparsityConfig:
     of the smallest activation kept in a batch (T-SAE)."""
 
     def __post_init__(self) -> None:
-        _at_least("sparsity.l1", self.l1, 0)
-        _at_least("sparsity.l0", self.l0, 0)
-        _positive("sparsity.bandwidth", self.bandwidth)
+        check_least("sparsity.l1", self.l1, 0)
+        check_least("sparsity.l0", self.l0, 0)
+        check_positive("sparsity.bandwidth", self.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,9 +161,9 @@ class DeadConfig:
     after_share: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least("dead.aux_weight", self.aux_weight, 0)
-        _at_least("dead.aux_k", self.aux_k, 0)
-        _at_least("dead.after_tokens", self.after_tokens, 1)
+        check_least("dead.aux_weight", self.aux_weight, 0)
+        check_least("dead.aux_k", self.aux_k, 0)
+        check_least("dead.after_tokens", self.after_tokens, 1)
         if not 0 < self.after_share <= 1:
             raise ConfigError(f"dead.after_share={self.after_share}: must lie in 0..1, above 0.")
 
@@ -301,7 +178,7 @@ class LinearConfig:
     """How many. Each is two latents of the finished SAE, of which one is on: L0 is so much more than sae.k."""
 
     def __post_init__(self) -> None:
-        _at_least("linear.n", self.n, 1)
+        check_least("linear.n", self.n, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,10 +201,10 @@ class GuardConfig:
     """Checkpoints that stay on disk until the run is finished."""
 
     def __post_init__(self) -> None:
-        _at_least("guard.checkpoint_steps", self.checkpoint_steps, 0)
-        _at_least("guard.keep", self.keep, 1)
-        _positive("guard.checkpoint_minutes", self.checkpoint_minutes)
-        _at_least("guard.correlation", self.correlation, 0)
+        check_least("guard.checkpoint_steps", self.checkpoint_steps, 0)
+        check_least("guard.keep", self.keep, 1)
+        check_positive("guard.checkpoint_minutes", self.checkpoint_minutes)
+        check_least("guard.correlation", self.correlation, 0)
         if not self.explode > 1:
             raise ConfigError(f"guard.explode={self.explode}: must be above 1.")
 
@@ -376,11 +253,11 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _at_least("steps", self.steps, 0)
-        _at_most("steps", self.steps, MAX_STEPS)
-        _at_least("log_every", self.log_every, 1)
-        _at_least("init_seed", self.init_seed, 0)
-        _at_most("init_seed", self.init_seed, MAX_SEED)
+        check_least("steps", self.steps, 0)
+        check_most("steps", self.steps, MAX_STEPS)
+        check_least("log_every", self.log_every, 1)
+        check_least("init_seed", self.init_seed, 0)
+        check_most("init_seed", self.init_seed, MAX_SEED)
         if len(self.group_weights) != len(self.sae.groups) or not min(self.group_weights) >= 0:
             raise ConfigError(
                 f"group_weights={self.group_weights}: one weight, at least 0, for each of sae.groups={self.sae.groups}."
@@ -435,6 +312,7 @@ class TrainConfig:
                 f"temporal.kind={temporal.kind!r}, sae.window={self.sae.window} and sae.predictor="
                 f"{self.sae.predictor!r} are not such. Set temporal.order=segment or batch."
             )
+        self._check_places()
         if not temporal.active or length >= temporal.n_positions:
             return
         if temporal.kind not in CONTRASTIVE:
@@ -443,11 +321,25 @@ class TrainConfig:
                 f"temporal.window={temporal.window}. Raise the first or lower the second."
             )
         what = f"temporal.kind={temporal.kind!r}"
-        what += f" at temporal.contrast.gap={temporal.contrast.gap}" if temporal.n_positions > 2 else ""
+        if temporal.n_positions > 2:
+            contrast = temporal.contrast
+            what += f" at temporal.contrast.gap={contrast.gap}"
+            what += f" and temporal.contrast.min_negatives={contrast.min_negatives}" * (contrast.min_negatives > 1)
         raise ConfigError(
             f"data.segment_length={length}: {what} takes segments of {temporal.n_positions} positions, and finds no "
             "pair to compare in shorter ones. Raise data.segment_length (whole sequences are best)."
         )
+
+    def _check_places(self) -> None:
+        """Raises ConfigError for pairs at the same position of codes that are of no position of the text."""
+        temporal, sae = self.temporal, self.sae
+        moved = temporal.order == "document" or (temporal.order != "text" and sae.reads_neighbours)
+        if temporal.active and temporal.negatives == "position" and moved:
+            raise ConfigError(
+                f"temporal.contrast.negatives='position' with temporal.order={temporal.order!r}, sae.window="
+                f"{sae.window} and sae.predictor={sae.predictor!r}: a token has no place of its own there. Set "
+                "temporal.contrast.negatives=documents or temporal.order=text."
+            )
 
     def _check_predictor(self) -> None:
         """Raises ConfigError for what a tied dictionary of free norms, whose rows are its encoder, cannot have."""
@@ -464,22 +356,3 @@ class TrainConfig:
                     f"{name}={value} with sae.predictor={self.sae.predictor!r}: set {name}={str(allowed).lower()}, as "
                     "the decoder's rows, of any norm, are the encoder as well."
                 )
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}={value}: must be a finite number.")
-    if not value >= least:
-        raise ConfigError(f"{name}={value}: must be at least {least}.")
-
-
-def _at_most(name: str, value: float, most: float) -> None:
-    if not value <= most:
-        raise ConfigError(f"{name}={value}: must be at most {most}.")
-
-
-def _positive(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}={value}: must be a finite number.")
-    if not value > 0:
-        raise ConfigError(f"{name}={value}: must be above 0.")

@@ -31,7 +31,8 @@ from tcsae.shared.store.counted import counted, left_out, norm_median
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Text, Whole
 from tcsae.train.collectives import Collectives
-from tcsae.train.config import DataConfig, TemporalConfig, TrainConfig
+from tcsae.train.config import DataConfig, TrainConfig
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 FIRST_READS = 8
 SINGLE_VECTORS = (
@@ -277,23 +278,35 @@ class SegmentLoader:
             yield self._batch(np.concatenate(taken), self._buffer[:n_rows], text)
 
     def sample(self, n_tokens: int, window: int = 1) -> Float[Tensor, "n d_in"]:
-        """About `n_tokens` tokens from the first block of the first epoch: the same ones, however far the loader is.
+        """About `n_tokens` tokens from the beginning of the first epoch, less those above `max_norm`: the same ones,
+        however far the loader is.
 
         With a window, their windows side by side, [n, window * d_model].
         """
-        block = self._read_block(0, 0, self._block_memory())
-        keep = block.segments[: int(np.searchsorted(np.cumsum(block.segments[:, 1]), n_tokens)) + 1]
-        x = self._decode(to_device(block.values[_token_rows(keep)], self._device))
-        _, lengths, starts, documents = keep.T
-        if self._norm_limit is not None:
-            within = self._within_norm(x)
-            segment, offset, lengths = kept_runs(lengths, within)
-            x, starts, documents = self._kept(x, within), starts[segment] + offset, documents[segment]
-        if not len(x):
-            raise StoreError(
-                f"data.max_norm={self.config.max_norm} leaves no token of the first {len(keep)} segments. Raise it."
-            )
-        return x if window == 1 else Batch(x, lengths, starts, documents).windows(window, 0).x
+        for batch in self._samples(n_tokens):
+            x = batch.x if window == 1 else batch.windows(window, 0).x
+            if len(x):
+                return x
+        what = "train token counts" if window == 1 else f"{window} train tokens in a row count"
+        raise StoreError(f"{self.store.location}: no {what}, {self.config.rules}. Raise data.max_norm.")
+
+    def _samples(self, n_tokens: int) -> Iterator[Batch]:
+        """The first epoch's segments, about `n_tokens` at a time, none across two blocks: some have no token left."""
+        memory = self._block_memory()
+        for number in range(self._n_blocks):
+            if not self._n_segments_of(0, number):
+                continue
+            block = self._read_block(0, number, memory)
+            ends = np.cumsum(block.segments[:, 1])
+            cuts = np.searchsorted(ends, np.arange(n_tokens, ends[-1], n_tokens)) + 1
+            for part in np.split(block.segments, cuts):
+                x = self._decode(to_device(block.values[_token_rows(part)], self._device))
+                _, lengths, starts, documents = part.T
+                if self._norm_limit is not None:
+                    within = self._within_norm(x)
+                    segment, offset, lengths = kept_runs(lengths, within)
+                    x, starts, documents = self._kept(x, within), starts[segment] + offset, documents[segment]
+                yield Batch(x, lengths, starts, documents)
 
     def _gather(self, block: Block, index: Int[Tensor, " n"], start: int) -> int:
         """Copy rows into the batch buffer from row `start` on; returns how many."""
@@ -419,7 +432,7 @@ class SegmentLoader:
 
 
 def document_order(documents: Int[ndarray, " n"], per_cluster: int, rng: np.random.Generator) -> Int[ndarray, " n"]:
-    """A random order of segments in which up to `together` of a document, from all over it, follow each other."""
+    """A random order of segments in which up to `per_cluster` of a document, from all over it, follow each other."""
     if per_cluster == 1:
         return rng.permutation(len(documents))
     within = np.lexsort((rng.random(len(documents)), documents))

@@ -11,7 +11,6 @@ from typing import Any
 from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.train.config import (
-    ContrastConfig,
     DataConfig,
     DeadConfig,
     GuardConfig,
@@ -19,9 +18,9 @@ from tcsae.train.config import (
     LinearConfig,
     OptimizerConfig,
     SparsityConfig,
-    TemporalConfig,
     TrainConfig,
 )
+from tcsae.train.settings.temporal_settings import ContrastConfig, TemporalConfig
 
 
 @dataclass(frozen=True)

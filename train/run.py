@@ -156,7 +156,7 @@ class Member:
             n = trainer.progress.n_steps
             logs = n % config.log_every == 0 or n == config.steps
             saves = bool(config.guard.checkpoint_steps) and n % config.guard.checkpoint_steps == 0 and self.live
-            late = time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes
+            late = self.saves_between and time.monotonic() - self.saved > 60 * config.guard.checkpoint_minutes
             if logs or saves or late:
                 trainer.settle()
         except UnstableError as error:
@@ -211,12 +211,16 @@ class Member:
         self.log.write({"event": "restored", "step": progress.n_steps, "why": why})
         say(f"{self.run.name}: brought back to its last good state. {why}")
 
-    def checkpoint_between(self) -> None:
-        """A checkpoint at no step of its own: when time has passed, or training is interrupted.
+    @property
+    def saves_between(self) -> bool:
+        """Whether it has checkpoints at no step of their own: when time has passed, or training is interrupted.
 
-        Not of a run that would be brought back: started again there, it would be brought back to there.
+        Not a run that would be brought back: started again there, it would be brought back to there.
         """
-        if self.run.config.guard.checkpoint_steps and self.bring_back is None and self.live:
+        return bool(self.run.config.guard.checkpoint_steps) and self.bring_back is None and self.live
+
+    def checkpoint_between(self) -> None:
+        if self.saves_between:
             self.checkpoint()
 
     def checkpoint(self) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.shared.base.device import Readout, compiled, static_shapes, sum_dtype
+from tcsae.shared.base.errors import ConfigError
 from tcsae.shared.sae.activations import Encoded
 from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SparseAutoencoder
@@ -148,8 +149,7 @@ class Trainer:
         if self.linear is not None:
             self.linear = self.linear.to(self.sample)
             self.sample = self.linear.rest(self.sample)
-        unit = config.init.input_scale == "unit"
-        self.scale = math.sqrt(1 / float(self.sample.square().mean())) if unit else 1.0
+        self.scale = 1.0 if config.init.input_scale == "none" else self._unit_scale()
         if self.initial is None:
             self.sae = initial_sae(config, self.sample * self.scale)
         else:
@@ -179,8 +179,22 @@ class Trainer:
             self.parameters, lr=config.optimizer.lr, betas=betas, fused=fused, foreach=not fused
         )
         self.positions = None
-        if config.temporal.position_penalty > 0 or config.temporal.contrast.centred:
+        centred = config.temporal.active and config.temporal.contrast.centred
+        if config.temporal.position_penalty > 0 or centred:
             self.positions = PositionPenalty(self.n_positions, self.scope[1], self.sample.device)
+
+    def _unit_scale(self) -> float:
+        """What brings the sample to a mean square of 1. Raises ConfigError for a sample of zeros."""
+        mean_square = float(self.sample.square().mean())
+        if not mean_square:
+            hook = self.config.data.hook
+            of = "the store's first hook" if hook is None else f"data.hook={hook}"
+            raise ConfigError(
+                "All activations of the sample are zero, or too small to square "
+                f"({of}): init.input_scale='unit' has nothing "
+                "to scale. Set data.hook to another, or init.input_scale=none."
+            )
+        return math.sqrt(1 / mean_square)
 
     def step(self, batch: Batch) -> StepResult:
         """One optimiser step.
@@ -292,7 +306,7 @@ class Trainer:
             return batch._replace(x=self.linear.rest(batch.x))
         window, order = self.config.sae.window, self.config.temporal.order
         if self.config.sae.reads_neighbours and order != "text":
-            batch = batch._replace(x=batch.x[shuffled(order, batch, self.step_seed())])
+            _, batch = shuffled(order, batch, self.step_seed())
         if window == 1:
             return batch
         n_offsets = min(window, batch.longest - window + 1)
@@ -333,8 +347,7 @@ class Trainer:
             if config.order == "document":
                 tokens, batch = far_apart(batch, config.contrast.distance)
             else:
-                tokens = shuffled(config.order, batch, seed)
-                batch = batch._replace(x=batch.x[tokens])
+                tokens, batch = shuffled(config.order, batch, seed)
             code = permuted(code, tokens)
             if state.position is not None:
                 state = state._replace(position=state.position[tokens])

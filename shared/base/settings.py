@@ -6,6 +6,7 @@ depend on the machine.
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -106,6 +107,28 @@ def differences(ours: Any, theirs: Any) -> list[str]:
         for key in sorted(mine.keys() | other.keys())
         if mine.get(key) != other.get(key)
     ]
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raises ConfigError for a setting below `least`, or no finite number."""
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={value}: must be a finite number.")
+    if not value >= least:
+        raise ConfigError(f"{name}={value}: must be at least {least}.")
+
+
+def check_most(name: str, value: float, most: float) -> None:
+    """Raises ConfigError for a setting above `most`."""
+    if not value <= most:
+        raise ConfigError(f"{name}={value}: must be at most {most}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ConfigError for a setting that is not above 0, or no finite number."""
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={value}: must be a finite number.")
+    if not value > 0:
+        raise ConfigError(f"{name}={value}: must be above 0.")
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

@@ -30,28 +30,6 @@ def pair_weights(lengths: Int[ndarray, " n_segments"], window: int, lag: int = 1
     return np.where(position + lag < length, np.maximum(last - first + 1, 0), 0)
 
 
-def pair_weights_masked(
-    valid: Bool[ndarray, "n position"], window: int, lag: int = 1, documents: Int[ndarray, "n position"] | None = None
-) -> Int[ndarray, "n position"]:
-    """`pair_weights` for any mask, left or right padded or with holes: a window counts only if it is valid throughout.
-
-    With `documents`, a window that holds more than one document does not count either (packed sequences).
-    Column t is the pair (t, t + lag); the last `lag` columns are zero.
-    """
-    n, width = valid.shape
-    weights = np.zeros((n, width), dtype=np.int64)
-    starts = width - window + 1
-    if starts < 1:
-        return weights
-    whole = np.lib.stride_tricks.sliding_window_view(valid, window, axis=1).all(axis=-1)
-    if documents is not None:
-        held = np.lib.stride_tricks.sliding_window_view(documents, window, axis=1)
-        whole &= (held == held[..., :1]).all(axis=-1)
-    for shift in range(window - lag):  # the pair stands `shift` positions after its window's start
-        weights[:, shift : shift + starts] += whole
-    return weights
-
-
 def tiles(
     lengths: Int[ndarray, " n_segments"], window: int, stride: int = 1, offset: int = 0
 ) -> tuple[Int[ndarray, " n_tiles"], Int[ndarray, " n_segments"]]:

@@ -114,7 +114,7 @@ class SaeMetadata:
     """Where an SAE comes from and what it may be applied to, as far as its files say it; None: they do not."""
 
     form: str = "tcsae"
-    """Whose format it was read from: tcsae, saelens, dictionary_learning or sparsify."""
+    """Whose format it was read from: tcsae, saelens, dictionary_learning, sparsify or gemma_scope."""
     hook: str | None = None
     """Where in the model its activations come from, as TransformerLens (sparsify: as the model) names it."""
     model: str | None = None

@@ -21,7 +21,7 @@ from tcsae.shared.sae.layout import CONFIG, SaeConfig, SaeMetadata
 from tcsae.shared.sae.module import SparseAutoencoder
 from tcsae.shared.sae.saelens import GatedAutoencoder
 
-NOT_READ = "Give a folder in one of the formats that are read: ours, SAELens', dictionary_learning's, sparsify's."
+NOT_READ = "Give a folder of a format that is read: ours, SAELens', dictionary_learning's, sparsify's, Gemma Scope's."
 
 
 class _Read(NamedTuple):

@@ -14,6 +14,7 @@ from tcsae.shared.base.settings import with_settings
 from tcsae.train.plan import Run
 from tcsae.train.presets import PRESETS, preset
 from tcsae.train.run import train_runs
+from tcsae.train.settings.temporal_settings import CONTRASTIVE
 from tcsae.train.trainer import Trainer
 
 COLUMNS = ("what", "largest difference", "allowed", "same")
@@ -42,7 +43,8 @@ def rows(device: torch.device, size: "figures.Sizes", folder: Path) -> list[tupl
 def _config(size: "figures.Sizes", name: str):
     width = size.widths[0]
     latents = (f"sae.d_sae={size.latents[0]}", f"sae.k={min(32, size.latents[0] // 8)}")
-    pairs = ("temporal.contrast.gap=2", "temporal.contrast.distance=3")
+    read = CONTRASTIVE.get(preset(name, width).temporal.kind, ())
+    pairs = [f"temporal.contrast.{key}={value}" for key, value in (("gap", 2), ("distance", 3)) if key in read]
     return with_settings(preset(name, width), [*latents, *pairs, "steps=1000", "data.segment_length=16"])
 
 

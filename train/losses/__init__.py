@@ -13,13 +13,13 @@ from torch import Tensor
 from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.ops import Code
 from tcsae.train.batch import Batch
-from tcsae.train.config import TemporalConfig
 from tcsae.train.losses.contrastive import contrastive
 from tcsae.train.losses.difference import difference, gated, relative
 from tcsae.train.losses.direction import direction
 from tcsae.train.losses.state import NO_STATE, TermState
 from tcsae.train.losses.t_sae import t_sae
 from tcsae.train.losses.topic import local_topic, topic
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 Term = Callable[[TemporalConfig, Code, Batch, int], Float[Tensor, ""]]
 StatefulTerm = Callable[[TemporalConfig, Code, Batch, int, TermState], Float[Tensor, ""]]

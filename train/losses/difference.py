@@ -15,7 +15,7 @@ from tcsae.shared.base.device import sum_dtype, to_device
 from tcsae.shared.base.windows import n_windows, pair_weights
 from tcsae.shared.sae.ops import Code, pair_differences, square_norms
 from tcsae.train.batch import Batch
-from tcsae.train.config import TemporalConfig
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
 class Pairs(NamedTuple):

@@ -13,10 +13,10 @@ from tcsae.shared.base.device import static_shapes, to_device
 from tcsae.shared.sae.ops import Code, decode_code, dense_rows
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch
-from tcsae.train.config import TemporalConfig
 from tcsae.train.losses.contrastive import unit
 from tcsae.train.losses.pairs import choose_pairs
 from tcsae.train.losses.state import NO_STATE, TermState
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
 def direction(

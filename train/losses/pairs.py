@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from tcsae.shared.base.windows import positions
 from tcsae.train.batch import Batch
-from tcsae.train.config import TemporalConfig
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
 class Pairs(NamedTuple):
@@ -28,12 +28,13 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
 
     One a segment, or on a grid: `contrast.gap` apart from a random start. Pairs of one segment are negatives of each
     other at the gap or more; other segments of the same document never are. Told from pairs at the same position, all
-    segments share the grid's start: else few would be.
+    segments share the grid's start: else few would be. The position is the text's, also where a control has moved the
+    tokens: these then stand anywhere, and what follows them there is the partner.
     """
     contrast, whole = config.contrast, batch.all
     rng = np.random.default_rng(seed)
     room = whole.lengths - 1 - before
-    limit = contrast.per_segment or (1 if config.kind == "contrastive" else None)
+    limit = config.pairs_per_segment
     aligned = config.negatives == "position"
     if limit == 1 and not aligned:
         segment = np.flatnonzero(room >= 1)
@@ -41,7 +42,12 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
     else:
         segment, offset = _grid(room, contrast.gap, limit, aligned, rng)
     first = (np.cumsum(whole.lengths) - whole.lengths)[segment] + before + offset
-    documents, place = whole.documents[segment], whole.starts[segment] + batch.stride * (before + offset)
+    place = whole.starts[segment] + batch.stride * (before + offset)
+    if aligned and batch.order is not None:
+        first = np.argsort(batch.order)[first]
+        followed = ~np.isin(first + 1, np.cumsum(whole.lengths))
+        first, segment, place = first[followed], segment[followed], place[followed]
+    documents = whole.documents[segment]
     other, same = documents[:, None] != documents, segment[:, None] == segment
     np.fill_diagonal(same, False)
     match config.negatives:

@@ -1,4 +1,6 @@
-"""T-SAE (arXiv 2511.05541) as its published code trains it, but for what DEVIATIONS says.
+"""T-SAE (arXiv 2511.05541) as its published code trains it, but for this: a pair's tokens never lie in two documents;
+AuxK looks at 1024 tokens of a batch; decoder rows start normal, not uniform; the threshold's average starts at half the
+run where that has fewer than 2000 steps; each text draws its own past partners.
 
 Tokens come in pairs: a current one, which is reconstructed, and a partner earlier in the same segment, of which only
 the code is used. Both are encoded, and their BatchTopK taken, apart. On the first group's codes F (current) and P:
@@ -22,15 +24,10 @@ from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.train.batch import Batch, Whole, shuffled
-from tcsae.train.config import TemporalConfig
 from tcsae.train.losses.contrastive import info_nce, sparse_products
 from tcsae.train.losses.state import NO_STATE, TermState
+from tcsae.train.settings.temporal_settings import TemporalConfig
 
-DEVIATIONS = (
-    "a pair's tokens never lie in two documents; AuxK looks at 1024 tokens of a batch; decoder rows start normal, not "
-    "uniform; the threshold's average starts at half the run where that has fewer than 2000 steps; each text draws "
-    "its own past partners"
-)
 THRESHOLD_DECAY = 0.999
 THRESHOLD_START = 1000
 """Step after which the threshold follows the smallest activation kept."""
@@ -75,7 +72,7 @@ def paired(config: TemporalConfig, batch: Batch, seed: int) -> Paired:
     ours = (first >= batch.offset) & (first < batch.offset + len(batch.x))
     index = to_device(np.stack([first + current, first + partner])[:, ours] - batch.offset, batch.x.device)
     if config.order != "text":
-        index = shuffled(config.order, batch, seed)[index]
+        _, batch = shuffled(config.order, batch, seed)
     start, documents = whole.starts[segment] + current, whole.documents[segment]
     ones = np.ones_like(segment)
     seen = Batch(batch.x[index[0]], ones[ours], start[ours], documents[ours], group=batch.group)

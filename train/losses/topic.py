@@ -17,9 +17,9 @@ from tcsae.shared.base.device import to_device
 from tcsae.shared.base.windows import positions
 from tcsae.shared.sae.ops import Code
 from tcsae.train.batch import Batch
-from tcsae.train.config import ContrastConfig, TemporalConfig
 from tcsae.train.losses.contrastive import contrastive, cosines, info_nce
 from tcsae.train.losses.state import NO_STATE, TermState
+from tcsae.train.settings.temporal_settings import ContrastConfig, TemporalConfig
 
 DRAWS = 8
 """Candidates for each anchor's partner; where none of them fits, the anchor is left out."""

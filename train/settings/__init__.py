@@ -1,0 +1,1 @@
+"""Groups of a run's settings that take a file of their own."""
