@@ -237,7 +237,7 @@ PRESETS = {
     "logged-run4": Preset("its run 4 as logged: layer norm before the encoder, no step", _logged(layer_norm="in")),
     "logged-run5": Preset("its unreported run 5 as logged: GELU, no step", _logged(activation="gelu")),
     "written-run0": Preset(
-        "equations 1-2 and 4 trained, no temporal term, Xavier, clipping or decay",
+        "equations 1-2 and 4 trained, without temporal term, Xavier, clipping and decay",
         _written(0.0, decay="none", plain=True),
     ),
     "written-run1": Preset("the same with the temporal term, lambda_2 = 0.1", _written(0.1, decay="none", plain=True)),
