@@ -7,6 +7,7 @@ import toy_eval as toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tcsae.evaluate.batches import batches
 from tcsae.evaluate.measures.temporal_figures import latent_measures
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
@@ -16,9 +17,11 @@ from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, colle
 from tcsae.evaluate.report.features.lens import N_BINS, Lenses, logit_lens
 from tcsae.evaluate.report.features.likeness import N_NEAREST, FiringSample, nearest_by_decoder
 from tcsae.evaluate.report.pages.matched_saes import matched_latents
+from tcsae.evaluate.systems import output_of, system_of
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.lm.token_text import TokenTexts, _bytes_text, legible
 from tcsae.shared.sae.sparse import positive_code
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 
 
@@ -77,6 +80,17 @@ def test_density_and_sequences_are_counted(store):
     assert result.alive.tolist() == on.any(1).any(0).tolist()
     assert not result.alive[3]
     assert result.n_tokens == counted.sum()
+
+
+def test_a_window_reads_no_token_across_one_that_is_left_out(store):
+    sae, rules = toy.make_sae(window=3), CountingRules(skip_first=1, exclude_tokens=tuple(map(str, range(20))))
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, rules), [sae], lambda _: None)
+    n_tokens, n_on = 0, 0
+    for batch in batches(store.eval, toy.HOOK, rules):
+        assert len(batch.runs.unique()) > (batch.counted.any(1)).sum(), "there are holes"
+        code = output_of(system_of(sae), batch.x[batch.counted], batch.runs).code  # as eval has it
+        n_tokens, n_on = n_tokens + code.n_tokens, n_on + (code.dense() > 0).sum(0)
+    np.testing.assert_allclose(result.figures.measures["density"], n_on / n_tokens)
 
 
 def test_a_part_of_a_split_is_its_first_documents(store):

@@ -70,7 +70,7 @@ def n_latents(code: Code) -> int:
     return code.d_sae if isinstance(code, SparseCode) else code.shape[1]
 
 
-DEFINITION_VERSION = 7
+DEFINITION_VERSION = 8
 """Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {

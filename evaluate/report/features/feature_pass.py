@@ -140,7 +140,7 @@ def collect_features(
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():
-            code = sae_code(maker.sae, x, batch.counted.nonzero()[:, 0])
+            code = sae_code(maker.sae, x, view.sequence)
             maker.sums.add(view, code)
             maker.contexts.add(batch.start, batch.counted, code)
             maker.firing.add(batch.start, batch.counted, code)
