@@ -11,7 +11,7 @@ from tcsae.evaluate.measures.core import Output
 from tcsae.evaluate.systems import SaeOutput, System
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
-from tcsae.shared.store.counted import CountingRules, as_rules, counted, norm_median
+from tcsae.shared.store.counted import CountingRules, counted, norm_median
 from tcsae.shared.store.reader import Store
 
 DEFINITIONS = {
@@ -54,10 +54,10 @@ def constant_baselines(mean: Float[Tensor, " d_model"]) -> dict[str, System]:
 
 
 def sized_baselines(
-    store: Store, hook: str, skip_first: CountingRules | int, like: SaeConfig, device: torch.device | str = "cpu"
+    store: Store, hook: str, rules: CountingRules, like: SaeConfig, device: torch.device | str = "cpu"
 ) -> dict[str, System]:
     """The three that have the size of an SAE, `like`; drawn with a fixed seed, then brought to `device`."""
-    mean, covariance = sample_moments(store, hook, skip_first)
+    mean, covariance = sample_moments(store, hook, rules)
     k = min(like.k, like.d_model)
     components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.float().contiguous()
     random = SparseAutoencoder(SaeConfig(d_model=like.d_model, d_sae=like.d_sae, activation="topk", k=like.k))
@@ -79,13 +79,13 @@ def sized_baselines(
 
 
 def sample_moments(
-    store: Store, hook: str, skip_first: CountingRules | int
+    store: Store, hook: str, rules: CountingRules
 ) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, "d_model d_model"]]:
     """Mean and covariance of x over about PCA_TOKENS counted positions, from evenly spaced train chunks.
 
     Raises StoreError if the train split has none.
     """
-    split, step, rules = store.train, store.sequences_per_chunk, as_rules(skip_first)
+    split, step = store.train, store.sequences_per_chunk
     limit = None if rules.max_norm is None else rules.max_norm * norm_median(store, hook)
     chunks = range(0, split.n_sequences, step)
     n_chunks = max(1, math.ceil(PCA_TOKENS / (step * store.sequence_length)))

@@ -89,10 +89,10 @@ def measure(
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
     processes each runs over its `part`, and rank 0 gets the sums of all; an observer adds up its own.
     """
-    part = part or part_of(split, settings.skip_first, ALONE)
+    part = part or part_of(split, settings.rules, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
     tail_end = n_sequences(split, settings.ce_tokens)
-    n_predictions, n_positions, n_counted = _counts(split, settings.skip_first, n_documents, tail_end)
+    n_predictions, n_positions, n_counted = _counts(split, settings.rules, n_documents, tail_end)
     resamplings = Resamplings(n_documents, n_counted)
     there = sums_on(settings.device)
     mean = settings.mean.to(there)
@@ -100,7 +100,7 @@ def measure(
     losses, plain = (torch.zeros(n, 2, n_documents, dtype=torch.float64, device=there) for n in (len(systems), 4))
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
-    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
+    for batch in batches(split, settings.hook, settings.rules, ranges=part.own):
         x, documents = to_device(batch.x, settings.device), to_device(batch.document, there)
         counted, skipped = (_positions(batch, mask, x, mean) for mask in (batch.counted, batch.skipped))
         sums.begin(batch.document)
@@ -128,7 +128,7 @@ def measure(
     losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
     if tail is not None and reference is None:
-        unigrams = unigram_losses(split, settings.skip_first, n_documents, tail_end)
+        unigrams = unigram_losses(split, settings.rules, n_documents, tail_end)
         reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
     of_systems = [Losses(*one) for one in losses] if tail is not None else []
     return Measured(*sums.result(), of_systems, reference, resamplings)
@@ -288,7 +288,7 @@ def _look_back(
     split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
     device, there = settings.device, sums_on(settings.device)
-    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
+    for batch in batches(split, settings.hook, settings.rules, ranges=part.before):
         counted = _positions(batch, batch.counted, to_device(batch.x, device), settings.mean.to(there))
         observer.look_back(batch, counted.x.to(there))
         for i, system in enumerate(systems):
@@ -323,7 +323,7 @@ def _losses(
 
 
 def _counts(
-    split: Split, rules: CountingRules | int, n_documents: int, tail_end: int
+    split: Split, rules: CountingRules, n_documents: int, tail_end: int
 ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"], int]:
     """Predictions and counted positions of each document, of the sequences before `tail_end`; and how many documents
     have a counted position anywhere. A sequence's last token predicts nothing.

@@ -42,7 +42,7 @@ def evaluation(place, *arguments: str) -> tuple[dict, dict, str]:
 def naive(place, n: int) -> dict:
     """Probes of the n columns of largest variance over the tokens that probes read."""
     split, sae = open_store(str(place / "a.zarr")).eval, toy.make_sae()
-    plan = probes.plan_probes(split, 1)
+    plan = probes.plan_probes(split, toy.FROM_1)
     x = np.asarray(split.read(toy.HOOK, 0, split.n_sequences), np.float32)
     x = np.concatenate([x[i, 1 : 1 + length] for i, length in zip(plan.sequences, plan.lengths, strict=True)])
     code = sae.encode(torch.from_numpy(x))

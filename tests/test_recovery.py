@@ -25,8 +25,6 @@ from tcsae.synthetic.run import write_planted
 SETTINGS = ("n_features=24", "d_model=16", "n_roots=2", "n_children=3", "n_slow=4", "sequence_length=32", "n_dense=1",
             "n_tokens=12K", "correlation_rank=0", "rate_last=0.02", "slow_durations=6", "slow_rate=0.05")  # fmt: skip
 
-FROM_1 = CountingRules(skip_first=1)
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -37,7 +35,7 @@ def valid_positions(store) -> np.ndarray:
     return np.arange(store.sequence_length) < store.eval.lengths[:, None]
 
 
-def scored(store, rows: np.ndarray, encode, rules: CountingRules = FROM_1) -> Planted:
+def scored(store, rows: np.ndarray, encode, rules: CountingRules = toy_eval.FROM_1) -> Planted:
     """`encode` makes the dense code of a batch's counted positions from (true amplitudes there, their sequences)."""
     truth = load_truth(store)
     tokens = PlantedTokens(truth, store.eval.lengths)

@@ -80,11 +80,11 @@ class Plan(NamedTuple):
         return (read & (within < MAX_TOKENS)).nonzero().squeeze(1)
 
 
-def plan_probes(split: Split, skip_first: CountingRules | int) -> Plan | None:
+def plan_probes(split: Split, rules: CountingRules) -> Plan | None:
     """Choose documents by their first sequences; None if fewer than four have MIN_TOKENS counted tokens."""
     document = document_numbers(split)[0]
     first = np.flatnonzero(np.diff(document, prepend=-1))
-    mask = counted(split, skip_first)
+    mask = counted(split, rules)
     able = first[mask[first].sum(1) >= MIN_TOKENS]
     if len(able) < 4:
         return None

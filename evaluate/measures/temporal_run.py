@@ -87,7 +87,7 @@ class TemporalObserver:
     def __init__(
         self,
         split: Split,
-        skip_first: CountingRules | int,
+        rules: CountingRules,
         mean: Float64[Tensor, " d_model"],
         n_systems: int,
         device: torch.device | str = "cpu",
@@ -97,8 +97,8 @@ class TemporalObserver:
         self.device = torch.device(device)
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
-        self.layout = Layout(split, skip_first)
-        self.plan = probes.plan_probes(split, skip_first)
+        self.layout = Layout(split, rules)
+        self.plan = probes.plan_probes(split, rules)
         self.probe_latents = probe_latents
         self.mean = mean.float()
         self._mean_there = self.mean.to(self.device)

@@ -143,7 +143,7 @@ class _Report:
         pages.page("glossary.html", "glossary.html", entries=pages.glossary.entries)
         page_files.mark(folder, identity)
 
-    def _part(self, hook: str, rules: CountingRules | int) -> Excerpt:
+    def _part(self, hook: str, rules: CountingRules) -> Excerpt:
         return Excerpt(self.split, hook, rules, self.request.max_tokens)
 
     def _passes(self) -> list[list[Included]]:
