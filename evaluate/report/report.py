@@ -110,7 +110,7 @@ class _Report:
         self.split = store.split(request.split)
         self.included, self.excluded = included, excluded
         self.texts = TokenTexts(store)
-        self.lenses = Lenses(store, self._part(store.hook(), 0))
+        self.lenses = Lenses(store, self._part(store.hook(), CountingRules()))
         self.shown: set[int] = set()
         self.needed: set[int] = set()
         self.alive: dict[int, torch.Tensor] = {}
