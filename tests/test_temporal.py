@@ -1,6 +1,7 @@
 """Promise: every temporal measure is what its definition says, token by token, whatever the batches and their order."""
 
 import itertools
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,11 @@ from tcsae.evaluate.measures.temporal_figures import (
     MIN_FIRINGS,
     latent_measures,
     pool,
-    scaled,
     slowness,
     token_measures,
 )
 from tcsae.evaluate.measures.temporal_run import XMoments, latent_groups, matched
-from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, no_sums
+from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, TemporalSums, no_sums
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 from tcsae.shared.store.counted import CountingRules
@@ -276,6 +276,17 @@ def test_sparse_and_dense_codes_give_the_same_sums():
     sparse, dense = (collect(split, 1, kind).sums for kind in (False, True))
     for name in sparse.__slots__:
         torch.testing.assert_close(getattr(sparse, name), getattr(dense, name), rtol=1e-6, atol=1e-5)
+
+
+def scaled(sums: TemporalSums, factor: float) -> TemporalSums:
+    """The sums of the code times `factor`: of second order in f, or of first order, or counts."""
+    first = "f edges permuted_m by_position by_token permuted_by_position permuted_by_token magnitude"
+    second = "squares edge_squares products edges_m m_squares between permuted_squares permuted_products token_squares"
+    second += " permuted_token_squares difference energy"
+    powers = dict.fromkeys(first.split(), 1) | dict.fromkeys(second.split(), 2)
+    return replace(
+        sums, **{one.name: getattr(sums, one.name) * factor ** powers.get(one.name, 0) for one in fields(sums)}
+    )
 
 
 @given(st.sampled_from([0.25, 0.5, 2.0, 8.0]))

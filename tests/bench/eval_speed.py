@@ -147,7 +147,8 @@ def whole_model(contest: Contest) -> tuple[Callable[[], int], Callable[[], int]]
     def with_tail() -> int:
         for batch in contest.batches:
             x_hat: Output = system(batch.x[batch.counted])
-            tail.next_token_loss(splice(batch.x, batch.counted, x_hat.x_hat), batch.tokens, batch.lengths)
+            spliced = splice(batch.x, batch.counted, x_hat.x_hat)
+            sequence_losses(tail, spliced, [], batch.tokens, batch.counted | batch.skipped, batch.has_next)
         return contest.n_tokens
 
     @torch.inference_mode()
