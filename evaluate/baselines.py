@@ -1,6 +1,7 @@
 """What every SAE has to beat: systems that nobody trained, scored by the same code."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ PCA_TOKENS = 32_768
 
 
 class ConstantOutput:
-    """Answers every activation with one vector: zero, or the mean of the train split. It has no latents."""
+    """Answers every activation with one vector: zero, or the mean of the train split. It has no latents.
 
-    def __init__(self, value: Float[Tensor, " d_model"]) -> None:
-        self.value = value
+    What it costs through the tail is in the `Reference` of a pass already, under the name `losses`.
+    """
+
+    def __init__(self, value: Float[Tensor, " d_model"], losses: Literal["zero", "mean"]) -> None:
+        self.value, self.losses = value, losses
 
     def __call__(self, x: Float[Tensor, "n d_model"]) -> Output:
         return Output(self.value.expand(len(x), -1), None)
@@ -50,7 +54,10 @@ class PcaOutput:
 
 def constant_baselines(mean: Float[Tensor, " d_model"]) -> dict[str, System]:
     """The two that cost nothing: always scored."""
-    return {"zero_output": ConstantOutput(torch.zeros_like(mean)), "mean_output": ConstantOutput(mean)}
+    return {
+        "zero_output": ConstantOutput(torch.zeros_like(mean), "zero"),
+        "mean_output": ConstantOutput(mean, "mean"),
+    }
 
 
 def sized_baselines(

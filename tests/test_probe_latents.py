@@ -81,5 +81,5 @@ def test_latents_of_largest_variance_of_those_that_count(n):
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), torch.bincount(at[:, 0], minlength=50).cumsum(0)))
     sparse = SparseCode(dense[at[:, 0], at[:, 1]], at[:, 1], starts, 10)
     for code in (dense, sparse):
-        assert torch.equal(probes.widest(code, which, n), expected)
-    assert torch.equal(columns(dense, which.nonzero().squeeze(1)), probes.widest(dense, which, 10))
+        assert torch.equal(probes.largest_columns(code, which, n), expected)
+    assert torch.equal(columns(dense, which.nonzero().squeeze(1)), probes.largest_columns(dense, which, 10))

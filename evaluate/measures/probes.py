@@ -21,8 +21,8 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch, document_numbers
 from tcsae.evaluate.intervals import interval, point, resamplings
 from tcsae.evaluate.measures.code_ops import columns, entry_values
-from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.smoothing import ema_kernel, filtered_rows, mean_kernel
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
@@ -132,7 +132,7 @@ def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[
     return {name: filtered_rows(code, plan.lengths.tolist(), kernel) for name, kernel in kernels.items()}
 
 
-def widest(code: Code, which: Bool[Tensor, " d_sae"], n_latents: int) -> Float[Tensor, "n n_kept"]:
+def largest_columns(code: Code, which: Bool[Tensor, " d_sae"], n_latents: int) -> Float[Tensor, "n n_kept"]:
     """The latents `which` as a matrix; of more than `n_latents`, those of largest variance."""
     chosen = which.nonzero().squeeze(1)
     if len(chosen) > n_latents:

@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
-from tcsae.evaluate.measures.core import Code
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 
 RULE = (
-    "the largest |f_t+1 - f_t| / ||x_t+1 - x_t|| of each latent on in a sequence: mean over those, then sequences. No "
-    "jump spans a token that is left out"
+    "the largest |f_t+1 - f_t| / ||x_t+1 - x_t|| of each latent on in a sequence, never across a token that is left "
+    "out: mean over those, then sequences"
 )
 
 

@@ -13,7 +13,7 @@ from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.intervals import jackknife
 from tcsae.evaluate.measures import position_removed, probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
-from tcsae.evaluate.measures.core import Code, join_codes, n_latents
+from tcsae.evaluate.measures.core import join_codes, n_latents
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST, Terms, latent_terms, pool, widest
 from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
@@ -29,6 +29,7 @@ from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.base.device import to_device
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
@@ -208,7 +209,7 @@ class TemporalObserver:
         }
 
     def _probed(self, code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
-        return probes.widest(code, which, self.probe_latents)
+        return probes.largest_columns(code, which, self.probe_latents)
 
     @cached_property
     def of_x(self) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
-from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
 from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
 from tcsae.evaluate.planted.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 RECOVERED_F1, RECOVERED_COSINE = 0.5, 0.7
