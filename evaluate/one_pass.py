@@ -119,9 +119,8 @@ def measure(
                     spliced[i] = splice(spliced[i], batch.skipped, rest.x_hat)
         if tail is not None and in_tail:
             ablations = _ablations(batch, x, settings) if reference is None else []
-            clean, *rest_of_plain = plain
             of_batch = _losses(tail, batch, x, [*spliced.values(), *ablations], tail_end - batch.start)
-            totals = [clean, *(losses[i] for i in spliced), *rest_of_plain[: len(ablations)]]
+            totals = [plain[0], *(losses[i] for i in spliced), *plain[1 : 1 + len(ablations)]]
             for total, one in zip(totals, of_batch, strict=True):
                 total.index_add_(1, documents[: one.shape[1]], one)
         advance(int(batch.lengths.numpy().sum()))
@@ -132,14 +131,17 @@ def measure(
     if tail is not None and reference is None:
         unigrams = unigram_losses(split, settings.rules, n_documents, tail_end)
         reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
-    of_systems = [] if reference is None else _losses_of(systems, losses, reference)
-    return Measured(*sums.result(), of_systems, reference, resamplings)
+    return Measured(*sums.result(), _losses_of(systems, losses, reference), reference, resamplings)
 
 
 def _losses_of(
-    systems: Sequence[System | SequenceSystem], losses: Float64[Tensor, "n_systems 2 n_documents"], reference: Reference
+    systems: Sequence[System | SequenceSystem],
+    losses: Float64[Tensor, "n_systems 2 n_documents"],
+    reference: Reference | None,
 ) -> list[Losses]:
-    """Of each system: those of a constant one are the reference's."""
+    """Of each system, those of a constant one the reference's; none without a tail."""
+    if reference is None:
+        return []
     return [
         getattr(reference, system.losses) if isinstance(system, ConstantOutput) else Losses(*one)
         for system, one in zip(systems, losses, strict=True)

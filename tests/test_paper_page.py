@@ -10,12 +10,11 @@ import pytest
 
 from tcsae.paper import results as results_module
 from tcsae.paper.arms import CHOOSING, FRONTIER, PLAIN, SMALL, TEXT, WITHOUT, Arm
-from tcsae.paper.pictures import PICTURES, draw
+from tcsae.paper.page import COLUMNS, PICTURES, draw, paper_table
 from tcsae.paper.predictions import PREDICTIONS, chosen, slower_at_equal_cost
 from tcsae.paper.primary_figures import PRIMARY, primary_line
 from tcsae.paper.results import BUDGET, GROUPS, Gain, Results, X, interpolated
 from tcsae.paper.sections import FIGURES, KEYS, SECTIONS, TABLE, Line, Section, arms_of, difference, markdown, table
-from tcsae.paper.table import COLUMNS, paper_table
 
 
 def fake_evaluation(rng: np.random.Generator, name: str) -> dict[str, Any]:
