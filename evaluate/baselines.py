@@ -1,6 +1,7 @@
 """What every SAE has to beat: systems that nobody trained, scored by the same code."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from tcsae.evaluate.measures.core import Output
 from tcsae.evaluate.systems import SaeOutput, System
 from tcsae.shared.base.errors import StoreError
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
-from tcsae.shared.store.counted import CountingRules, as_rules, counted, norm_median
+from tcsae.shared.store.counted import CountingRules, counted, norm_median
 from tcsae.shared.store.reader import Store
 
 DEFINITIONS = {
@@ -28,10 +29,13 @@ PCA_TOKENS = 32_768
 
 
 class ConstantOutput:
-    """Answers every activation with one vector: zero, or the mean of the train split. It has no latents."""
+    """Answers every activation with one vector: zero, or the mean of the train split. It has no latents.
 
-    def __init__(self, value: Float[Tensor, " d_model"]) -> None:
-        self.value = value
+    What it costs through the tail is in the `Reference` of a pass already, under the name `losses`.
+    """
+
+    def __init__(self, value: Float[Tensor, " d_model"], losses: Literal["zero", "mean"]) -> None:
+        self.value, self.losses = value, losses
 
     def __call__(self, x: Float[Tensor, "n d_model"]) -> Output:
         return Output(self.value.expand(len(x), -1), None)
@@ -50,14 +54,17 @@ class PcaOutput:
 
 def constant_baselines(mean: Float[Tensor, " d_model"]) -> dict[str, System]:
     """The two that cost nothing: always scored."""
-    return {"zero_output": ConstantOutput(torch.zeros_like(mean)), "mean_output": ConstantOutput(mean)}
+    return {
+        "zero_output": ConstantOutput(torch.zeros_like(mean), "zero"),
+        "mean_output": ConstantOutput(mean, "mean"),
+    }
 
 
 def sized_baselines(
-    store: Store, hook: str, skip_first: CountingRules | int, like: SaeConfig, device: torch.device | str = "cpu"
+    store: Store, hook: str, rules: CountingRules, like: SaeConfig, device: torch.device | str = "cpu"
 ) -> dict[str, System]:
     """The three that have the size of an SAE, `like`; drawn with a fixed seed, then brought to `device`."""
-    mean, covariance = sample_moments(store, hook, skip_first)
+    mean, covariance = sample_moments(store, hook, rules)
     k = min(like.k, like.d_model)
     components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.float().contiguous()
     random = SparseAutoencoder(SaeConfig(d_model=like.d_model, d_sae=like.d_sae, activation="topk", k=like.k))
@@ -79,13 +86,13 @@ def sized_baselines(
 
 
 def sample_moments(
-    store: Store, hook: str, skip_first: CountingRules | int
+    store: Store, hook: str, rules: CountingRules
 ) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, "d_model d_model"]]:
     """Mean and covariance of x over about PCA_TOKENS counted positions, from evenly spaced train chunks.
 
     Raises StoreError if the train split has none.
     """
-    split, step, rules = store.train, store.sequences_per_chunk, as_rules(skip_first)
+    split, step = store.train, store.sequences_per_chunk
     limit = None if rules.max_norm is None else rules.max_norm * norm_median(store, hook)
     chunks = range(0, split.n_sequences, step)
     n_chunks = max(1, math.ceil(PCA_TOKENS / (step * store.sequence_length)))

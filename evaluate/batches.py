@@ -11,7 +11,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.shared.base.errors import StoreError
-from tcsae.shared.store.counted import CountingRules, as_rules, counted
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
 
@@ -20,8 +20,8 @@ class Settings:
     """How a split is gone through."""
 
     hook: str
-    skip_first: CountingRules | int
-    """Which positions are counted; a number: those from it on."""
+    rules: CountingRules
+    """Which positions are counted."""
     splice_all: bool
     """Whether xhat also stands at the skipped positions when it is given to the tail."""
     mean: Float64[Tensor, " d_model"]
@@ -94,7 +94,7 @@ def document_numbers(split: Split) -> tuple[Int[ndarray, " n_sequences"], Int[nd
 def batches(
     split: Split,
     hook: str,
-    skip_first: CountingRules | int,
+    rules: CountingRules,
     max_tokens: int | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[EvalBatch]:
@@ -110,7 +110,7 @@ def batches(
         x = torch.from_numpy(rows.read(start, stop)).float()
         lengths = torch.from_numpy(split.lengths[part])
         valid = position < lengths[:, None]
-        chosen = torch.from_numpy(counted(split, skip_first, start, stop))
+        chosen = torch.from_numpy(counted(split, rules, start, stop))
         tokens = torch.from_numpy(split.tokens[part])
         yield EvalBatch(start, x, tokens, lengths, document[part], piece[part], chosen, valid & ~chosen)
 
@@ -121,11 +121,11 @@ def batch_ranges(split: Split, max_tokens: int | None = None) -> list[tuple[int,
     return list(_ranges(piece, max(1, BATCH_TOKENS // split.store.sequence_length)))
 
 
-def check_counted(split: Split, skip_first: CountingRules | int, n_sequences: int | None = None) -> None:
+def check_counted(split: Split, rules: CountingRules, n_sequences: int | None = None) -> None:
     """Raises StoreError if no position is counted, of the first `n_sequences` or of all: no figure would be one."""
-    if not counted(split, skip_first, 0, n_sequences).any():
+    if not counted(split, rules, 0, n_sequences).any():
         raise StoreError(
-            f"{split.store.location}: its {split.name} split has no position {as_rules(skip_first)} in "
+            f"{split.store.location}: its {split.name} split has no position {rules} in "
             f"{len(split.lengths[:n_sequences])} sequences. Harvest more tokens, or a larger share for it "
             "(--eval-every)."
         )

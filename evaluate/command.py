@@ -200,13 +200,19 @@ def show_pairs(
 
 
 @click.command(cls=StageCommand)
-@click.option("--run", "name", metavar="RUN", help="The run that is compared. Default: of two runs, the temporal one.")
+@click.option(
+    "--run",
+    "name",
+    metavar="RUN",
+    help="The run that is compared. Default, if --runs holds just two: the temporal one.",
+)
 @click.option(
     "--with",
     "others",
     multiple=True,
     metavar="RUN",
-    help="A run to compare it with; repeatable. As RUN+ema=0.3: with its codes smoothed, as in eval --smooth.",
+    help="A run to compare it with; repeatable. As RUN+ema=0.3: with its codes smoothed, as in eval --smooth. "
+    "Default: the other of the two; needed if there are more.",
 )
 @click.option("--details", is_flag=True, help="Also print equal figures, and variants of a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
@@ -267,6 +273,7 @@ def chosen_runs(runs_path: "Path", name: str | None, others: "Sequence[str]") ->
     Raises RunError if there are not two to choose.
     """
     from tcsae.evaluate.candidates import evaluable
+    from tcsae.evaluate.measures.smoothing import split_name
     from tcsae.shared.base.errors import RunError
     from tcsae.shared.sae.folder import RECORD, load_record
 
@@ -285,8 +292,9 @@ def chosen_runs(runs_path: "Path", name: str | None, others: "Sequence[str]") ->
         temporal = records[run].get("train", {}).get("temporal", {})
         return not (temporal.get("weight") or temporal.get("budget"))
 
-    first = name or next((run for run in names if others and run not in others), sorted(names, key=plain)[0])
-    return [first, *(run for run in names if run != first)]
+    ordered, compared = sorted(names, key=plain), {split_name(other)[0] for other in others}
+    first = name or next((run for run in ordered if run not in compared), ordered[0])
+    return list(dict.fromkeys([first, *(others or names)]))
 
 
 def evaluated(store: "Store", runs_path: "Path", names: "Sequence[str]") -> list[dict[str, Any]]:

@@ -55,9 +55,8 @@ class Group(NamedTuple):
 
 def all_rows(measured: Measured, n_runs: int) -> list[dict[str, Tensor]]:
     """Each system's figures: the runs' on the split and on every resampling, the baselines' on the split alone."""
-    reference, losses = measured.reference, list(measured.losses)
+    reference, losses = measured.reference, measured.losses
     if reference is not None:
-        losses[-2:] = [reference.zero, reference.mean]
         has_draws = int((reference.n_predictions > 0).sum()) >= MIN_DOCUMENTS
         reference, losses = resampled(measured.resamplings, reference, losses)
     all_rows = []

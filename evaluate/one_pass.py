@@ -1,6 +1,6 @@
 """One pass over a split for many SAEs: each batch is read once and goes through all of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +14,6 @@ from tcsae.evaluate.batches import EvalBatch, Settings, batches, document_number
 from tcsae.evaluate.intervals import Resamplings
 from tcsae.evaluate.measures.core import (
     COLUMNS,
-    Code,
     Inputs,
     Output,
     Sums,
@@ -30,6 +29,7 @@ from tcsae.evaluate.systems import SequenceSystem, System, output_of
 from tcsae.shared.base.device import Readout, sums_on, to_device
 from tcsae.shared.base.distributed import ALONE, wait_for_all
 from tcsae.shared.lm.tail import Tail
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
 
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     skipped: list[Sums]
     firings: list[Int[Tensor, "2 d_sae"] | None]
     """`core.firing_counts` over the counted positions; None for a system without latents."""
-    losses: list[Losses]
+    losses: Sequence[Losses]
     """One for each system; empty without a tail."""
     reference: Reference | None
     resamplings: Resamplings
@@ -89,10 +89,10 @@ def measure(
     With a tail and a `reference` of an earlier pass, no ablation is run again. Observers see codes only. Of several
     processes each runs over its `part`, and rank 0 gets the sums of all; an observer adds up its own.
     """
-    part = part or part_of(split, settings.skip_first, ALONE)
+    part = part or part_of(split, settings.rules, ALONE)
     n_documents = int(document_numbers(split)[0][-1]) + 1
     tail_end = n_sequences(split, settings.ce_tokens)
-    n_predictions, n_positions, n_counted = _counts(split, settings.skip_first, n_documents, tail_end)
+    n_predictions, n_positions, n_counted = _counts(split, settings.rules, n_documents, tail_end)
     resamplings = Resamplings(n_documents, n_counted)
     there = sums_on(settings.device)
     mean = settings.mean.to(there)
@@ -100,7 +100,7 @@ def measure(
     losses, plain = (torch.zeros(n, 2, n_documents, dtype=torch.float64, device=there) for n in (len(systems), 4))
     for observer in (one for one in observers if one.looks_back):
         _look_back(split, settings, systems, observer, part)
-    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.own):
+    for batch in batches(split, settings.hook, settings.rules, ranges=part.own):
         x, documents = to_device(batch.x, settings.device), to_device(batch.document, there)
         counted, skipped = (_positions(batch, mask, x, mean) for mask in (batch.counted, batch.skipped))
         sums.begin(batch.document)
@@ -118,20 +118,34 @@ def measure(
                 if settings.splice_all:
                     spliced[i] = splice(spliced[i], batch.skipped, rest.x_hat)
         if tail is not None and in_tail:
-            if reference is None:
-                spliced |= _ablations(batch, x, settings)
-            for i, one in _losses(tail, batch, x, spliced, tail_end - batch.start).items():
-                (losses[i] if i >= 0 else plain[i]).index_add_(1, documents[: one.shape[1]], one)
+            ablations = _ablations(batch, x, settings) if reference is None else []
+            of_batch = _losses(tail, batch, x, [*spliced.values(), *ablations], tail_end - batch.start)
+            totals = [plain[0], *(losses[i] for i in spliced), *plain[1 : 1 + len(ablations)]]
+            for total, one in zip(totals, of_batch, strict=True):
+                total.index_add_(1, documents[: one.shape[1]], one)
         advance(int(batch.lengths.numpy().sum()))
     wait_for_all(part.ours)  # whose parts may take longer than a sum may
     sums.add_up(part)
     losses, plain = (Readout(one, "evaluation").values() for one in (losses, plain))
     part.add_up((losses, plain))
     if tail is not None and reference is None:
-        unigrams = unigram_losses(split, settings.skip_first, n_documents, tail_end)
+        unigrams = unigram_losses(split, settings.rules, n_documents, tail_end)
         reference = Reference(n_predictions, n_positions, unigrams, *(Losses(*one) for one in plain))
-    of_systems = [Losses(*one) for one in losses] if tail is not None else []
-    return Measured(*sums.result(), of_systems, reference, resamplings)
+    return Measured(*sums.result(), _losses_of(systems, losses, reference), reference, resamplings)
+
+
+def _losses_of(
+    systems: Sequence[System | SequenceSystem],
+    losses: Float64[Tensor, "n_systems 2 n_documents"],
+    reference: Reference | None,
+) -> list[Losses]:
+    """Of each system, those of a constant one the reference's; none without a tail."""
+    if reference is None:
+        return []
+    return [
+        getattr(reference, system.losses) if isinstance(system, ConstantOutput) else Losses(*one)
+        for system, one in zip(systems, losses, strict=True)
+    ]
 
 
 def _show(observers: Sequence[Observer], system: int, code: Code | None, device: torch.device) -> None:
@@ -142,8 +156,6 @@ def _show(observers: Sequence[Observer], system: int, code: Code | None, device:
 
 OPEN_DOCUMENTS = 1024
 """Documents with rows of their own, at most (or as many as a batch has): 8 MB at d_model 512."""
-CLEAN, ABLATION, ZERO, MEAN = -4, -3, -2, -1
-"""Where the losses that no SAE changes stand, counted from the end."""
 
 
 class _Positions(NamedTuple):
@@ -288,7 +300,7 @@ def _look_back(
     split: Split, settings: Settings, systems: Sequence[System | SequenceSystem], observer: Observer, part: Part
 ) -> None:
     device, there = settings.device, sums_on(settings.device)
-    for batch in batches(split, settings.hook, settings.skip_first, ranges=part.before):
+    for batch in batches(split, settings.hook, settings.rules, ranges=part.before):
         counted = _positions(batch, batch.counted, to_device(batch.x, device), settings.mean.to(there))
         observer.look_back(batch, counted.x.to(there))
         for i, system in enumerate(systems):
@@ -296,34 +308,31 @@ def _look_back(
                 observer.pass_over(i, code.to(there))
 
 
-def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], settings: Settings) -> dict[int, Tensor]:
+def _ablations(batch: EvalBatch, x: Float[Tensor, "batch position d_model"], settings: Settings) -> list[Tensor]:
+    """What stands in place of x, in the order of `Reference`: zeros everywhere, zeros where xhat is, the mean there."""
     replaced = batch.counted.numpy() | (settings.splice_all & batch.skipped.numpy())
     zero, mean = x.new_zeros(1, len(settings.mean)), to_device(settings.mean.float(), x.device)[None]
     n = int(replaced.sum())
-    return {
-        ABLATION: torch.zeros_like(x),
-        ZERO: splice(x, replaced, zero.expand(n, -1)),
-        MEAN: splice(x, replaced, mean.expand(n, -1)),
-    }
+    constant = [splice(x, replaced, one.expand(n, -1)) for one in (zero, mean)]
+    return [torch.zeros_like(x), *constant]
 
 
 def _losses(
     tail: Tail,
     batch: EvalBatch,
     x: Float[Tensor, "batch position d_model"],
-    spliced: Mapping[int, Tensor],
+    others: Sequence[Float[Tensor, "batch position d_model"]],
     n: int,
-) -> dict[int, Float64[Tensor, "2 m"]]:
-    """Cross-entropies and KL divergences of the batch's first `n` sequences, or all."""
+) -> list[Float64[Tensor, "2 m"]]:
+    """Cross-entropies and KL divergences of the batch's first `n` sequences, or all: of x itself, then of `others`."""
     first = slice(n)
-    others = [one[first] for one in spliced.values()]
     on_host = (one[first] for one in (batch.tokens.numpy(), batch.counted.numpy(), batch.has_next_on_host))
-    losses = sequence_losses(tail, x[first], others, *on_host)
-    return {i: torch.stack(tuple(one)) for i, one in zip((CLEAN, *spliced), losses, strict=True)}
+    losses = sequence_losses(tail, x[first], [one[first] for one in others], *on_host)
+    return [torch.stack(tuple(one)) for one in losses]
 
 
 def _counts(
-    split: Split, rules: CountingRules | int, n_documents: int, tail_end: int
+    split: Split, rules: CountingRules, n_documents: int, tail_end: int
 ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"], int]:
     """Predictions and counted positions of each document, of the sequences before `tail_end`; and how many documents
     have a counted position anywhere. A sequence's last token predicts nothing.

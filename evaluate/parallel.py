@@ -62,7 +62,7 @@ class Part(NamedTuple):
         return values
 
 
-def part_of(split: Split, skip_first: CountingRules | int, ours: Ranks) -> Part:
+def part_of(split: Split, rules: CountingRules, ours: Ranks) -> Part:
     """This process's part: about as many tokens as any other's, of documents that nobody else has."""
     ranges = batch_ranges(split)
     if not ours.parallel:
@@ -76,14 +76,14 @@ def part_of(split: Split, skip_first: CountingRules | int, ours: Ranks) -> Part:
     edges = np.append(able, len(ranges))[np.searchsorted(done[starts[able]], shares)]
     edges[-1] = len(ranges)
     first, stop = (int(edge) for edge in edges[ours.rank : ours.rank + 2])
-    return Part(ranges[first:stop], _before(split, skip_first, ranges, first), ours)
+    return Part(ranges[first:stop], _before(split, rules, ranges, first), ours)
 
 
-def _before(split: Split, skip_first: CountingRules | int, ranges: list[Range], first: int) -> list[Range]:
+def _before(split: Split, rules: CountingRules, ranges: list[Range], first: int) -> list[Range]:
     """The batches up to number `first` that hold the last document with a counted token before it."""
     if not 0 < first < len(ranges):
         return []
-    sequences = np.flatnonzero(counted(split, skip_first, 0, ranges[first][0]).any(1))
+    sequences = np.flatnonzero(counted(split, rules, 0, ranges[first][0]).any(1))
     if not len(sequences):
         return []
     document = document_numbers(split)[0]

@@ -90,7 +90,7 @@ def _evaluate(group: Group) -> list[dict[str, Any]]:
     mean = train_mean(store, options.hook)
     settings = Settings(
         hook=options.hook,
-        skip_first=options.rules,
+        rules=options.rules,
         splice_all=options.splice == "all",
         mean=mean,
         device=group.device,

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from tcsae.evaluate.measures.core import Code, Output, join_codes
+from tcsae.evaluate.measures.core import Output, join_codes
 from tcsae.evaluate.measures.smoothing import (
     EMA_TOPK,
     HYSTERESIS,
@@ -22,6 +22,7 @@ from tcsae.evaluate.measures.smoothing import (
 from tcsae.shared.sae import whole_sequences
 from tcsae.shared.sae.crosscoder import read_out
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, select_topk, threshold_code
 from tcsae.shared.sae.whole_sequences import SequenceAutoencoder
 

@@ -61,8 +61,23 @@ def paper(
       tcsae paper --model EleutherAI/pythia-70m --dataset openwebtext --tokens 10M --work pythia-paper
       torchrun --nproc-per-node 2 -m tcsae paper        runs dealt out to two processes
 
-    Questions: table, frontier, shuffled, smoothing, boundary, probes, frequency, position, nulls, windows, sparsity,
-    lengths, without, default.
+    The questions, as the page has them:
+
+    \b
+      table      The paper's table
+      frontier   What a temporal term costs, and what it brings
+      shuffled   Is it order, topic or mere shrinkage?
+      smoothing  Could one simply smooth the codes?
+      boundary   Flat inside, sharp at joins?
+      probes     What does the slow group know?
+      frequency  Slow, or only frequent?
+      position   Consistent over time, or only over position?
+      nulls      Is it the text, or the method?
+      windows    Does the window matter?
+      sparsity   Reconstruction with sparsity kept
+      lengths    Sequences of any length
+      without    What of the recipe matters?
+      default    The contrastive preset
     """
     _check_place(ctx)
 

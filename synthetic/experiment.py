@@ -19,6 +19,7 @@ from tcsae.shared.base.errors import RunError
 from tcsae.shared.base.files import file_digest, json_digest, write_json
 from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.folder import EVALUATION, WEIGHTS, is_finished, load_evaluation, load_sae, read_object, writing
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 from tcsae.synthetic.identifiability import ARMS, PLAIN, TEMPORAL, WIDER, Grid, Size
 from tcsae.synthetic.planting import planted_config
@@ -142,7 +143,7 @@ def score(store: Store, truth: Truth, path: Path) -> dict[str, Any]:
     sae, tokens = load_sae(path), PlantedTokens(truth, store.eval.lengths)
     planted = Planted(tokens, decoder_rows(sae))
     moments = np.zeros((sae.config.d_model + 1, sae.config.d_model + 1))
-    for batch in batches(store.eval, HOOK, 0):
+    for batch in batches(store.eval, HOOK, CountingRules()):
         tokens.begin(batch)
         x = batch.x[batch.counted]
         planted.add(sae.encode_sparse(x))

@@ -94,13 +94,6 @@ class PlantedConfig:
         if self.law == "pareto" and self.law_shape <= 1:
             raise ConfigError(f"law_shape={self.law_shape:g}: of pareto it must be above 1, or durations have no mean.")
 
-    @property
-    def is_null(self) -> bool:
-        """Whether no token says anything about the next one."""
-        slow = (*self.slow_durations, self.fast_duration, self.parent_duration, self.child_duration)
-        memory = self.n_dense and self.dense_amplitude and self.dense_memory
-        return max(*slow, self.factor_duration) == 1 and not memory and not self.position_amplitude
-
 
 BOUNDS = {
     "d_model": (1, 1 << 16),

@@ -70,13 +70,21 @@ def test_smoothed_codes_are_a_run_of_their_own(place):
         assert one["differences"]["mse"]["interval"] and one["sentences"]
 
 
+@pytest.mark.parametrize("other", ["plain", "plain+ema=0.3"])
+def test_the_other_run_alone_can_be_named(place, other):
+    done = call(place, "--with", other, "--json")
+    assert done.exit_code == 0, done.output
+    assert [row["run"] for row in json.loads(done.stdout)["rows"]] == ["x itself", other, "temporal"]
+
+
 def test_where_there_are_not_two_the_runs_have_to_be_named(place, tmp_path):
     store = toy.write_store(tmp_path / "a.zarr", toy.make_model(), toy.N_SEQUENCES)
     toy.make_run(tmp_path / "runs", "single", toy.make_sae(), store)
     done = call(tmp_path)
     assert done.exit_code == 1
     assert "holds 1 runs (single); without --run and --with compare takes two. Name them: --run A" in done.stderr
-    assert "Unknown run 'planin'. Did you mean 'plain'?" in call(place, "--run", "temporal", "--with", "planin").stderr
+    for named in (("--run", "temporal"), ()):
+        assert "Unknown run 'planin'. Did you mean 'plain'?" in call(place, *named, "--with", "planin").stderr
 
 
 @pytest.mark.parametrize(

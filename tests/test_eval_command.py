@@ -213,7 +213,7 @@ def test_the_losses_that_no_sae_changes_are_worked_out_once(store, tmp_path, mon
         return hidden(self, x)
 
     monkeypatch.setattr(Tail, "hidden", counting)
-    n_batches = sum(1 for _ in batches(store.eval, toy.HOOK, 1))
+    n_batches = sum(1 for _ in batches(store.eval, toy.HOOK, toy.FROM_1))
     make_run(tmp_path, "one", make_sae(), store)
     first = evaluate_runs(store, tmp_path, EvalRequest(temporal=False))[0][0]
     assert len(calls) == n_batches * 5, "x, the SAE, and three ablations"
@@ -254,7 +254,7 @@ def test_losses_are_those_of_the_logits(store, monkeypatch, factor, block):
     monkeypatch.setattr("tcsae.evaluate.measures.cross_entropy.BLOCK_LOGITS", block)
     tail = Tail.load(store.tail_path(toy.HOOK))
     tail._unembedding.weight.mul_(factor)
-    (batch, *_) = batches(store.eval, toy.HOOK, 1)
+    (batch, *_) = batches(store.eval, toy.HOOK, toy.FROM_1)
     others = [batch.x * 0.7, batch.x.flip(0)]
     result = sequence_losses(tail, batch.x, others, batch.tokens, batch.counted, batch.has_next)
     p = tail.logits(batch.x).double().log_softmax(-1)

@@ -86,7 +86,7 @@ class ToyTail:
 def test_losses_through_a_tail_are_the_same_on_another_device(store):
     result = []
     for device in (torch.device("cpu"), FAR):
-        (batch, *_) = batches(store.eval, toy.HOOK, 1)
+        (batch, *_) = batches(store.eval, toy.HOOK, toy.FROM_1)
         x = batch.x.to(device)
         spliced = splice(
             x, batch.counted, 0.5 * x.flatten(0, 1)[torch.from_numpy(np.flatnonzero(batch.counted)).to(device)]

@@ -15,7 +15,7 @@ from tcsae.evaluate.exports.feature_source import ExportRequest
 from tcsae.shared.base.errors import RunError, Stopped, StoreError
 from tcsae.shared.sae.folder import load_sae, save_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
-from tcsae.shared.store.counted import counted
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import open_store
 
 RUN = "topk"
@@ -86,7 +86,7 @@ def codes(place):
     x = torch.from_numpy(store.eval.read(store.hook(), 0, store.eval.n_sequences))
     with torch.no_grad():
         result = sae.encode(x.view(-1, x.shape[-1])).view(*x.shape[:2], -1).numpy()
-    result[~counted(store.eval, 1)] = 0
+    result[~counted(store.eval, CountingRules(skip_first=1))] = 0
     return result
 
 
@@ -110,7 +110,7 @@ def test_neuronpedia_features_have_the_schema_and_say_what_the_codes_do(place, c
     assert f"{alive.sum()} features" in line
     skipped = json.loads((tmp_path / "out/skipped_indexes.json").read_text())
     assert skipped["skipped_indexes"] == np.flatnonzero(~alive).tolist()
-    n_counted = counted(store.eval, 1).sum()
+    n_counted = counted(store.eval, CountingRules(skip_first=1)).sum()
     for one in features:
         assert one.keys() == {*FEATURE, "activations"}
         for name, kind in FEATURE.items():

@@ -7,6 +7,7 @@ import toy_eval as toy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tcsae.evaluate.batches import batches
 from tcsae.evaluate.measures.temporal_figures import latent_measures
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import N_SAMPLED, N_TOP, QUANTILES, ContextCollector
@@ -16,9 +17,11 @@ from tcsae.evaluate.report.features.feature_pass import MEASURES, Excerpt, colle
 from tcsae.evaluate.report.features.lens import N_BINS, Lenses, logit_lens
 from tcsae.evaluate.report.features.likeness import N_NEAREST, FiringSample, nearest_by_decoder
 from tcsae.evaluate.report.pages.matched_saes import matched_latents
+from tcsae.evaluate.systems import output_of, system_of
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.lm.token_text import TokenTexts, _bytes_text, legible
 from tcsae.shared.sae.sparse import positive_code
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 
 
@@ -41,7 +44,7 @@ def whole_code(store: Store, sae) -> tuple[torch.Tensor, np.ndarray]:
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gelu"])
 def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activation):
     """`eval` and the report may never mean two things by one name."""
-    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [toy.make_sae(activation)], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, toy.FROM_1), [toy.make_sae(activation)], lambda _: None)
     latents = [0, 7, 21]
     for latent in latents:
         which = torch.arange(toy.LATENTS) == latent
@@ -67,7 +70,7 @@ def test_each_latent_s_measures_are_the_pooled_ones_of_it_alone(store, activatio
 
 def test_density_and_sequences_are_counted(store):
     sae = toy.make_sae("relu")
-    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, toy.FROM_1), [sae], lambda _: None)
     code, counted = whole_code(store, sae)
     on = code > 0
     np.testing.assert_allclose(result.figures.measures["density"], on.sum((0, 1)) / counted.sum())
@@ -79,8 +82,21 @@ def test_density_and_sequences_are_counted(store):
     assert result.n_tokens == counted.sum()
 
 
+def test_a_window_reads_no_token_across_one_that_is_left_out(store):
+    sae, rules = toy.make_sae(window=3), CountingRules(skip_first=1, exclude_tokens=tuple(map(str, range(20))))
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, rules), [sae], lambda _: None)
+    n_tokens, n_on = 0, 0
+    for batch in batches(store.eval, toy.HOOK, rules):
+        assert len(batch.runs.unique()) > (batch.counted.any(1)).sum(), "there are holes"
+        code = output_of(system_of(sae), batch.x[batch.counted], batch.runs).code  # as eval has it
+        n_tokens, n_on = n_tokens + code.n_tokens, n_on + (code.dense() > 0).sum(0)
+    np.testing.assert_allclose(result.figures.measures["density"], n_on / n_tokens)
+
+
 def test_a_part_of_a_split_is_its_first_documents(store):
-    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1, max_tokens=50), [toy.make_sae()], lambda _: None)
+    (result,) = collect_features(
+        Excerpt(store.eval, toy.HOOK, toy.FROM_1, max_tokens=50), [toy.make_sae()], lambda _: None
+    )
     ends = np.append(np.flatnonzero(np.diff(store.eval.documents)) + 1, store.eval.n_sequences)
     n = next(end for end in ends if store.eval.lengths[:end].sum() >= 50)
     assert result.n_tokens == np.maximum(store.eval.lengths[:n] - 1, 0).sum()
@@ -207,7 +223,7 @@ def test_the_nearest_latents(store, monkeypatch):
     sae = toy.make_sae("relu")
     monkeypatch.setattr("tcsae.evaluate.report.features.likeness.DECODER_BLOCK", 7)
     monkeypatch.setattr("tcsae.evaluate.report.features.likeness.PAIR_BLOCK", 50)
-    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, 1), [sae], lambda _: None)
+    (result,) = collect_features(Excerpt(store.eval, toy.HOOK, toy.FROM_1), [sae], lambda _: None)
     unit = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach()
     cosines = (unit @ unit.T).fill_diagonal_(-1)
     cosines[:, ~result.alive] = -1
@@ -270,14 +286,14 @@ def test_the_lens_is_the_tail_s_answer_to_one_direction(store, tmp_path):
         assert abs(result.counts[i].numpy() - counts).sum() <= 4, "a change on an edge may fall on either side"
         assert (result.lowest[i], result.highest[i]) == pytest.approx((edges[0], edges[-1]), abs=1e-4)
     without = toy.write_store(tmp_path / "no.zarr", toy.make_model(), {"train": 2, "eval": 2}, with_tail=False)
-    lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, 1))
+    lenses = Lenses(without, Excerpt(without.eval, toy.HOOK, toy.FROM_1))
     assert lenses.of(toy.HOOK, directions[:, None]) is None
     assert "no tail for" in lenses.tail(toy.HOOK)
 
 
 def test_a_crosscoder_s_latent_has_a_row_for_each_position(store):
     sae = toy.make_sae("topk", window=3)
-    part = Excerpt(store.eval, toy.HOOK, 1)
+    part = Excerpt(store.eval, toy.HOOK, toy.FROM_1)
     (result,) = collect_features(part, [sae], lambda _: None)
     latent = int(result.alive.nonzero()[0])
     rows = sae.W_dec.detach()[latent].view(1, 3, toy.WIDTH)

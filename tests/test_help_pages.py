@@ -7,6 +7,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from tcsae.paper.page import title_of
+from tcsae.paper.sections import KEYS
 from tcsae.shared.base.cli import OTHERS, examples_first
 from tcsae.shared.commands import group
 from tcsae.shared.commands.group import STAGES, cli
@@ -53,8 +55,22 @@ def test_titles_name_options_that_exist(name):
     shown = page(name)
     assert shown.count(f"\n{OTHERS}:") == 1
     assert all(f"\n{title}:\n" in shown for title in GROUPS[name])
-    for option in (param.opts[0] for param in command.params if not getattr(param, "hidden", False)):
+    first = [param.opts[0] for param in command.params if not getattr(param, "hidden", False)]
+    assert {option for option in first if option.startswith("-")} == set(listed), "--help alone is under no title"
+    for option in first:
         assert re.search(rf"^  (-\w, )?{option}[\s,]|/ {option}", shown, re.MULTILINE), option
+
+
+def test_the_paper_s_questions_are_those_of_its_page():
+    shown = page("paper")
+    for key in KEYS:
+        assert f"\n    {key:11}{title_of(key)}\n" in shown
+
+
+def test_what_compare_takes_by_default_is_said():
+    shown = " ".join(page("compare").split())
+    assert "Default, if --runs holds just two: the temporal one." in shown
+    assert "Default: the other of the two; needed if there are more." in shown
 
 
 def test_every_command_has_a_line_that_is_not_cut():

@@ -1,5 +1,7 @@
 """Promise: every figure is what its definition says, whatever the batches and their order."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,8 @@ def test_a_resampling_is_the_split_with_its_documents_repeated(seed, n, n_docume
     weights[int(documents[0])] = 2
     tokens = torch.from_numpy(np.repeat(np.arange(n), weights[documents.numpy()]))
     repeated = sums(x[tokens], x_hat[tokens], f[tokens])
-    resampled = per_document.weighted(torch.from_numpy(weights).double()[None])
+    drawn = torch.from_numpy(weights).double()[None]
+    resampled = Sums(*(drawn @ getattr(per_document, one.name) for one in fields(Sums)))
     result, expected = (figure_rows(one, none_of(one)) for one in (resampled, repeated))
     for key, value in expected.items():  # undefined where all the tokens drawn are one
         assert float(result[key]) == pytest.approx(float(value), rel=1e-9, nan_ok=True), key
@@ -146,7 +149,7 @@ def test_baselines_in_closed_form():
     mean = x.double().mean(0)
     variance = float((x.double() - mean).square().sum(1).mean())
     zero, average = (
-        document_sums(x, ConstantOutput(value)(x), torch.zeros(len(x), dtype=torch.int64))
+        document_sums(x, ConstantOutput(value, "mean")(x), torch.zeros(len(x), dtype=torch.int64))
         for value in (torch.zeros(D_MODEL), x.double().mean(0).float())
     )
     of_zero, of_mean = figures(zero, none_of(zero)), figures(average, none_of(average))

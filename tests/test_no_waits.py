@@ -33,6 +33,7 @@ from tcsae.shared.base.settings import with_settings
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.sae.build import new_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import HookRecipe
 from tcsae.train.batch import Batch, Text
 from tcsae.train.presets import PRESETS, preset
@@ -303,7 +304,7 @@ def evaluate_on_meta(monkeypatch, activation: str, splice_all: bool = False) -> 
     monkeypatch.setattr(one_pass, "n_sequences", lambda *_: 4 * n)
     monkeypatch.setattr(one_pass, "_counts", lambda *_: (*torch.ones(2, 2 * n, dtype=torch.float64), 2 * n))
     mean = torch.zeros(WIDTH, dtype=torch.float64)
-    settings = Settings(hook="h", skip_first=1, splice_all=splice_all, mean=mean, device=META)
+    settings = Settings(hook="h", rules=CountingRules(skip_first=1), splice_all=splice_all, mean=mean, device=META)
     unchecked = inspect.unwrap(one_pass.measure)
     with pytest.raises(_PassedError), torch.no_grad():
         unchecked(None, settings, [SaeOutput(sae)], _ToyTail(), None, [], lambda _: None, Part([], []))

@@ -143,7 +143,7 @@ def test_two_processes_write_the_figures_of_one(tmp_path):
 def test_every_document_is_in_one_part(stores, monkeypatch, world, per_batch):
     split = open_store(stores["probes"]).eval
     monkeypatch.setattr(batches, "BATCH_TOKENS", per_batch * LENGTH)
-    parts = [together.part_of(split, 1, Ranks(rank, world, rank)) for rank in range(world)]
+    parts = [together.part_of(split, toy.FROM_1, Ranks(rank, world, rank)) for rank in range(world)]
     assert [one for part in parts for one in part.own] == batches.batch_ranges(split)
     documents = [
         {int(one) for start, stop in part.own for one in split.documents[start:stop]} for part in parts if part.own

@@ -42,7 +42,7 @@ def evaluation(place, *arguments: str) -> tuple[dict, dict, str]:
 def naive(place, n: int) -> dict:
     """Probes of the n columns of largest variance over the tokens that probes read."""
     split, sae = open_store(str(place / "a.zarr")).eval, toy.make_sae()
-    plan = probes.plan_probes(split, 1)
+    plan = probes.plan_probes(split, toy.FROM_1)
     x = np.asarray(split.read(toy.HOOK, 0, split.n_sequences), np.float32)
     x = np.concatenate([x[i, 1 : 1 + length] for i, length in zip(plan.sequences, plan.lengths, strict=True)])
     code = sae.encode(torch.from_numpy(x))
@@ -81,5 +81,5 @@ def test_latents_of_largest_variance_of_those_that_count(n):
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), torch.bincount(at[:, 0], minlength=50).cumsum(0)))
     sparse = SparseCode(dense[at[:, 0], at[:, 1]], at[:, 1], starts, 10)
     for code in (dense, sparse):
-        assert torch.equal(probes.widest(code, which, n), expected)
-    assert torch.equal(columns(dense, which.nonzero().squeeze(1)), probes.widest(dense, which, 10))
+        assert torch.equal(probes.largest_columns(code, which, n), expected)
+    assert torch.equal(columns(dense, which.nonzero().squeeze(1)), probes.largest_columns(dense, which, 10))

@@ -7,6 +7,7 @@ import torch
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.measures import probes
 from tcsae.evaluate.measures.probes import Plan, plan_probes, probe, smoothed
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, Store
 
 LENGTH, N_DOCUMENTS = 100, 24
@@ -41,7 +42,7 @@ class FakeSplit(Split):
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    made = plan_probes(FakeSplit(), 1)
+    made = plan_probes(FakeSplit(), CountingRules(skip_first=1))
     assert made is not None
     return made
 
@@ -86,14 +87,14 @@ def test_a_dead_code_tells_nothing_and_does_not_fail(plan):
 def test_the_plan_is_of_first_sequences_and_collects_their_tokens(plan):
     split = FakeSplit()
     seen = []
-    for batch in batches(split, "hook", 1):
+    for batch in batches(split, "hook", CountingRules(skip_first=1)):
         rows = plan.rows(batch)
         seen.append(batch.x[batch.counted][rows])
     expected = [split.x[i, 1 : split.lengths[i]] for i in plan.sequences]
     np.testing.assert_array_equal(torch.cat(seen).numpy(), np.concatenate(expected).astype(np.float32))
     assert set(split.documents[plan.sequences]) == set(range(N_DOCUMENTS)) - set(range(0, N_DOCUMENTS, 5))
     assert len(set(split.documents[plan.sequences])) == len(plan.sequences)
-    assert plan_probes(split, 90) is None
+    assert plan_probes(split, CountingRules(skip_first=90)) is None
 
 
 def test_smoothing_is_causal_and_stays_within_a_document(plan):

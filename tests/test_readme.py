@@ -46,6 +46,7 @@ def test_the_page_has_commands_of_every_stage():
 
 
 def test_make_has_these_targets_and_runs_the_twins():
+    assert of_program("make")
     for command in of_program("make"):
         done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -58,13 +59,16 @@ def test_make_has_these_targets_and_runs_the_twins():
 
 def test_pip_names_extras_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert of_program("pip")
     for command in of_program("pip"):
         assert command[1:4] == ["install", "-c", "constraints.txt"] and (ROOT / "constraints.txt").exists()
         assert set(re.findall(r"\[(\w+)\]", command[-1])) <= extras.keys()
 
 
 def test_scripts_that_it_names_are_there():
-    for name in re.findall(r"python (tests/\S+\.py)", PAGE):
+    named = re.findall(r"python (tests/\S+\.py)", PAGE)
+    assert named
+    for name in named:
         assert (ROOT / name).is_file(), name
 
 
@@ -74,7 +78,9 @@ CHAT = ("--chat-template",)
 
 
 def test_commands_of_the_hub_parse():
-    for words in (words for words in of_program("tcsae") if set(words) & set(HUB)):
+    of_hub = [words for words in of_program("tcsae") if set(words) & set(HUB)]
+    assert {word for words in of_hub for word in words} >= set(HUB)
+    for words in of_hub:
         name = next(word for word in words if word in HUB)
         command = cli.get_command(click.Context(cli), name)
         command.make_context(name, words[words.index(name) + 1 :], parent=click.Context(cli))

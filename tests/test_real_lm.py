@@ -66,8 +66,6 @@ def test_what_was_not_measured_decides_nothing():
 
 
 def test_the_default_of_train_is_what_the_results_favour():
-    if not RESULTS.exists():
-        pytest.skip("docs/results/real-lm.json is not there: `make real-lm` writes it")
     assert json.loads(RESULTS.read_text())["default"] == DEFAULT
 
 

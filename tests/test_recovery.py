@@ -18,6 +18,7 @@ from tcsae.evaluate.planted.truth import CLASSES, Truth, load_truth, truth_path
 from tcsae.shared.commands.group import cli
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
 from tcsae.shared.sae.sparse import positive_code
+from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.synthetic.planting import planted_config
 from tcsae.synthetic.run import write_planted
 
@@ -30,18 +31,22 @@ def store(tmp_path_factory):
     return write_planted(str(tmp_path_factory.mktemp("planted") / "a.zarr"), planted_config("small", SETTINGS))
 
 
-def scored(store, rows: np.ndarray, encode, skip_first: int = 1) -> Planted:
+def valid_positions(store) -> np.ndarray:
+    return np.arange(store.sequence_length) < store.eval.lengths[:, None]
+
+
+def scored(store, rows: np.ndarray, encode, rules: CountingRules = toy_eval.FROM_1) -> Planted:
     """`encode` makes the dense code of a batch's counted positions from (true amplitudes there, their sequences)."""
     truth = load_truth(store)
     tokens = PlantedTokens(truth, store.eval.lengths)
     planted = Planted(tokens, rows.astype(np.float32))
     dense = np.zeros((store.eval.n_tokens, truth.n_features), np.float32)
     dense[np.repeat(np.arange(len(dense)), np.diff(truth.offsets)), truth.features] = truth.values
-    position = np.concatenate([np.arange(n) for n in store.eval.lengths])
+    chosen = counted(store.eval, rules)[valid_positions(store)]
     sequence = np.repeat(np.arange(store.eval.n_sequences), store.eval.lengths)
-    for batch in batches(store.eval, "planted", skip_first):
+    for batch in batches(store.eval, "planted", rules):
         tokens.begin(batch)
-        here = (sequence >= batch.start) & (sequence < batch.start + len(batch.x)) & (position >= skip_first)
+        here = (sequence >= batch.start) & (sequence < batch.start + len(batch.x)) & chosen
         code = torch.from_numpy(np.asarray(encode(dense[here], sequence[here]), np.float32))
         planted.add(positive_code(code) if batch.start % 2 else code)
     return planted
@@ -81,6 +86,24 @@ def test_a_late_code_is_late_by_as_many_tokens(store):
     assert 1.5 < slow["onset_error"] <= 2.2 and 0 < slow["missed"] < 0.5, "short segments are missed altogether"
     assert slow["offset_error"] == pytest.approx(slow["offset_distance"], abs=0.3)
     assert slow["f1"] < 0.9
+
+
+def test_a_segment_ends_where_a_token_is_left_out(store):
+    """Counted by hand on the true features, which as a code have the same segments."""
+    truth, rules = load_truth(store), CountingRules(skip_first=1, max_norm=1.3)
+    mask = counted(store.eval, rules)
+    inside = mask & np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+    assert (mask[:, 1:-1] < (mask[:, :-2] & mask[:, 2:])).sum() > 20, "tokens are left out in the middle"
+    on = np.zeros((*mask.shape, truth.n_features), bool)
+    at = np.argwhere(valid_positions(store))[np.repeat(np.arange(store.eval.n_tokens), np.diff(truth.offsets))]
+    on[at[:, 0], at[:, 1], truth.features] = True
+    on &= mask[..., None]
+    begins = on & ~(np.pad(on, ((0, 0), (1, 0), (0, 0)))[:, :-1] & inside[..., None])
+    scores = scored(store, truth.directions, lambda dense, _: dense, rules).per_feature()
+    slow = truth.durations > 1
+    np.testing.assert_array_equal(scores["segments"][slow], begins.sum((0, 1))[slow])
+    np.testing.assert_array_equal(scores["fragments"][slow], scores["segments"][slow])
+    np.testing.assert_array_equal(scores["n_onset"][slow], (begins & inside[..., None]).sum((0, 1))[slow])
 
 
 def test_half_the_amplitude_is_half_the_shrinkage(store):

@@ -43,7 +43,9 @@ def test_tables_sort_by_their_headings(browser, report):
 
 
 def test_every_page_of_every_sae_opens(browser, report):
-    for folder in sorted((report / "runs").iterdir()):
+    folders = sorted((report / "runs").iterdir())
+    assert folders
+    for folder in folders:
         browser.get(toy.url(report, folder.name, "index.html"))
         assert browser.find_element(By.TAG_NAME, "h1").text.endswith(folder.name), "an odd name shows as it is"
         assert len(browser.find_elements(By.CSS_SELECTOR, "figure svg")) >= 6
@@ -83,7 +85,9 @@ def test_search_finds_by_token_and_by_number(browser, report):
     search.send_keys("<")
     result = toy.latents(browser)
     assert 0 < len(result) < len(every)
-    for row in browser.find_elements(By.CSS_SELECTOR, "#list a")[:3]:
+    rows = browser.find_elements(By.CSS_SELECTOR, "#list a")[:3]
+    assert rows
+    for row in rows:
         row.click()
         toy.opened(browser, int(row.find_element(By.CLASS_NAME, "id").text))
         fires = [one.text for one in browser.find_elements(By.CSS_SELECTOR, ".fires .chip")]
@@ -171,12 +175,15 @@ def test_everything_is_reached_by_keys(browser, report):
 
 def test_shading_is_never_colour_alone(browser, report):
     toy.browse(browser, report)
-    for context in browser.find_elements(By.CSS_SELECTOR, ".context"):
+    contexts = browser.find_elements(By.CSS_SELECTOR, "#feature .context")
+    assert contexts
+    for context in contexts:
         peak = context.find_elements(By.CSS_SELECTOR, ".peak")
         assert len(peak) == 1
         assert int(peak[0].value_of_css_property("font-weight")) >= 700
         assert peak[0].value_of_css_property("outline-style") == "solid"
         on = context.find_elements(By.CSS_SELECTOR, ".on")
+        assert on
         assert all(float(one.value_of_css_property("border-bottom-width").removesuffix("px")) >= 1 for one in on)
         assert all(one.get_attribute("title") for one in on)
         assert context.find_elements(By.CSS_SELECTOR, ".strip .bars")

@@ -70,7 +70,9 @@ def test_filters_order_and_context_are_in_the_url(browser, reported):
     assert toy.latents(browser) == listed
     assert {table[one]["max"] <= middle for one in listed} == {True}
     assert Select(toy.one_of(browser, "#context")).first_selected_option.get_attribute("value") == "8"
-    for link in toy.all_of(browser, "#list a")[:2]:
+    links = toy.all_of(browser, "#list a")[:2]
+    assert links
+    for link in links:
         assert "sort=density" in link.get_attribute("href"), "links keep the state of the page"
 
 
@@ -140,7 +142,7 @@ def test_notes_stay_and_show_wherever_the_latent_is_named(browser, reported):
     name = toy.named(reported, "temporal-matryoshka")
     browser.get(toy.url(reported, name, "index.html"))
     links = toy.all_of(browser, f'a[data-latent="{latent}"]')
-    assert all("closing" in one.text for one in links)
+    assert links and all("closing" in one.text for one in links)
     browser.get(toy.url(reported, name, f"map.html#latent={latent}"))
     toy.wait(browser, lambda: toy.all_of(browser, "#chosen .label"))
     other = toy.named(reported, "topk")
@@ -255,7 +257,9 @@ def test_values_come_first_and_differences_on_demand(browser, reported):
 
 def test_headings_lead_to_the_glossary(browser, reported):
     browser.get(toy.url(reported))
-    for head in toy.all_of(browser, "#results thead th")[6:]:
+    heads = toy.all_of(browser, "#results thead th")[6:]
+    assert heads
+    for head in heads:
         assert "glossary.html#" in toy.one_of(head, "a").get_attribute("href")
     link = next(one for one in toy.all_of(browser, "#results thead a") if one.text == "EV")
     link.click()

@@ -201,7 +201,7 @@ def test_figures_are_those_of_the_smoothed_codes(store, tmp_path):
             == plain["temporal"]["groups"]["all"]["measures"].keys()
         )
         squares, active, n, total, x_squared = 0.0, 0.0, 0, 0.0, 0.0
-        for batch in batches(store.eval, toy.HOOK, 1):
+        for batch in batches(store.eval, toy.HOOK, toy.FROM_1):
             for i in range(len(batch.x)):
                 x = batch.x[i][batch.counted[i]]
                 if len(x):

@@ -33,11 +33,14 @@ def published(x: torch.Tensor, f: torch.Tensor) -> float:
     return float(least.max(dim=0)[0].mean())
 
 
-def batch_of(lengths: list[int], skip_first: int, seed: int) -> EvalBatch:
+def batch_of(lengths: list[int], skip_first: int, seed: int, hole: int | None = None) -> EvalBatch:
+    """`hole`: a position that no sequence counts."""
     n, generator = len(lengths), torch.Generator().manual_seed(seed)
     x = torch.randn(n, LENGTH, D_MODEL, generator=generator)
     position, valid = torch.arange(LENGTH), torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
     numbers, counted = torch.arange(n), valid & (position >= skip_first)
+    if hole is not None:
+        counted[:, hole] = False
     tokens = torch.zeros(n, LENGTH, dtype=torch.int64)
     return EvalBatch(0, x, tokens, torch.tensor(lengths), numbers, numbers, counted, valid & ~counted)
 
@@ -68,6 +71,20 @@ def test_it_is_the_published_one(split, groups, skip_first, dense):
     figures = observer.figures(0)["smoothness"]["figures"]
     means = {name: float(np.mean(values)) if values else None for name, values in expected.items()}
     assert figures == {name: value if value is None else pytest.approx(value) for name, value in means.items()}
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_jump_across_a_token_that_is_left_out_is_none(split, dense):
+    observer = MeasureObserver([SparseAutoencoder(SaeConfig(d_model=D_MODEL, d_sae=D_SAE, k=2))], split)
+    batch = batch_of([6, 5], 0, 0, hole=3)
+    f = torch.rand(2, LENGTH, D_SAE, generator=torch.Generator().manual_seed(9))
+    f[0] = f[0, 0]
+    f[0, 4:] = 9 * f[0, 0]  # the same within both runs, though not across the hole
+    x, code = batch.x[batch.counted], f[batch.counted]
+    observer.begin(batch, x)
+    observer.see(0, code if dense else positive_code(code))
+    of_second = published(batch.x[1, :3].double(), f[1, :3].double())  # its last run has one token
+    assert observer.figures(0)["smoothness"]["figures"]["smoothness"] == pytest.approx((0 + of_second) / 2)
 
 
 def test_what_does_not_move_has_no_smoothness(split):

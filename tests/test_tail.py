@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -114,32 +112,6 @@ def test_padding_changes_nothing_and_needs_no_mask(family: str) -> None:
         if length:
             alone = run(lm.model, lm.tokens[row : row + 1, :length]).logits[0]
             torch.testing.assert_close(logits[row, :length], alone, atol=1e-4, rtol=0)
-
-
-@every_family
-def test_next_token_loss_is_the_models_cross_entropy(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail_module, "SLICE_MIN_TOKENS", 7)  # many slices, the last one shorter
-    monkeypatch.setattr(tail_module, "SLICE_LOGITS", 1)
-    lm = whole(family)
-    loss = Tail(make_tail(lm.model, 2)).next_token_loss(lm.activations[2], lm.tokens.to(torch.int32), LENGTHS)
-
-    expected = functional.cross_entropy(lm.logits[:, :-1].transpose(1, 2), lm.tokens[:, 1:], reduction="none")
-    has_target = torch.arange(1, POSITIONS) < LENGTHS[:, None]
-    torch.testing.assert_close(loss, expected * has_target, atol=1e-4, rtol=0)
-    assert has_target.sum() == (LENGTHS - 1).clamp(min=0).sum()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, POSITIONS), min_size=1, max_size=5))
-def test_next_token_loss_of_any_lengths(lengths: list[int]) -> None:
-    lm = whole("llama")
-    n = len(lengths)
-    loss = Tail(lm.model).next_token_loss(lm.activations[0][:n], lm.tokens[:n], torch.tensor(lengths))
-
-    for row, length in enumerate(lengths):
-        for i in range(POSITIONS - 1):
-            paid = -lm.logits[row, i].log_softmax(-1)[lm.tokens[row, i + 1]].item() if i + 1 < length else 0
-            assert loss[row, i].item() == pytest.approx(paid, abs=1e-4)
 
 
 @every_family
@@ -338,15 +310,14 @@ def test_evaluation_needs_no_language_model(tmp_path: Path) -> None:
         light = "transformers" not in sys.modules
         from pathlib import Path
         tail = Tail.load(Path(sys.argv[1]))
-        x, tokens = torch.ones(1, 4, tail.d_model), torch.ones(1, 4, dtype=torch.int64)
-        loss = tail.next_token_loss(x, tokens, torch.tensor([4]))
-        print(json.dumps([light, sorted({"transformer_lens", "datasets"} & set(sys.modules)), loss[0].tolist()]))
+        logits = tail.logits(torch.ones(1, 4, tail.d_model))
+        print(json.dumps([light, sorted({"transformer_lens", "datasets"} & set(sys.modules)), logits[0, -1].tolist()]))
     """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "tail"], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stderr == ""
-    light, loaded, loss = json.loads(done.stdout)
+    light, loaded, logits = json.loads(done.stdout)
     assert light and loaded == []
-    ones = torch.ones(1, 4, WIDTH), torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])
-    assert loss == pytest.approx(Tail(make_tail(lm.model, 3)).next_token_loss(*ones)[0].tolist(), abs=1e-5)
+    expected = Tail(make_tail(lm.model, 3)).logits(torch.ones(1, 4, WIDTH))[0, -1]
+    assert logits == pytest.approx(expected.tolist(), abs=1e-5)

@@ -1,6 +1,7 @@
 """Promise: every temporal measure is what its definition says, token by token, whatever the batches and their order."""
 
 import itertools
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from tcsae.evaluate.measures.temporal_figures import (
     MIN_FIRINGS,
     latent_measures,
     pool,
-    scaled,
     slowness,
     token_measures,
 )
 from tcsae.evaluate.measures.temporal_run import XMoments, latent_groups, matched
-from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, no_sums
+from tcsae.evaluate.measures.temporal_sums import N_LAGS, Collector, TemporalSums, no_sums
 from tcsae.shared.sae.module import SaeConfig
 from tcsae.shared.sae.sparse import SparseCode, positive_code
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, Store
 
 LENGTH, WIDTH = 40, 7
@@ -63,9 +64,10 @@ class FakeSplit(Split):
 
 def collect(split: FakeSplit, skip_first: int, dense: bool, factor: float = 1.0) -> Collector:
     """The code is x itself, fed as a code."""
-    layout = Layout(split, skip_first)
+    rules = CountingRules(skip_first=skip_first)
+    layout = Layout(split, rules)
     collector = Collector(WIDTH, layout)
-    for batch in batches.batches(split, "hook", skip_first):
+    for batch in batches.batches(split, "hook", rules):
         code = batch.x[batch.counted] * factor
         collector.add(layout.view(batch), code if dense else positive_code(code))
     return collector
@@ -276,6 +278,17 @@ def test_sparse_and_dense_codes_give_the_same_sums():
         torch.testing.assert_close(getattr(sparse, name), getattr(dense, name), rtol=1e-6, atol=1e-5)
 
 
+def scaled(sums: TemporalSums, factor: float) -> TemporalSums:
+    """The sums of the code times `factor`: of second order in f, or of first order, or counts."""
+    first = "f edges permuted_m by_position by_token permuted_by_position permuted_by_token magnitude"
+    second = "squares edge_squares products edges_m m_squares between permuted_squares permuted_products token_squares"
+    second += " permuted_token_squares difference energy"
+    powers = dict.fromkeys(first.split(), 1) | dict.fromkeys(second.split(), 2)
+    return replace(
+        sums, **{one.name: getattr(sums, one.name) * factor ** powers.get(one.name, 0) for one in fields(sums)}
+    )
+
+
 @given(st.sampled_from([0.25, 0.5, 2.0, 8.0]))
 @settings(max_examples=4, deadline=None)
 def test_a_scaled_code_moves_one_measure_only(factor):
@@ -291,12 +304,12 @@ def test_a_scaled_code_moves_one_measure_only(factor):
 
 def test_principal_components_are_as_slow_as_their_projections():
     split = FakeSplit(8)
-    layout = Layout(split, 1)
+    layout = Layout(split, CountingRules(skip_first=1))
     moments, collector = XMoments(WIDTH), Collector(3, layout)
     x = np.concatenate([split.code[i, 1:length] for i, length in enumerate(split.lengths)]).astype(np.float64)
     _, vectors = np.linalg.eigh(np.cov(x.T))
     basis = torch.from_numpy(vectors[:, -3:]).float()
-    for batch in batches.batches(split, "hook", 1):
+    for batch in batches.batches(split, "hook", CountingRules(skip_first=1)):
         view, counted = layout.view(batch), batch.x[batch.counted]
         moments.add(view, counted)
         collector.add(view, counted @ basis)
@@ -339,8 +352,8 @@ def test_taking_tokens_is_indexing(seed):
 
 def test_stand_ins_permute_within_a_document_and_not_by_batch():
     split = FakeSplit(9)
-    layout = Layout(split, 1)
-    for batch in batches.batches(split, "hook", 1):
+    layout = Layout(split, CountingRules(skip_first=1))
+    for batch in batches.batches(split, "hook", CountingRules(skip_first=1)):
         view = layout.view(batch)
         assert torch.equal(view.standing_in.sort().values, torch.arange(view.n))
         assert torch.equal(view.piece[view.standing_in], view.piece)
@@ -351,7 +364,7 @@ def test_only_frequent_tokens_have_a_label():
     split = FakeSplit(10)
     split.tokens = np.arange(split.tokens.size).reshape(split.tokens.shape) // 2
     split.tokens[0, :5] = 3
-    layout = Layout(split, 0)
+    layout = Layout(split, CountingRules())
     assert int((layout.rank < N_LABELS).sum()) == N_LABELS
     assert layout.rank[3] == 0, "the most frequent"
 

@@ -66,7 +66,9 @@ def test_a_new_loss(monkeypatch, tcsae_command, tmp_path):
     options = ("--set=temporal.kind=norm_change", "--set=temporal.weight=0.001")
     assert " ".join(options).replace("--set=", "--set ") in PAGE
     tcsae_command("train", "--preset=topk", "--preset=relu-l1", *SMALL, *options)
-    for folder in tmp_path.iterdir():
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 2
+    for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 6
         assert all(line["temporal"] > 0 for line in lines)

@@ -16,6 +16,7 @@ from tcsae.shared.commands.group import cli
 from tcsae.shared.lm.tail import make_tail, save_tail
 from tcsae.shared.sae.folder import save_sae
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.format import SPLITS, CorpusRecipe, HookRecipe, Layout, ModelRecipe, Recipe, SequenceRecipe
 from tcsae.shared.store.reader import Store, open_store
 from tcsae.shared.store.writer import Rows, open_writer
@@ -23,6 +24,8 @@ from tcsae.shared.store.writer import Rows, open_writer
 LAYER, HOOK = 1, "blocks.1.hook_resid_post"
 LENGTH, WIDTH, VOCABULARY, LATENTS = 12, 16, 61, 40
 N_SEQUENCES = {"train": 30, "eval": 20}
+FROM_1 = CountingRules(skip_first=1)
+"""What runs count by default."""
 
 
 def make_model() -> GPTNeoXForCausalLM:

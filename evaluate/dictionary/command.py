@@ -13,7 +13,7 @@ from tcsae.shared.base.cli import Place, StageCommand
 def stability(place: Place, names: tuple[str, ...], n_pairs: int, as_json: bool) -> None:
     """Compare the decoders of runs, from weights alone: redundancy of each, and how many latents two of them share.
 
-    Runs that differ in the seed alone say how much of a dictionary is the data's, and how much chance's.
+    Compare runs that differ only in the seed: latents they share come from the data, the rest from chance.
 
     \b
       tcsae train --preset topk --sweep init_seed=0,1,2 stability

@@ -88,7 +88,7 @@ def write_delphi(
     module = folder / LATENTS / part.hook
     with tempfile.TemporaryDirectory(dir=folder) as spool:
         ranges = [_Range(Path(spool), *edges) for edges in split_edges(source.sae.config.d_sae, N_SPLITS)]
-        for batch in batches(part.split, part.hook, part.skip_first, part.max_tokens):
+        for batch in batches(part.split, part.hook, part.rules, part.max_tokens):
             locations, values = _entries(source, batch, length, first_context)
             for one in ranges:
                 one.add(locations, values)

@@ -140,7 +140,7 @@ def _histograms(source: FeatureSource, peaks: Tensor, advance: Callable[[int], N
     """How often each latent has a value in each of N_BARS intervals up to its largest."""
     counts = torch.zeros(len(peaks) * N_BARS, dtype=torch.int64)
     part = source.part
-    for batch in batches(part.split, part.hook, part.skip_first, part.max_tokens):
+    for batch in batches(part.split, part.hook, part.rules, part.max_tokens):
         x = batch.x[batch.counted]
         if len(x):
             code = join_codes([code for _, code in code_parts(source.sae, x)])

@@ -28,7 +28,7 @@ def export_features(store: Store, runs_path: Path, request: ExportRequest, form:
     `out` holds anything else; Stopped, with `out` as it was, on SIGINT or SIGTERM.
     """
     source = feature_source(store, runs_path, request)
-    check_counted(source.part.split, source.part.skip_first, source.part.n_sequences)
+    check_counted(source.part.split, source.part.rules, source.part.n_sequences)
     out = out.resolve()
     n_passes = 2 if form == "neuronpedia" else 1
     lines: list[str] = []

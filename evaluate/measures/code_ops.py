@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.measures.core import Code, row_sums
+from tcsae.evaluate.measures.core import row_sums
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 
 BLOCK_ENTRIES = 1 << 18

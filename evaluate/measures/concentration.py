@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tcsae.evaluate.measures.code_ops import columns
-from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.latent_terms import WIDEST, widest
 from tcsae.evaluate.planted.matching import antipodal_pairs
 from tcsae.evaluate.planted.recovery_figures import ANTIPODAL_COSINE
 from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.module import SparseAutoencoder
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 
 DENSE_RATE = 0.1

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from tcsae.shared.base.device import static_shapes
 from tcsae.shared.sae import sparse as sparse_codes
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
-
-Code = SparseCode | Float[Tensor, "_ d_sae"]
-"""Sparse (entries) or dense (a gelu, where next to no entry is zero)."""
 
 
 def token_activity(code: Code) -> Float64[Tensor, "4 n"]:
@@ -70,7 +68,7 @@ def n_latents(code: Code) -> int:
     return code.d_sae if isinstance(code, SparseCode) else code.shape[1]
 
 
-DEFINITION_VERSION = 7
+DEFINITION_VERSION = 8
 """Raised whenever a figure is added or defined anew: evaluations of another version are done again."""
 
 DEFINITIONS = {
@@ -156,10 +154,6 @@ class Sums:
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.n_tokens + other.n_tokens, self.x + other.x, self.columns + other.columns)
-
-    def weighted(self, weights: Float64[Tensor, "new_rows rows"]) -> "Sums":
-        """Each new row: the rows, as many times as its weights say."""
-        return Sums(weights @ self.n_tokens, weights @ self.x, weights @ self.columns)
 
     def column(self, name: str) -> Float64[Tensor, " rows"]:
         return self.columns[:, COLUMNS.index(name)]

@@ -176,9 +176,7 @@ class Reference(NamedTuple):
     """The mean of the train split at the replaced positions."""
 
 
-def unigram_losses(
-    split: Split, rules: CountingRules | int, n_documents: int, end: int
-) -> Float64[Tensor, " n_documents"]:
+def unigram_losses(split: Split, rules: CountingRules, n_documents: int, end: int) -> Float64[Tensor, " n_documents"]:
     """-log of how often each predicted token is one, summed over each document's predictions; without a language model.
 
     A prediction is made at a counted position, of the sequences before `end`, whose next token lies in the same one.
@@ -240,7 +238,7 @@ def _identity(store: Store, split: str, settings: Settings) -> dict[str, str]:
         "content": store.content,
         "split": split,
         "hook": settings.hook,
-        "skip_first": str(settings.skip_first) if isinstance(settings.skip_first, int) else settings.skip_first.key(),
+        "skip_first": settings.rules.key(),
         "splice_all": str(settings.splice_all),
     } | ({} if settings.ce_tokens is None else {"ce_tokens": str(settings.ce_tokens)})
 

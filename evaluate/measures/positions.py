@@ -92,11 +92,11 @@ class _Document(NamedTuple):
 class Layout:
     """Makes the views of one pass, batch after batch."""
 
-    def __init__(self, split: Split, skip_first: CountingRules | int) -> None:
+    def __init__(self, split: Split, rules: CountingRules) -> None:
         length = split.store.sequence_length
         self.n_positions = min(length, N_LABELS)
         self.bins = torch.arange(length) * self.n_positions // length
-        ids, counts = np.unique(split.tokens[counted(split, skip_first)], return_counts=True)
+        ids, counts = np.unique(split.tokens[counted(split, rules)], return_counts=True)
         frequent = ids[np.argsort(-counts, kind="stable")[:N_LABELS]]
         self.rank = torch.full((int(ids.max(initial=0)) + 1,), N_LABELS)
         self.rank[torch.from_numpy(frequent).long()] = torch.arange(len(frequent))

@@ -21,8 +21,8 @@ from torch import Tensor
 from tcsae.evaluate.batches import EvalBatch, document_numbers
 from tcsae.evaluate.intervals import interval, point, resamplings
 from tcsae.evaluate.measures.code_ops import columns, entry_values
-from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.measures.smoothing import ema_kernel, filtered_rows, mean_kernel
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.counted import CountingRules, counted
 from tcsae.shared.store.reader import Split
@@ -80,11 +80,11 @@ class Plan(NamedTuple):
         return (read & (within < MAX_TOKENS)).nonzero().squeeze(1)
 
 
-def plan_probes(split: Split, skip_first: CountingRules | int) -> Plan | None:
+def plan_probes(split: Split, rules: CountingRules) -> Plan | None:
     """Choose documents by their first sequences; None if fewer than four have MIN_TOKENS counted tokens."""
     document = document_numbers(split)[0]
     first = np.flatnonzero(np.diff(document, prepend=-1))
-    mask = counted(split, skip_first)
+    mask = counted(split, rules)
     able = first[mask[first].sum(1) >= MIN_TOKENS]
     if len(able) < 4:
         return None
@@ -132,7 +132,7 @@ def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[
     return {name: filtered_rows(code, plan.lengths.tolist(), kernel) for name, kernel in kernels.items()}
 
 
-def widest(code: Code, which: Bool[Tensor, " d_sae"], n_latents: int) -> Float[Tensor, "n n_kept"]:
+def largest_columns(code: Code, which: Bool[Tensor, " d_sae"], n_latents: int) -> Float[Tensor, "n n_kept"]:
     """The latents `which` as a matrix; of more than `n_latents`, those of largest variance."""
     chosen = which.nonzero().squeeze(1)
     if len(chosen) > n_latents:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.measures.concentration import Concentration
-from tcsae.evaluate.measures.core import Code, n_latents
+from tcsae.evaluate.measures.core import n_latents
 from tcsae.evaluate.measures.smoothness import Smoothness
 from tcsae.evaluate.parallel import Part
 from tcsae.evaluate.planted.recovery_figures import Planted, PlantedTokens
@@ -22,6 +22,7 @@ from tcsae.shared.base.console import say
 from tcsae.shared.base.device import Readout
 from tcsae.shared.sae.crosscoder import decoder_rows
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 from tcsae.shared.store.reader import Split
 

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tcsae import __version__
-from tcsae.shared.sae.folder import saelens_config
 from tcsae.shared.sae.module import SparseAutoencoder
-from tcsae.shared.sae.saelens import GatedAutoencoder
 
 FILE = "saebench_core.json"
 SAEBENCH_VERSION = "0.6.0"
@@ -143,18 +141,13 @@ def core_output(
         "sae_lens_id": evaluation["name"],
         "sae_lens_release_id": None,
         "sae_lens_version": None,
-        "sae_cfg_dict": _config(sae),
+        "sae_cfg_dict": sae.saelens_config(),
         "eval_result_unstructured": {
             "definitions": evaluation["definitions"],
             "definition_version": evaluation["definition_version"],
             "computed_as": AS_SAEBENCH,
         },
     }
-
-
-def _config(sae: SparseAutoencoder) -> dict[str, Any]:
-    config = saelens_config(sae.config, {})
-    return config | ({"architecture": "gated"} if isinstance(sae, GatedAutoencoder) else {})
 
 
 def _number(value: float | None) -> float:

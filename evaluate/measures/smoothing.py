@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tcsae.evaluate.measures.core import Code, join_codes
+from tcsae.evaluate.measures.core import join_codes
 from tcsae.shared.base.errors import ConfigError, unknown
 from tcsae.shared.sae.activations import KINDS
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, from_flat
 
 EMA, EMA_TOPK, MEAN, HYSTERESIS, SCALE = "ema", "ema-topk", "mean", "hysteresis", "scale"

@@ -10,11 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
-from tcsae.evaluate.measures.core import Code
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode
 
-RULE = "the largest |f_t+1 - f_t| / ||x_t+1 - x_t|| of each latent on in a sequence: mean over those, then sequences"
+RULE = (
+    "the largest |f_t+1 - f_t| / ||x_t+1 - x_t|| of each latent on in a sequence, never across a token that is left "
+    "out: mean over those, then sequences"
+)
 
 
 class Smoothness:
@@ -36,7 +39,9 @@ class Smoothness:
     def begin(self, batch: EvalBatch, x: Float[Tensor, "n d_model"]) -> None:
         """The batch whose code comes next, and its activations at the counted positions."""
         self._lengths = [n for n in batch.counted.sum(1).tolist() if n]
-        self._changes = (x[1:].double() - x[:-1].double()).norm(dim=1)
+        changes = (x[1:].double() - x[:-1].double()).norm(dim=1)
+        # Both sides of a hole are no neighbours: a change of 0 is looked past, like that of an x that stays.
+        self._changes = torch.where(batch.runs.diff() == 0, changes, 0.0)
 
     def add(self, code: Code) -> None:
         start = 0

@@ -1,7 +1,6 @@
 """Temporal and position measures, each with its null, from the sums of `temporal_sums`."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -188,14 +187,3 @@ def _auc(larger: Tensor, smaller: Tensor) -> float:
     """Chance that a draw from one histogram exceeds one from the other; ties count half."""
     below = smaller.cumsum(0) - smaller / 2
     return float((larger @ below) / (larger.sum() * smaller.sum()))
-
-
-def scaled(sums: TemporalSums, factor: float) -> TemporalSums:
-    """The sums of the code times `factor`: of second order in f, or of first order, or counts."""
-    first = "f edges permuted_m by_position by_token permuted_by_position permuted_by_token magnitude"
-    second = "squares edge_squares products edges_m m_squares between permuted_squares permuted_products token_squares"
-    second += " permuted_token_squares difference energy"
-    powers = dict.fromkeys(first.split(), 1) | dict.fromkeys(second.split(), 2)
-    return replace(
-        sums, **{one.name: getattr(sums, one.name) * factor ** powers.get(one.name, 0) for one in fields(sums)}
-    )

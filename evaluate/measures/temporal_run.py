@@ -13,7 +13,7 @@ from tcsae.evaluate.batches import EvalBatch
 from tcsae.evaluate.intervals import jackknife
 from tcsae.evaluate.measures import position_removed, probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
-from tcsae.evaluate.measures.core import Code, join_codes, n_latents
+from tcsae.evaluate.measures.core import join_codes, n_latents
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST, Terms, latent_terms, pool, widest
 from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
@@ -29,6 +29,7 @@ from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.parallel import Part
 from tcsae.shared.base.device import to_device
 from tcsae.shared.sae.module import SaeConfig
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split
 
@@ -87,7 +88,7 @@ class TemporalObserver:
     def __init__(
         self,
         split: Split,
-        skip_first: CountingRules | int,
+        rules: CountingRules,
         mean: Float64[Tensor, " d_model"],
         n_systems: int,
         device: torch.device | str = "cpu",
@@ -97,8 +98,8 @@ class TemporalObserver:
         self.device = torch.device(device)
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
-        self.layout = Layout(split, skip_first)
-        self.plan = probes.plan_probes(split, skip_first)
+        self.layout = Layout(split, rules)
+        self.plan = probes.plan_probes(split, rules)
         self.probe_latents = probe_latents
         self.mean = mean.float()
         self._mean_there = self.mean.to(self.device)
@@ -208,7 +209,7 @@ class TemporalObserver:
         }
 
     def _probed(self, code: Code, which: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n n_kept"]:
-        return probes.widest(code, which, self.probe_latents)
+        return probes.largest_columns(code, which, self.probe_latents)
 
     @cached_property
     def of_x(self) -> dict[str, Any]:

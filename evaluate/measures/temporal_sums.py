@@ -26,8 +26,9 @@ from tcsae.evaluate.measures.code_ops import (
     take,
     token_sums,
 )
-from tcsae.evaluate.measures.core import Code, join_codes
+from tcsae.evaluate.measures.core import join_codes
 from tcsae.evaluate.measures.positions import LAGS, N_GROUPS, N_LABELS, Layout, View
+from tcsae.shared.sae.ops import Code
 
 N_LAGS = 32
 N_BINS = 400

@@ -14,10 +14,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.evaluate.batches import EvalBatch
-from tcsae.evaluate.measures.core import Code
 from tcsae.evaluate.planted.matching import ANTIPODAL_COSINE, SPLIT_COSINE, Matching, capture, match
 from tcsae.evaluate.planted.segments import Axis, axis_of, compare_segments
 from tcsae.evaluate.planted.truth import CLASSES, PARENT, POSITION, SLOW_DENSE, Truth
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 RECOVERED_F1, RECOVERED_COSINE = 0.5, 0.7
@@ -53,12 +53,13 @@ OF_CLASS = {
     "false_splits": f"latents beyond the first within a cosine of {SPLIT_COSINE} of a feature, mean over features",
 }
 OF_SEGMENTS = {
-    "missed": "share of true segments (consecutive tokens with the feature on) at which its latent is never on",
+    "missed": "share of true segments (consecutive counted tokens with the feature on) at which its latent is never on",
     "fragments": "segments of the latent's code that overlap with a true one, mean over those not missed",
     "onset_error": "tokens from a segment's first to the first of the code's segments that overlap, mean; below 0 is "
-    "early. Without segments that begin at a sequence's first counted position",
+    "early. Without segments that begin where counting does: in a sequence, or after a token that is left out",
     "onset_distance": "the same of its absolute value",
-    "offset_error": "likewise of the last tokens; below 0 is early. Without segments that reach a sequence's end",
+    "offset_error": "likewise of the last tokens; below 0 is early. Without segments that reach a sequence's end, or a "
+    "token that is left out",
     "offset_distance": "the same of its absolute value",
 }
 CAPTURE = {"capture": "share of the true subspace that lies in the span of the latents matched with its two sides"}
@@ -90,7 +91,7 @@ class PlantedTokens:
         token, feature, value = token[seen], truth.features[part][seen].astype(np.int64), truth.values[part][seen]
         shown = value > 0
         self.n_tokens = int(counted.sum())
-        self.axis: Axis = axis_of(np.nonzero(batch.counted.cpu().numpy())[0])
+        self.axis: Axis = axis_of(batch.runs.numpy())
         slow = self._slow[feature]
         self.segments = self.axis.keys(feature[slow], token[slow])
         self.keys, order = np.unique(token[shown] * n + feature[shown], return_index=True)

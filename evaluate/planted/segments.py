@@ -8,12 +8,12 @@ from numpy import ndarray
 
 
 class Axis(NamedTuple):
-    """Places on which neighbours within a sequence are consecutive numbers, and no others are."""
+    """Places on which neighbours within a run of counted tokens are consecutive numbers, and no others are."""
 
     place: Int[ndarray, " n_tokens"]
     """Of each token."""
     first: Bool[ndarray, " n_places"]
-    """Whether a place is the first of its sequence: what is on there may have begun before."""
+    """Whether a place is the first of its run: what is on there may have begun before."""
     last: Bool[ndarray, " n_places"]
 
     @property
@@ -25,10 +25,10 @@ class Axis(NamedTuple):
         return np.sort(features.astype(np.int64) * self.n + self.place[tokens])
 
 
-def axis_of(sequence: Int[ndarray, " n_tokens"]) -> Axis:
-    """`sequence` numbers each token's sequence, ascending."""
-    begins = np.diff(sequence, prepend=-1) != 0
-    place = np.arange(len(sequence)) + begins.cumsum()  # one place is left free before each sequence
+def axis_of(runs: Int[ndarray, " n_tokens"]) -> Axis:
+    """`runs` numbers each token's run, ascending."""
+    begins = np.diff(runs, prepend=-1) != 0
+    place = np.arange(len(runs)) + begins.cumsum()  # one place is left free before each run
     n = int(place[-1]) + 2 if len(place) else 1
     first, last = np.zeros(n, bool), np.zeros(n, bool)
     first[place[begins]] = True
@@ -49,7 +49,7 @@ class Compared(NamedTuple):
     offset: Int[ndarray, " m"]
     """Last token of the code's last such segment, minus its own: below 0 is early."""
     has_onset: Bool[ndarray, " m"]
-    """Whether it begins inside its sequence, and is not missed."""
+    """Whether it begins inside its run, and is not missed."""
     has_offset: Bool[ndarray, " m"]
 
 

@@ -17,7 +17,12 @@ from tcsae.shared.base.cli import Place, StageCommand
     "sequence or document of the eval split, or for each number in a column `document`.",
 )
 @click.option("--quick", is_flag=True, help="The first 25K eval tokens, k = 1 and 5.")
-@click.option("--null", metavar="STORE", help="A null of the store (harvest --control): differences in differences.")
+@click.option(
+    "--null",
+    metavar="STORE",
+    help="A null of the store (harvest --control): also print by how much more an SAE beats its baselines on the store "
+    "than on the null.",
+)
 @click.option("--null-runs", metavar="PATH", help="The folder of runs of the same names, trained on it.")
 @click.option("--details", is_flag=True, help="Also print every label.")
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")

@@ -107,8 +107,8 @@ def feature(
     Read from the report where it has this SAE's current figures and the same text, in a second; else from a pass of the
     SAE over the store.
 
-    Below each sequence stands a bar a token. In a terminal the active tokens are shaded, and the strongest is bold and
-    underlined; elsewhere they stand in brackets: ⟦this⟧.
+    Under each sequence is one bar for each token. In a terminal the active tokens are shaded, and the strongest is bold
+    and underlined; elsewhere they stand in brackets: ⟦this⟧.
 
     \b
       tcsae feature --run topk --id 12

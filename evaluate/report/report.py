@@ -110,7 +110,7 @@ class _Report:
         self.split = store.split(request.split)
         self.included, self.excluded = included, excluded
         self.texts = TokenTexts(store)
-        self.lenses = Lenses(store, self._part(store.hook(), 0))
+        self.lenses = Lenses(store, self._part(store.hook(), CountingRules()))
         self.shown: set[int] = set()
         self.needed: set[int] = set()
         self.alive: dict[int, torch.Tensor] = {}
@@ -143,7 +143,7 @@ class _Report:
         pages.page("glossary.html", "glossary.html", entries=pages.glossary.entries)
         page_files.mark(folder, identity)
 
-    def _part(self, hook: str, rules: CountingRules | int) -> Excerpt:
+    def _part(self, hook: str, rules: CountingRules) -> Excerpt:
         return Excerpt(self.split, hook, rules, self.request.max_tokens)
 
     def _passes(self) -> list[list[Included]]:

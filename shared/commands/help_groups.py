@@ -49,6 +49,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "--smooth",
             "--baselines",
             "--temporal",
+            "--probe-latents",
             "--splice",
         ],
         "What to print": ["--details", "--compare", "--with", "--json"],
@@ -101,6 +102,7 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "real-lm": {
         "What to run": ["--quick", "--model", "--layer", "--dataset", "--tokens"],
         "Folders": ["--work", "--out"],
+        "How": ["--device"],
     },
 }
 

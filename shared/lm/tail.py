@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tcsae.shared.base.errors import TcsaeError, broken_library
 from tcsae.shared.base.files import write_folder
@@ -253,24 +252,6 @@ class Tail:
         for start in range(0, hidden[0].shape[0], self.slice_tokens):
             part = slice(start, start + self.slice_tokens)
             yield part, tuple(self.unembed(one[part]) for one in hidden)
-
-    def next_token_loss(
-        self,
-        x: Float[Tensor, "batch position d_model"],
-        tokens: Int[Tensor, "batch position"],
-        lengths: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch position-1"]:
-        """Cross-entropy in nats: entry i is what position i pays for token i + 1.
-
-        Zero where that token lies beyond the length; such entries are no losses, so sums are over `lengths - 1`.
-        """
-        targets = tokens[:, 1:].to(self.device, torch.int64)
-        has_target = _valid_positions(lengths, tokens.shape[1])[:, 1:].to(self.device)
-        chosen = targets[has_target]
-        losses = torch.empty(len(chosen), device=self.device)
-        for part, (logits,) in self.slices(self.hidden(x)[:, :-1][has_target]):
-            losses[part] = functional.cross_entropy(logits, chosen[part], reduction="none")
-        return torch.zeros(targets.shape, device=self.device).masked_scatter(has_target, losses)
 
 
 def _valid_positions(lengths: Int[Tensor, " batch"], n_positions: int) -> Bool[Tensor, "batch {n_positions}"]:

@@ -25,6 +25,7 @@ from tcsae.shared.base.device import matmuls, static_shapes, sum_dtype
 from tcsae.shared.sae.sparse import ROWS, SparseCode, decode
 
 Code = SparseCode | Float[Tensor, "_n _d_sae"]
+"""Sparse (entries) or dense (a gelu, where next to no entry is zero)."""
 Dense = Literal["relu", "gelu"]
 GATHERED = 1 << 25
 """Numbers of rows gathered at a time: 128 MB."""

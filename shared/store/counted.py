@@ -60,20 +60,15 @@ class CountingRules:
         return ", ".join(parts)
 
 
-def as_rules(rules: CountingRules | int) -> CountingRules:
-    """A plain number is that of first positions that are left out."""
-    return CountingRules(skip_first=rules) if isinstance(rules, int) else rules
-
-
 def counted(
-    split: Split, rules: CountingRules | int, start: int = 0, stop: int | None = None
+    split: Split, rules: CountingRules, start: int = 0, stop: int | None = None
 ) -> Bool[ndarray, "n sequence_length"]:
     """The counted positions of sequences start..stop-1 (default: all).
 
     A `max_norm` reads the split's activations, once. Raises ConfigError for ids and roles that the store cannot tell,
     StoreError for a store that lacks roles or a tokenizer which they need.
     """
-    rules, part = as_rules(rules), slice(start, stop)
+    part = slice(start, stop)
     mask = _placed(split, rules, part)
     for name in ("exclude_tokens", "positions"):
         if getattr(rules, name):
@@ -83,9 +78,8 @@ def counted(
     return mask
 
 
-def left_out(split: Split, rules: CountingRules | int, min_sequence_length: int = 1) -> dict[str, int]:
+def left_out(split: Split, rules: CountingRules, min_sequence_length: int = 1) -> dict[str, int]:
     """Tokens that each rule leaves out and none before it, in the order of the rules; of long enough sequences."""
-    rules = as_rules(rules)
     counts: dict[str, int] = {}
     for start in range(0, split.n_sequences, BLOCK_SEQUENCES):
         part = slice(start, min(start + BLOCK_SEQUENCES, split.n_sequences))

@@ -27,9 +27,10 @@ from tcsae.evaluate.one_pass import measure
 from tcsae.evaluate.systems import SaeOutput
 from tcsae.shared.lm.tail import Tail
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, open_store
 
-SKIP_FIRST = 1
+RULES = CountingRules(skip_first=1)
 TEN_SEQUENCES = 128
 BARS = {"core": 1.3, "temporal": 3.0, "tail": 1.2, "ten": 0.85, "model": None}
 
@@ -61,11 +62,11 @@ class Contest:
         self.hook = self.store.hook()
         self.split = first_sequences(self.store.eval, arguments.sequences)
         mean = torch.from_numpy(self.store.array(f"statistics/{self.hook}/mean")[:]).double()
-        self.settings = Settings(hook=self.hook, skip_first=SKIP_FIRST, splice_all=False, mean=mean)
+        self.settings = Settings(hook=self.hook, rules=RULES, splice_all=False, mean=mean)
         shape = self.store.d_model(self.hook), arguments.d_sae, arguments.k
         self.saes = [random_sae(*shape, mean.float(), seed) for seed in range(10)]
         self.tail = Tail.load(self.store.tail_path(self.hook))
-        self.batches = list(batches(self.split, self.hook, SKIP_FIRST))
+        self.batches = list(batches(self.split, self.hook, RULES))
         self.n_tokens = sum(int(batch.counted.sum()) for batch in self.batches)
         self.reference: Reference | None = None
 
@@ -78,7 +79,7 @@ class Contest:
 
     def run(self, n_saes: int = 1, temporal: bool = False, tail: bool = False) -> int:
         """An evaluation as the command makes it, from the store's bytes on."""
-        observer = TemporalObserver(self.split, SKIP_FIRST, self.settings.mean, n_saes) if temporal else None
+        observer = TemporalObserver(self.split, RULES, self.settings.mean, n_saes) if temporal else None
         systems = [SaeOutput(sae) for sae in self.saes[:n_saes]]
         with_tail = (self.tail, self.reference) if tail else (None, None)
         measured = measure(
@@ -146,7 +147,8 @@ def whole_model(contest: Contest) -> tuple[Callable[[], int], Callable[[], int]]
     def with_tail() -> int:
         for batch in contest.batches:
             x_hat: Output = system(batch.x[batch.counted])
-            tail.next_token_loss(splice(batch.x, batch.counted, x_hat.x_hat), batch.tokens, batch.lengths)
+            spliced = splice(batch.x, batch.counted, x_hat.x_hat)
+            sequence_losses(tail, spliced, [], batch.tokens, batch.counted | batch.skipped, batch.has_next)
         return contest.n_tokens
 
     @torch.inference_mode()

@@ -23,6 +23,7 @@ from tcsae.harvest.capture import Capture
 from tcsae.harvest.language_model import find_model
 from tcsae.shared.base.settings import with_settings
 from tcsae.shared.sae.module import SaeConfig, SparseAutoencoder
+from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Store
 from tcsae.train.batch import Batch, Text
 from tcsae.train.config import DataConfig
@@ -267,12 +268,12 @@ def evaluation(device: torch.device, size: Sizes, folder: Path) -> list[tuple]:
         for weight in sae.parameters():
             torch.nn.init.normal_(weight, std=d_model**-0.5)
         mean = train_mean(held, "h")
-        settings = Settings(hook="h", skip_first=1, splice_all=False, mean=mean, device=device)
+        settings = Settings(hook="h", rules=CountingRules(skip_first=1), splice_all=False, mean=mean, device=device)
 
         sae = sae.to(device)
 
         def whole(held=held, settings=settings, sae=sae, temporal=temporal) -> int:
-            observers = [TemporalObserver(held.eval, 1, settings.mean, 1, device)] if temporal else []
+            observers = [TemporalObserver(held.eval, settings.rules, settings.mean, 1, device)] if temporal else []
             measure(held.eval, settings, [SaeOutput(sae)], None, None, observers, lambda _: None)
             return held.eval.n_tokens
 

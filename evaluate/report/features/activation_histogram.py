@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tcsae.evaluate.measures.core import Code
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 N_BINS = 64

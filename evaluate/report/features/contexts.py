@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
-from tcsae.evaluate.measures.core import Code
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 N_TOP, N_SAMPLED = 8, 32

@@ -105,8 +105,8 @@ class Excerpt(NamedTuple):
 
     split: Split
     hook: str
-    skip_first: CountingRules | int
-    """Positions that count; a number: those from it on."""
+    rules: CountingRules
+    """Which positions are counted."""
     max_tokens: int | None = None
     """About how many tokens; None: all of the split."""
 
@@ -132,15 +132,15 @@ def collect_features(
 
     Raises StoreError if no position of it is counted.
     """
-    check_counted(excerpt.split, excerpt.skip_first, excerpt.n_sequences)
-    length, layout = excerpt.split.store.sequence_length, Layout(excerpt.split, excerpt.skip_first)
+    check_counted(excerpt.split, excerpt.rules, excerpt.n_sequences)
+    length, layout = excerpt.split.store.sequence_length, Layout(excerpt.split, excerpt.rules)
     makers = [_Maker(sae, layout, length, excerpt.n_tokens) for sae in saes]
     n_tokens = 0
-    for batch in batches(excerpt.split, excerpt.hook, excerpt.skip_first, excerpt.max_tokens):
+    for batch in batches(excerpt.split, excerpt.hook, excerpt.rules, excerpt.max_tokens):
         x, view = batch.x[batch.counted], layout.view(batch)
         n_tokens += len(x)
         for maker in makers if len(x) else ():
-            code = sae_code(maker.sae, x, batch.counted.nonzero()[:, 0])
+            code = sae_code(maker.sae, x, view.sequence)
             maker.sums.add(view, code)
             maker.contexts.add(batch.start, batch.counted, code)
             maker.firing.add(batch.start, batch.counted, code)

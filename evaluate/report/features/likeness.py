@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from tcsae.evaluate.measures.core import Code
+from tcsae.shared.sae.ops import Code
 from tcsae.shared.sae.sparse import SparseCode, positive_code
 
 N_NEAREST = 6
