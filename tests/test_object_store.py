@@ -158,8 +158,10 @@ def test_the_loader_reads_more_at_once_the_longer_it_waits(remote_store, faults,
     faults.most, batches = 0, iter(loader)
     next(batches)
     assert faults.most <= 2  # one at a time, or two if the next block is under way: there was one wait
-    for _ in range(100):
+    for _ in range(2000):  # a busy machine may hide a wait, and each adds one read
         next(batches)
+        if faults.most >= 4:
+            break
     assert faults.most >= 4
 
 
