@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Fewer steps than the default of `train`: with the installation under five minutes of two cores.
+# Fewer steps than the default of `train`: with the installation 5 to 10 minutes of two cores.
 STEPS ?= 1250
 TWINS = train --preset temporal-topk-centred --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
 CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk-centred --with topk
