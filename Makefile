@@ -15,7 +15,7 @@ STEPS ?= 1250
 TWINS = train --preset temporal-topk-centred --preset topk --steps $(STEPS) $(if $(FRESH),--fresh)
 CHAIN = harvest $(if $(FRESH),--fresh) $(TWINS) eval report compare --run temporal-topk-centred --with topk
 # The editable install is a tree of links, one per file: it is made again when the list of files changes.
-SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* evaluate/report/script/* paper/*.j2 data/embedded/* data/README.md)
+SOURCES := $(shell find . -path ./.venv -prune -o -path ./build -prune -o -path ./tests -prune -o -name "*.py" -print) $(wildcard py.typed evaluate/report/page/* evaluate/report/script/* paper/pages/*.j2 data/embedded/* data/README.md)
 LISTING := .venv/listing
 
 .PHONY: run test fast torture lint types paper methods real-lm planted gpu clean

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tcsae.paper.arms import TEXT, Arm
 from tcsae.paper.methods import METHODS, Method, table_arm, tuning_arm
-from tcsae.paper.methods_page import METHODS_PAGE, Chosen, MethodsPage, write_methods
-from tcsae.paper.page import PageContext
+from tcsae.paper.pages.methods_page import METHODS_PAGE, Chosen, MethodsPage, write_methods
+from tcsae.paper.pages.page import PageContext
 from tcsae.paper.results import Place, Results, Source
 from tcsae.paper.run import Size, evaluate_arms, load_arm, make_store, read_times, timed, train_arms
 from tcsae.paper.training_costs import training_costs

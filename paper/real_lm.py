@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcsae.paper.methods import Method
-from tcsae.paper.methods_page import COLUMNS, WIDE, Arms, Column, MethodsPage, mean
 from tcsae.paper.methods_run import compare_methods
+from tcsae.paper.pages.methods_page import COLUMNS, WIDE, Arms, Column, MethodsPage, mean
 from tcsae.paper.results import BUDGET, Place, Results, Source
 from tcsae.paper.run import Size
 from tcsae.paper.sections import markdown, number

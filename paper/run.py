@@ -12,7 +12,7 @@ from tcsae.evaluate.candidates import EvalRequest, smoothed_file
 from tcsae.evaluate.measures.core import DEFINITION_VERSION
 from tcsae.evaluate.run import evaluate_parallel, evaluate_runs
 from tcsae.paper.arms import NO_HARVEST, TEXT, Arm
-from tcsae.paper.page import PageContext, title_of, write_page
+from tcsae.paper.pages.page import PageContext, title_of, write_page
 from tcsae.paper.results import (
     PYTHIA_SQUARED_NORM,
     Place,

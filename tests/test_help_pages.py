@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from tcsae.paper.page import title_of
+from tcsae.paper.pages.page import title_of
 from tcsae.paper.sections import KEYS
 from tcsae.shared.base.cli import OTHERS, examples_first
 from tcsae.shared.commands import group

@@ -8,8 +8,8 @@ import pytest
 
 from tcsae.paper import methods_run
 from tcsae.paper.methods import METHODS, RATES, SHUFFLED, Method, table_arm, tuning_arm
-from tcsae.paper.methods_page import ended_early
 from tcsae.paper.methods_run import compare_methods
+from tcsae.paper.pages.methods_page import ended_early
 from tcsae.paper.results import Place, Results, Source
 from tcsae.paper.run import FULL, Size, plan
 from tcsae.paper.training_costs import FILE, training_costs

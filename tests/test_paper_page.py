@@ -10,7 +10,8 @@ import pytest
 
 from tcsae.paper import results as results_module
 from tcsae.paper.arms import CHOOSING, FRONTIER, PLAIN, SMALL, TEXT, WITHOUT, Arm
-from tcsae.paper.page import COLUMNS, PICTURES, draw, paper_table
+from tcsae.paper.pages.paper_table import COLUMNS, paper_table
+from tcsae.paper.pages.pictures import PICTURES, draw
 from tcsae.paper.predictions import PREDICTIONS, chosen, slower_at_equal_cost
 from tcsae.paper.primary_figures import PRIMARY, primary_line
 from tcsae.paper.results import BUDGET, GROUPS, Gain, Results, X, interpolated

@@ -9,7 +9,8 @@ import numpy as np
 
 from tcsae.paper.arms import Arm
 from tcsae.paper.methods import FURTHER_RATES, METHODS, RATES, Method, table_arm
-from tcsae.paper.page import STYLE, PageContext, finite, machine, rendered
+from tcsae.paper.pages.page import PageContext, finite, machine, rendered
+from tcsae.paper.pages.pictures import STYLE
 from tcsae.paper.results import Results, X, value_of
 from tcsae.paper.sections import difference, markdown, number
 from tcsae.paper.training_costs import Cost, cost_table

@@ -1,249 +1,24 @@
 """docs/results: the page, its pictures, and every figure as JSON."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from tcsae.evaluate.report.pages.printed import ABOUT, PRINTED, closed_form
-from tcsae.paper.arms import (
-    CONTRASTIVE,
-    FEWER,
-    FRONTIER,
-    LOGGED,
-    MOMENTS,
-    NAMES,
-    NARROW,
-    NO_TERM,
-    PAPER_RUNS,
-    PLAIN,
-    RELATIVE,
-    RESCALED,
-    RUNGS,
-    SMOOTHED,
-    TEXT,
-    TWO_PHASE,
-    UNLOGGED,
-    WINDOWS,
-    WRITTEN,
-    Arm,
-)
-from tcsae.paper.derived_stores import D_MODEL, NORM, SPREAD
-from tcsae.paper.primary_figures import primary_line
-from tcsae.paper.results import BUDGET, Results
-from tcsae.paper.sections import FIGURES, markdown, number, spread
-from tcsae.shared.base.files import remove_dead_partials_in, whole_file, write_atomic, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 import importlib.metadata
+import math
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tcsae.paper.arms import FRONTIER, TEXT, Arm
+from tcsae.paper.pages.paper_table import paper_table
+from tcsae.paper.pages.pictures import draw
 from tcsae.paper.predictions import CHANGED, DROPPED, PREDICTIONS, chosen
-from tcsae.paper.results import squared_norm, value_of
-from tcsae.paper.sections import LEGEND, SECTIONS, TABLE, TABLE_ARMS, Section, arms_of, table
+from tcsae.paper.primary_figures import primary_line
+from tcsae.paper.results import BUDGET, Results, squared_norm, value_of
+from tcsae.paper.sections import LEGEND, SECTIONS, TABLE, TABLE_ARMS, Section, arms_of, markdown, table
+from tcsae.shared.base.files import remove_dead_partials_in, write_atomic, write_json
 from tcsae.shared.sae.folder import writing
 from tcsae.shared.store.reader import Store
-
-# The paper's table beside what untrained networks give, in closed form and here, and beside its equations trained.
-
-COLUMNS = (
-    "explained_variance_legacy",
-    "explained_variance",
-    "cossim",
-    "l2_ratio",
-    "relative_reconstruction_bias",
-    "l0",
-    "l1",
-    "ce_loss_score",
-)
-UNITS = 512
-NORMED = ("run4",)
-"""Runs with a layer norm before the encoder."""
-RUN_1 = (
-    'Run 1 ("0 steps completed") has no figure in the paper. A network that took no step and gives nothing has a '
-    "legacy EV of 1 - {spread} = {value:.2f} on activations of these moments, and L0, L1 and L2 ratio 0."
-)
-MORE_OF_RUN_3 = (RESCALED, NARROW, NO_TERM, TWO_PHASE)
-
-
-def paper_table(results: Results) -> str:
-    """One table a run of the paper, a line for each way to come by its figures."""
-    parts = []
-    for run in PAPER_RUNS:
-        rows = [] if run == UNLOGGED else _untrained(results, run)
-        for arm in (WRITTEN[run], *(MORE_OF_RUN_3 if run == "run3" else ())):
-            made = results.records[arm][0]
-            weight = made["train"]["sparsity"]["l1"]
-            rows.append(_measured(results, arm, f"**{arm.label}** (lambda_1 = {weight:g}, {made['steps']:,} steps)"))
-        columns = [f"Run {run[-1]}: {ABOUT[run]}", *(FIGURES[name].heading for name in COLUMNS)]
-        parts.append(markdown(columns, rows))
-    parts.insert(1, RUN_1.format(spread=SPREAD, value=1 - SPREAD))
-    return "\n\n".join(parts)
-
-
-def _untrained(results: Results, run: str) -> list[list[str]]:
-    """What is printed, and what a network without a step gives in closed form and here."""
-    rows = [_row("printed in the paper", PRINTED[run])]
-    rows.append(_row(f"closed form, {UNITS} units, no step", _expected(run, D_MODEL, NORM, SPREAD)))
-    rows.append(_measured(results, LOGGED[MOMENTS, run], "the same network, synthetic activations"))
-    untrained = results.evaluations[LOGGED[TEXT, run]][0]
-    spread_here = 1 - untrained["baselines"]["zero_output"]["explained_variance_legacy"]
-    d_model, norm = untrained["sae"]["d_model"], untrained["metrics"]["l2_norm_in"]
-    rows.append(_row(f"closed form, d = {d_model}, no step", _expected(run, d_model, norm, spread_here)))
-    rows.append(_measured(results, LOGGED[TEXT, run], "the same network, the store's activations"))
-    return rows
-
-
-def _expected(run: str, d_model: int, norm: float, spread: float) -> Mapping[str, float]:
-    if run == "run0":  # all weights zero
-        return {"explained_variance_legacy": 1 - spread, "l2_ratio": 0.0, "l0": 0.0, "l1": 0.0}
-    return closed_form(d_model, UNITS, norm, spread, run in NORMED)
-
-
-def _row(label: str, figures: Mapping[str, float]) -> list[str]:
-    return [label, *(number(figures.get(name), _digits(name)) for name in COLUMNS)]
-
-
-def _measured(results: Results, arm: Arm, label: str) -> list[str]:
-    seeds = f", {len(results.evaluations[arm])} seeds" if len(results.evaluations[arm]) > 1 else ""
-    return [label + seeds, *(_over_seeds(results.values(arm, name), _digits(name)) for name in COLUMNS)]
-
-
-def _over_seeds(values: Sequence[float], digits: int) -> str:
-    """A dash where a ratio of nothing by nothing scatters: it has no mean."""
-    scatters = float(np.std(values)) > max(1.0, abs(float(np.mean(values))))
-    return "-" if np.isnan(values).any() or scatters else spread(values, digits)
-
-
-def _digits(name: str) -> int:
-    return min(FIGURES[name].digits, 3)
-
-
-# Pictures of the results, as SVG files that a README can show.
-
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "tcsae",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#d9d9d9",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "savefig.facecolor": "white",
-}
-LAGS = (1, 2, 4, 8, 16, 32)
-
-
-def draw(name: str, results: Results, path: Path) -> None:
-    """Write the picture of this name to `path`."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = PICTURES[name](results)
-        with whole_file(path) as file:
-            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-
-
-def frontier(results: Results) -> "Figure":
-    """Relative change against explained variance and delta CE, a line a kind of term."""
-    figure, axes = _panels(2)
-    for ax, score, label in zip(
-        axes, ("explained_variance", "delta_ce"), ("explained variance", "delta CE (nats)"), strict=True
-    ):
-        for marker, (kind, arms) in zip("osD", FRONTIER.items(), strict=True):
-            _path(ax, results, [PLAIN, *arms], score, NAMES[kind], marker)
-        _path(ax, results, [PLAIN, *FEWER], score, "fewer active latents", "x")
-        ax.set_xlabel("relative change (left: slower)")
-        ax.set_ylabel(label)
-    axes[0].legend()
-    return figure
-
-
-def smoothing(results: Results) -> "Figure":
-    """Explained variance against slowness: the contrastive term, and a plain SAE smoothed."""
-    figure, (ax,) = _panels(1)
-    _path(ax, results, [PLAIN, *FRONTIER["contrastive"]], "explained_variance", "contrastive, trained", "o")
-    for marker, rule in zip("sD^v", ("ema", "ema-topk", "mean", "hysteresis"), strict=True):
-        arms = [PLAIN, *(one for one in SMOOTHED if one.smooth.startswith(f"{rule}="))]
-        _path(ax, results, arms, "explained_variance", f"smoothed after training: {rule}", marker)
-    ax.set_xlabel("relative change (left: slower)")
-    ax.set_ylabel("explained variance")
-    ax.legend()
-    return figure
-
-
-def lags(results: Results) -> "Figure":
-    """Autocorrelation within documents over lags, of windows and terms that see lag 1 or up to 7."""
-    figure, (ax,) = _panels(1)
-    for marker, arm in zip("osD^v", (PLAIN, RELATIVE, CONTRASTIVE, WINDOWS[1], WINDOWS[3]), strict=True):
-        curve = results.curve(arm, "rho_1_within")
-        shown = [lag for lag in LAGS if lag <= len(curve)]
-        ax.plot(shown, [curve[lag - 1] for lag in shown], marker=marker, markersize=4, linewidth=1.2, label=arm.label)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(LAGS, [str(lag) for lag in LAGS])
-    ax.set_xlabel("lag (tokens)")
-    ax.set_ylabel("autocorrelation within documents")
-    ax.legend()
-    return figure
-
-
-def sparsity(results: Results) -> "Figure":
-    """Legacy explained variance against L0, and the paper's runs."""
-    figure, (ax,) = _panels(1)
-    arms = sorted([CONTRASTIVE, *RUNGS], key=lambda arm: results.mean(arm, "l0"))
-    xs = [results.mean(arm, "l0") for arm in arms]
-    ax.plot(xs, [results.mean(arm, LEGACY) for arm in arms], marker="o", markersize=4, label="temporal-topk, trained")
-    for name, marker in (("run2", "s"), ("run4", "D")):
-        shown = {"run2": "paper, runs 2 and 3", "run4": "paper, run 4"}[name]
-        ax.plot(PRINTED[name]["l0"], PRINTED[name][LEGACY], marker, markersize=5, label=shown)
-    ax.axhline(0, color="#808080", linewidth=0.8)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks((8, 16, 32, 64, 128, 256), ["8", "16", "32", "64", "128", "256"])
-    ax.set_xlabel("L0")
-    ax.set_ylabel("explained variance (legacy)")
-    ax.legend()
-    return figure
-
-
-LEGACY = "explained_variance_legacy"
-PICTURES: dict[str, Callable[[Results], "Figure"]] = {
-    "frontier": frontier,
-    "smoothing": smoothing,
-    "lags": lags,
-    "sparsity": sparsity,
-}
-
-
-def _panels(n: int) -> tuple["Figure", list["Axes"]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * n, 3.2), layout="constrained")
-    return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
-
-
-def _path(ax: "Axes", results: Results, arms: Sequence[Arm], score: str, label: str, marker: str) -> None:
-    """A line through arms, in their order, with the range of seeds at each."""
-    xs, ys = ([results.values(arm, name) for arm in arms] for name in ("slowness_to_x", score))
-    middle = [[sum(one) / len(one) for one in values] for values in (xs, ys)]
-    bars: list[list[list[float]]] = [
-        [[at - min(one) for at, one in zip(means, values, strict=True)],
-         [max(one) - at for at, one in zip(means, values, strict=True)]]
-        for means, values in zip(middle, (xs, ys), strict=True)
-    ]  # fmt: skip
-    ax.errorbar(
-        middle[0], middle[1], xerr=bars[0], yerr=bars[1], marker=marker, markersize=4, linewidth=1.2, label=label
-    )
-
 
 PAGE, DATA = "README.md", "results.json"
 CURE = "Free some space, or give another --out; what is trained and evaluated stays."
@@ -313,7 +88,7 @@ def write_page(out: Path, results: Results, keys: Sequence[str], made: PageConte
 def rendered(template: str, **values: Any) -> str:
     """A template of this folder, filled; every value has to be there."""
     environment = Environment(
-        loader=PackageLoader("tcsae.paper", "."),
+        loader=PackageLoader("tcsae.paper.pages", "."),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,

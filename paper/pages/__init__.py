@@ -1,0 +1,1 @@
+"""The pages of results: their tables, pictures and templates."""
