@@ -14,8 +14,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from tcsae.harvest.assumptions import TOLERANCE, is_causal
-from tcsae.harvest.documents import first_line
 from tcsae.harvest.language_model import LanguageModel, load_bridge, load_plain, tail_parameters
+from tcsae.harvest.revisions import first_line
 from tcsae.shared.base.device import Readout, to_device
 from tcsae.shared.base.errors import ModelError
 from tcsae.shared.lm.tail import TailError, tail_start

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tcsae.harvest.documents import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
+from tcsae.harvest.revisions import LOCAL, HubError, digest_files, first_line, not_found, pinned_commit
 from tcsae.shared.base.errors import ConfigError, ModelError, broken_library
 from tcsae.shared.lm.tail import TailError
 from tcsae.shared.store.format import RANDOM_WEIGHTS, ControlRecipe, ModelRecipe, Recipe

@@ -166,7 +166,7 @@ def test_a_dataset_of_the_hub_is_streamed_at_the_commit_that_is_recorded(monkeyp
         loaded.append((reader, options))
         return datasets.Dataset.from_list([{choice.field: text} for text in TEXTS]).to_iterable_dataset()
 
-    monkeypatch.setattr("tcsae.harvest.documents.hub_commit", commit)
+    monkeypatch.setattr("tcsae.harvest.revisions.hub_commit", commit)
     monkeypatch.setattr("datasets.load_dataset", load)
     assert texts(choice, 3) == TEXTS[3:]
     assert looked_up == [("dataset", *asked)]

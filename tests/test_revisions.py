@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from tcsae.harvest import documents as revisions
-from tcsae.harvest.documents import CorpusChoice, HubError, UnreachableError, find_corpus
+from tcsae.harvest import revisions
+from tcsae.harvest.documents import CorpusChoice, find_corpus
 from tcsae.harvest.language_model import find_model
+from tcsae.harvest.revisions import HubError, UnreachableError
 from tcsae.shared.base.errors import DataError, ModelError
 from tcsae.shared.store.format import CorpusRecipe, ModelRecipe
 
