@@ -297,9 +297,11 @@ def test_what_has_no_pair_is_refused_with_the_cure(settings_, line):
             "temporal.contrast.min_negatives=8 takes segments of 130 positions",
         ),
         ("direction", ("temporal.contrast.min_negatives=9",), "takes segments of 131 positions"),
+        ("temporal-topk", ("data.n_segments=1",), "a batch of one segment has none. Set data.n_segments=2 or more."),
+        ("topic", ("data.n_segments=1",), "data.n_segments=1: temporal.kind='topic' tells pairs from those of other"),
     ],
 )
-def test_pairs_without_enough_negatives_in_their_segment_are_refused(name, settings_, line):
+def test_pairs_without_enough_negatives_are_refused(name, settings_, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         with_settings(preset(name, 8), settings_)
     with_settings(preset(name, 8), [*settings_, "temporal.weight=0"])

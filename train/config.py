@@ -313,6 +313,11 @@ class TrainConfig:
                 f"{self.sae.predictor!r} are not such. Set temporal.order=segment or batch."
             )
         self._check_places()
+        if temporal.active and temporal.contrasts_documents and self.data.n_segments < 2:
+            raise ConfigError(
+                f"data.n_segments={self.data.n_segments}: temporal.kind={temporal.kind!r} tells pairs from those of "
+                "other documents, and a batch of one segment has none. Set data.n_segments=2 or more."
+            )
         if not temporal.active or length >= temporal.n_positions:
             return
         if temporal.kind not in CONTRASTIVE:
