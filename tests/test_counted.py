@@ -10,7 +10,7 @@ import torch
 from tcsae.api import convert
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.candidates import EvalRequest
-from tcsae.evaluate.measures.positions import PositionLayout
+from tcsae.evaluate.measures.positions import Layout
 from tcsae.evaluate.run import evaluate_runs
 from tcsae.shared.base.errors import ConfigError, StoreError
 from tcsae.shared.base.settings import to_dict
@@ -137,7 +137,7 @@ def test_evaluation_counts_the_same_and_pairs_no_token_across_what_it_leaves_out
     mask = counted(store.eval, rules)
     assert {(int(s), int(p)) for s, p in np.argwhere(mask)} == expected(store, rules, "eval")
     assert sum(left_out(store.eval, rules).values()) == store.eval.n_tokens - mask.sum()
-    layout, seen = PositionLayout(store.eval, rules), 0
+    layout, seen = Layout(store.eval, rules), 0
     for batch in batches(store.eval, HOOK, rules):
         view, x = layout.view(batch), batch.x[batch.counted]
         step = (x[1:] - x[:-1])[view.adjacent]

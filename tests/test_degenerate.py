@@ -176,7 +176,7 @@ def test_a_report_of_an_sae_with_next_to_no_latent_alive(tmp_path, n_alive):
 
 
 def test_probes_without_a_class_name_nothing():
-    plan = probes.ProbePlan(
+    plan = probes.Plan(
         np.arange(4), torch.arange(4).repeat_interleave(60), torch.arange(60).repeat(4), torch.full((4,), 60),
         torch.stack((torch.arange(4).repeat_interleave(60), torch.full((240,), -1), torch.arange(240) % 8)),
     )  # fmt: skip

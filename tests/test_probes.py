@@ -6,7 +6,7 @@ import torch
 
 from tcsae.evaluate.batches import batches
 from tcsae.evaluate.measures import probes
-from tcsae.evaluate.measures.probes import ProbePlan, plan_probes, probe, smoothed
+from tcsae.evaluate.measures.probes import Plan, plan_probes, probe, smoothed
 from tcsae.shared.store.counted import CountingRules
 from tcsae.shared.store.reader import Split, Store
 
@@ -41,17 +41,17 @@ class FakeSplit(Split):
 
 
 @pytest.fixture(scope="module")
-def plan() -> ProbePlan:
+def plan() -> Plan:
     made = plan_probes(FakeSplit(), CountingRules(skip_first=1))
     assert made is not None
     return made
 
 
-def noise(plan: ProbePlan, width: int = 30) -> torch.Tensor:
+def noise(plan: Plan, width: int = 30) -> torch.Tensor:
     return torch.randn(len(plan.document), width, generator=torch.Generator().manual_seed(0))
 
 
-def carrying(plan: ProbePlan, target: str) -> torch.Tensor:
+def carrying(plan: Plan, target: str) -> torch.Tensor:
     """Noise, and a direction for each class of the target."""
     classes = plan.targets[probes.TARGETS.index(target)]
     directions = torch.randn(int(classes.max()) + 2, 30, generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tcsae.evaluate import batches
 from tcsae.evaluate.measures import code_ops, position_removed, positions
-from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, PositionLayout
+from tcsae.evaluate.measures.positions import N_GROUPS, N_LABELS, Layout
 from tcsae.evaluate.measures.temporal_figures import (
     FAR,
     MIN_FIRINGS,
@@ -65,7 +65,7 @@ class FakeSplit(Split):
 def collect(split: FakeSplit, skip_first: int, dense: bool, factor: float = 1.0) -> Collector:
     """The code is x itself, fed as a code."""
     rules = CountingRules(skip_first=skip_first)
-    layout = PositionLayout(split, rules)
+    layout = Layout(split, rules)
     collector = Collector(WIDTH, layout)
     for batch in batches.batches(split, "hook", rules):
         code = batch.x[batch.counted] * factor
@@ -304,7 +304,7 @@ def test_a_scaled_code_moves_one_measure_only(factor):
 
 def test_principal_components_are_as_slow_as_their_projections():
     split = FakeSplit(8)
-    layout = PositionLayout(split, CountingRules(skip_first=1))
+    layout = Layout(split, CountingRules(skip_first=1))
     moments, collector = XMoments(WIDTH), Collector(3, layout)
     x = np.concatenate([split.code[i, 1:length] for i, length in enumerate(split.lengths)]).astype(np.float64)
     _, vectors = np.linalg.eigh(np.cov(x.T))
@@ -352,7 +352,7 @@ def test_taking_tokens_is_indexing(seed):
 
 def test_stand_ins_permute_within_a_document_and_not_by_batch():
     split = FakeSplit(9)
-    layout = PositionLayout(split, CountingRules(skip_first=1))
+    layout = Layout(split, CountingRules(skip_first=1))
     for batch in batches.batches(split, "hook", CountingRules(skip_first=1)):
         view = layout.view(batch)
         assert torch.equal(view.standing_in.sort().values, torch.arange(view.n))
@@ -364,7 +364,7 @@ def test_only_frequent_tokens_have_a_label():
     split = FakeSplit(10)
     split.tokens = np.arange(split.tokens.size).reshape(split.tokens.shape) // 2
     split.tokens[0, :5] = 3
-    layout = PositionLayout(split, CountingRules())
+    layout = Layout(split, CountingRules())
     assert int((layout.rank < N_LABELS).sum()) == N_LABELS
     assert layout.rank[3] == 0, "the most frequent"
 

@@ -27,7 +27,7 @@ from tcsae.train.losses.position import PositionPenalty
 from tcsae.train.losses.reconstruction import (
     Autoencoded,
     BatchTopk,
-    StepSettings,
+    Recipe,
     autoencode,
     encode,
     encoder_input,
@@ -161,7 +161,7 @@ class Trainer:
         device = self.sample.device
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=device)
         self.guard = DeviceGuard(config.guard.explode, device) if static_shapes(self.sample) else None
-        self._step_settings = StepSettings(config.group_weights, config.sparsity.bandwidth)
+        self._recipe = Recipe(config.group_weights, config.sparsity.bandwidth)
         self._autoencode, self._without_radial = compiled(autoencode), compiled(without_radial)
         self._norm_rows = compiled(norm_rows)
         self._pending: _Pending | None = None
@@ -280,7 +280,7 @@ class Trainer:
 
     def _autoencoded(self, x: Float[Tensor, "n d_model"], batch: Batch) -> Autoencoded:
         if not isinstance(self.sae, SequenceAutoencoder):
-            return self._autoencode(self.sae, x, self._step_settings, self._batchtopk(batch))
+            return self._autoencode(self.sae, x, self._recipe, self._batchtopk(batch))
         encoded, x_hat = self.sae.train_pass(x, batch.lengths)
         return Autoencoded(x, encoded, [x_hat], prefix_error([x_hat], x, self.config.group_weights))
 
@@ -339,7 +339,7 @@ class Trainer:
         state = TermState(head=self.head)
         if batch.partners is not None:
             inputs, _ = encoder_input(self.sae, batch.partners * self.scale)
-            partners = encode(self.sae, inputs, self._step_settings, self._batchtopk(batch))
+            partners = encode(self.sae, inputs, self._recipe, self._batchtopk(batch))
             state = state._replace(partner=part(partners.tap, *self.scope))
         if config.contrast.centred and self.positions is not None:
             state = state._replace(position=batch.positions(), means=self.positions.means())

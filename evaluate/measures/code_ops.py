@@ -131,7 +131,7 @@ def token_sums(code: Code) -> TokenSums:
     return TokenSums(*(row_sums(code, one) for one in (values.square(), values.abs(), values > 0)))
 
 
-class PairOverlaps(NamedTuple):
+class Pairs(NamedTuple):
     """What m pairs of tokens have in common, f and f'."""
 
     dots: Float64[Tensor, " m"]
@@ -143,7 +143,7 @@ class PairOverlaps(NamedTuple):
     """Latents active in the one, and in the other: counted twice where in both."""
 
 
-def compare_pairs(code: Code, first: Int[Tensor, " m"], second: Int[Tensor, " m"]) -> PairOverlaps:
+def compare_pairs(code: Code, first: Int[Tensor, " m"], second: Int[Tensor, " m"]) -> Pairs:
     """Any two tokens a pair."""
     ours, theirs = take(code, first), take(code, second)
     dots, both = torch.zeros(2, len(first), dtype=torch.float64, device=first.device)
@@ -152,10 +152,10 @@ def compare_pairs(code: Code, first: Int[Tensor, " m"], second: Int[Tensor, " m"
     else:
         _compare_rows(entry_values(ours), entry_values(theirs), dots, both)
     one, other = token_sums(ours), token_sums(theirs)
-    return PairOverlaps(dots, both, one.energy + other.energy, one.active + other.active)
+    return Pairs(dots, both, one.energy + other.energy, one.active + other.active)
 
 
-def compare_neighbours(held: Held, of_tokens: TokenSums, adjacent: Bool[Tensor, " n_minus_1"]) -> PairOverlaps:
+def compare_neighbours(held: Held, of_tokens: TokenSums, adjacent: Bool[Tensor, " n_minus_1"]) -> Pairs:
     """The pairs of each token and the next, where they are `adjacent`."""
     at = where(adjacent)
     dots, both = torch.zeros(2, len(of_tokens.energy), dtype=torch.float64, device=at.device)
@@ -168,7 +168,7 @@ def compare_neighbours(held: Held, of_tokens: TokenSums, adjacent: Bool[Tensor, 
     else:
         _compare_rows(held[:-1], held[1:], dots, both)
     here, there = of_tokens.at(at), of_tokens.at(at + 1)
-    return PairOverlaps(dots[at], both[at], here.energy + there.energy, here.active + there.active)
+    return Pairs(dots[at], both[at], here.energy + there.energy, here.active + there.active)
 
 
 def _compare_sparse(ours: SparseCode, theirs: SparseCode, dots: Tensor, both: Tensor) -> None:

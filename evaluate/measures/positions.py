@@ -89,7 +89,7 @@ class _Document(NamedTuple):
     last: int
 
 
-class PositionLayout:
+class Layout:
     """Makes the views of one pass, batch after batch."""
 
     def __init__(self, split: Split, rules: CountingRules) -> None:

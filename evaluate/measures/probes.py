@@ -59,7 +59,7 @@ DEFINITIONS = {
 }
 
 
-class ProbePlan(NamedTuple):
+class Plan(NamedTuple):
     """Which sequences are read, and the classes of their tokens; one row a counted token."""
 
     sequences: Int[ndarray, " n_documents"]
@@ -80,7 +80,7 @@ class ProbePlan(NamedTuple):
         return (read & (within < MAX_TOKENS)).nonzero().squeeze(1)
 
 
-def plan_probes(split: Split, rules: CountingRules) -> ProbePlan | None:
+def plan_probes(split: Split, rules: CountingRules) -> Plan | None:
     """Choose documents by their first sequences; None if fewer than four have MIN_TOKENS counted tokens."""
     document = document_numbers(split)[0]
     first = np.flatnonzero(np.diff(document, prepend=-1))
@@ -101,11 +101,11 @@ def plan_probes(split: Split, rules: CountingRules) -> ProbePlan | None:
     edges = np.quantile(within, np.arange(1, N_POSITION_BINS) / N_POSITION_BINS)
     position = np.searchsorted(edges, within, side="right")
     targets = torch.from_numpy(np.stack([number, token, position]).astype(np.int64))
-    return ProbePlan(sequences, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets)
+    return Plan(sequences, torch.from_numpy(number), torch.from_numpy(within), torch.from_numpy(lengths), targets)
 
 
 def probe(
-    plan: ProbePlan, code: Float[Tensor, "n n_latents"]
+    plan: Plan, code: Float[Tensor, "n n_latents"]
 ) -> tuple[dict[str, dict[str, float | list[float] | None]], dict[str, Float64[Tensor, " n_rows"]]]:
     """{"probe_document": {"value", "null", "difference", "interval"}, ...} of a code of the plan's tokens.
 
@@ -126,7 +126,7 @@ def probe(
     return figures, draws
 
 
-def smoothed(plan: ProbePlan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
+def smoothed(plan: Plan, code: Float[Tensor, "n n_latents"]) -> dict[str, Float[Tensor, "n n_latents"]]:
     """The code averaged over each token's last MEAN_OVER tokens, and with an exponential memory."""
     kernels = {"mean_pooled": mean_kernel(MAX_TOKENS, MEAN_OVER), "ema": ema_kernel(MAX_TOKENS, EMA_DECAY)}
     return {name: filtered_rows(code, plan.lengths.tolist(), kernel) for name, kernel in kernels.items()}
@@ -155,7 +155,7 @@ def _ridge(
     code: Float[Tensor, "n p"],
     train: Bool[Tensor, " n"],
     test: Bool[Tensor, " n"],
-    plan: ProbePlan,
+    plan: Plan,
     targets: dict[str, Int[Tensor, " n"]],
 ) -> dict[str, Int[Tensor, " n_test"]]:
     """The class that a ridge names at each test token, for targets that share their training tokens.
@@ -205,7 +205,7 @@ def _against_one_hot(
 
 
 def _scored(
-    plan: ProbePlan, classes: Int[Tensor, " n"], test: Bool[Tensor, " n"], guesses: Int[Tensor, " n_test"]
+    plan: Plan, classes: Int[Tensor, " n"], test: Bool[Tensor, " n"], guesses: Int[Tensor, " n_test"]
 ) -> tuple[dict[str, float | list[float] | None], Float64[Tensor, " n_rows"]]:
     """Share of hits over the tested tokens that have a class, against naming the commonest of these classes.
 

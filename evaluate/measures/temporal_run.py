@@ -15,7 +15,7 @@ from tcsae.evaluate.measures import position_removed, probes, temporal_figures
 from tcsae.evaluate.measures.code_ops import take, where
 from tcsae.evaluate.measures.core import join_codes, n_latents
 from tcsae.evaluate.measures.latent_terms import MEAN, MEDIAN, WIDEST, Terms, latent_terms, pool, widest
-from tcsae.evaluate.measures.positions import FAR, N_GROUPS, PositionLayout, View
+from tcsae.evaluate.measures.positions import FAR, N_GROUPS, Layout, View
 from tcsae.evaluate.measures.smoothing import EMA, Smoothing, filtered_rows, smoothing_kernel
 from tcsae.evaluate.measures.temporal_figures import (
     COMMONEST,
@@ -98,7 +98,7 @@ class TemporalObserver:
         self.device = torch.device(device)
         self.n_systems = n_systems
         """Codes of systems from this number on are not looked at."""
-        self.layout = PositionLayout(split, rules)
+        self.layout = Layout(split, rules)
         self.plan = probes.plan_probes(split, rules)
         self.probe_latents = probe_latents
         self.mean = mean.float()

@@ -27,7 +27,7 @@ from tcsae.evaluate.measures.code_ops import (
     token_sums,
 )
 from tcsae.evaluate.measures.core import join_codes
-from tcsae.evaluate.measures.positions import LAGS, N_GROUPS, N_LABELS, PositionLayout, View
+from tcsae.evaluate.measures.positions import LAGS, N_GROUPS, N_LABELS, Layout, View
 from tcsae.shared.sae.ops import Code
 
 N_LAGS = 32
@@ -202,7 +202,7 @@ class PositionSums:
 class Collector:
     """Adds up one system's sums, batch after batch."""
 
-    def __init__(self, width: int, layout: PositionLayout, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, layout: Layout, device: torch.device | str = "cpu") -> None:
         """`device`: where codes and views come from."""
         self.sums = no_sums(width, layout.n_positions, device)
         self.positions = PositionSums(width, layout.n_positions, device)

@@ -133,7 +133,7 @@ def tensor_numbers(tensor: Any) -> ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-class ArrayLayout(NamedTuple):
+class Layout(NamedTuple):
     """What a source says of its tokens, for the statement that is printed."""
 
     has_sequences: bool
@@ -148,7 +148,7 @@ def hooks_of(group: Group) -> dict[str, Lazy]:
     return {name: one for name, one in group.items() if name not in PARTS and len(one.shape) in (2, 3)}
 
 
-def layout_of(name: str, group: Group) -> ArrayLayout:
+def layout_of(name: str, group: Group) -> Layout:
     """Raises DataError for a group without activations, or whose arrays do not fit each other."""
     parts = {PARTS[one]: lazy for one, lazy in group.items() if one in PARTS}
     hooks = hooks_of(group)
@@ -171,7 +171,7 @@ def layout_of(name: str, group: Group) -> ArrayLayout:
             f"{name}: lengths are of sequences, activations are of {list(shape)} tokens. Give documents or "
             "attention_mask in place of lengths."
         )
-    return ArrayLayout(
+    return Layout(
         in_sequences or "documents" in parts, "documents" in parts, "tokens" in parts, shape[1] if in_sequences else 1
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tcsae.harvest.imports.array_files import BLOCK_TOKENS, ArrayLayout, natural, tensor_numbers
+from tcsae.harvest.imports.array_files import BLOCK_TOKENS, Layout, natural, tensor_numbers
 from tcsae.harvest.imports.cutting import Tokens
 from tcsae.shared.base.errors import DataError
 
@@ -36,7 +36,7 @@ class SaelensCache:
         self.shapes = {name: tuple(self._rows.features[name].shape) for name in names}
         self.has_ids = TOKEN_IDS in self._rows.column_names
         length = next(iter(self.shapes.values()))[0]
-        self.layout = ArrayLayout(has_sequences=True, has_documents=False, has_ids=self.has_ids, length=length)
+        self.layout = Layout(has_sequences=True, has_documents=False, has_ids=self.has_ids, length=length)
         self.n_tokens = len(self._rows) * length
         self.widths = {name: shape[1] for name, shape in self.shapes.items()}
 
@@ -66,7 +66,7 @@ class VllmStates:
         _, self._n_layers, width = first["hidden_states"].shape
         self.widths = {f"layer_{i}": width for i in range(self._n_layers)}
         self.n_tokens = sum(map(_n_tokens, self.files))
-        self.layout = ArrayLayout(has_sequences=True, has_documents=True, has_ids=True, length=0)
+        self.layout = Layout(has_sequences=True, has_documents=True, has_ids=True, length=0)
 
     def tokens(self) -> Iterator[Tokens]:
         for number, file in enumerate(self.files):

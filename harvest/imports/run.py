@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tcsae.harvest.imports.array_files import ArrayLayout, array_groups, group_tokens, hooks_of, layout_of
+from tcsae.harvest.imports.array_files import Layout, array_groups, group_tokens, hooks_of, layout_of
 from tcsae.harvest.imports.cutting import Cutter, Tokens
 from tcsae.harvest.imports.foreign_caches import SaelensCache, VllmStates
 from tcsae.harvest.language_model import find_model
@@ -29,7 +29,7 @@ DEFAULT_LENGTH = 128
 class Source(Protocol):
     """Saved activations."""
 
-    layout: ArrayLayout
+    layout: Layout
     widths: dict[str, int]
     """Per hook, as the source names it."""
     n_tokens: int
@@ -70,7 +70,7 @@ class ArraySource:
                 run, document = int(tokens.run[-1]) + 1, int(tokens.document[-1]) + (not numbered)
 
 
-def _said(widths: dict[str, int], layout: ArrayLayout) -> str:
+def _said(widths: dict[str, int], layout: Layout) -> str:
     hooks = ", ".join(f"{name} of width {n}" for name, n in widths.items())
     ids, documents = ("" if one else "no " for one in (layout.has_ids, layout.has_documents))
     return f"{hooks}, {ids}ids, {documents}documents"
@@ -192,7 +192,7 @@ def hook_names(hooks: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def statement(layout: ArrayLayout, request: ImportRequest, length: int) -> str:
+def statement(layout: Layout, request: ImportRequest, length: int) -> str:
     """What is known of the order of the tokens, in one line."""
     if not layout.has_sequences and request.start_token is None:
         return (
@@ -207,7 +207,7 @@ def statement(layout: ArrayLayout, request: ImportRequest, length: int) -> str:
     )
 
 
-def _length(layout: ArrayLayout, request: ImportRequest) -> int:
+def _length(layout: Layout, request: ImportRequest) -> int:
     if not layout.has_sequences and request.start_token is None:
         if request.sequence_length not in (None, 1):
             raise ConfigError(

@@ -18,7 +18,7 @@ from tcsae.train.batch import Batch
 from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
-class LagPairs(NamedTuple):
+class Pairs(NamedTuple):
     """The pairs (i, i + lag) of a batch."""
 
     lag: int
@@ -26,18 +26,18 @@ class LagPairs(NamedTuple):
     """Share of pair (i, i + lag) in the mean over windows and their pairs: over all lags they sum to 1, or to 0."""
 
 
-def pairs_of(batch: Batch, window: int, lags: range = range(1, 2)) -> list[LagPairs]:
+def pairs_of(batch: Batch, window: int, lags: range = range(1, 2)) -> list[Pairs]:
     """The batch's pairs at these lags, weighted for a mean over the whole batch's windows and the pairs within one."""
     per_window = sum(window - lag for lag in lags)
     total = max(1, int(n_windows(batch.all.lengths, window).sum()) * per_window)
     device, pairs = batch.x.device, []
     for lag in lags:
         weights = torch.from_numpy(pair_weights(batch.lengths, window, lag) / total)
-        pairs.append(LagPairs(lag, to_device(weights.to(sum_dtype(device)), device)))
+        pairs.append(Pairs(lag, to_device(weights.to(sum_dtype(device)), device)))
     return pairs
 
 
-def mean_difference(code: Code, pairs: list[LagPairs]) -> Float[Tensor, ""]:
+def mean_difference(code: Code, pairs: list[Pairs]) -> Float[Tensor, ""]:
     """sum over pairs of weight * ||f_{i+lag} - f_i||^2, this process's share."""
     parts = []
     for lag, weights in pairs:
@@ -74,7 +74,7 @@ def _lags(config: TemporalConfig) -> range:
     return range(1, config.window) if config.pairs == "all" else range(1, 2)
 
 
-def _energy_weights(pairs: list[LagPairs]) -> Float[Tensor, " n"]:
+def _energy_weights(pairs: list[Pairs]) -> Float[Tensor, " n"]:
     """Weight of each token's ||f_i||^2 in the mean over windows and their pairs of ||f_i||^2 + ||f_j||^2."""
     total = torch.zeros_like(pairs[0].weights)
     for lag, weights in pairs:

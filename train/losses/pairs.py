@@ -14,7 +14,7 @@ from tcsae.train.batch import Batch
 from tcsae.train.settings.temporal_settings import TemporalConfig
 
 
-class ContrastPairs(NamedTuple):
+class Pairs(NamedTuple):
     """Tokens t of the whole batch, whose partners are the next ones; on the host, as all that is drawn."""
 
     first: Int[ndarray, " p"]
@@ -23,7 +23,7 @@ class ContrastPairs(NamedTuple):
     """[i, j]: whether pair j is what pair i is told from; symmetric, never with itself."""
 
 
-def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 0) -> ContrastPairs:
+def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 0) -> Pairs:
     """Adjacent pairs (t, t + 1), of tokens that have `before` more in front of them in their segment.
 
     One a segment, or on a grid: `contrast.gap` apart from a random start. Pairs of one segment are negatives of each
@@ -59,7 +59,7 @@ def choose_pairs(config: TemporalConfig, batch: Batch, seed: int, before: int = 
             negatives = other & (place[:, None] == place)
         case _:
             negatives = other
-    return ContrastPairs(first, segment, negatives)
+    return Pairs(first, segment, negatives)
 
 
 def _grid(

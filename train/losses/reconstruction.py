@@ -17,8 +17,8 @@ from tcsae.shared.sae.ops import Code, EncoderWeights, decode_code, part
 from tcsae.shared.sae.sparse import SparseCode
 
 
-class StepSettings(NamedTuple):
-    """Of a run, beside the SAE's own."""
+class Recipe(NamedTuple):
+    """What a run's settings say of it, beside the SAE's."""
 
     group_weights: tuple[float, ...]
     bandwidth: float
@@ -40,13 +40,13 @@ BatchTopk = Callable[[Float[Tensor, "n d_sae"], int], SparseCode]
 
 
 def autoencode(
-    sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], settings: StepSettings, batchtopk: BatchTopk
+    sae: SparseAutoencoder, x: Float[Tensor, "n d_model"], recipe: Recipe, batchtopk: BatchTopk
 ) -> Autoencoded:
     """Of rows in the units of training."""
     inputs, scaling = encoder_input(sae, x)
-    encoded = encode(sae, inputs, settings, batchtopk)
+    encoded = encode(sae, inputs, recipe, batchtopk)
     x_hats = _reconstructions(sae, encoded.code, scaling)
-    return Autoencoded(inputs, encoded, x_hats, prefix_error(x_hats, x, settings.group_weights))
+    return Autoencoded(inputs, encoded, x_hats, prefix_error(x_hats, x, recipe.group_weights))
 
 
 def encoder_input(
@@ -59,13 +59,11 @@ def encoder_input(
     return inputs, (spread, mean) if sae.config.layer_norm == "in_out" else None
 
 
-def encode(
-    sae: SparseAutoencoder, inputs: Float[Tensor, "n d_model"], settings: StepSettings, batchtopk: BatchTopk
-) -> Encoded:
+def encode(sae: SparseAutoencoder, inputs: Float[Tensor, "n d_model"], recipe: Recipe, batchtopk: BatchTopk) -> Encoded:
     """The code, with gradients to encoder, biases and thresholds."""
     weights = EncoderWeights(sae.W_enc_rows, sae.b_enc, sae.b_dec)
     centred = inputs - sae.b_dec.detach()
-    return sae.kind.train(Encoder(centred, weights, sae.config.k, sae.threshold, settings.bandwidth, batchtopk))
+    return sae.kind.train(Encoder(centred, weights, sae.config.k, sae.threshold, recipe.bandwidth, batchtopk))
 
 
 def _reconstructions(

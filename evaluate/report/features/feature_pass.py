@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tcsae.evaluate.batches import batches, check_counted, n_sequences
 from tcsae.evaluate.measures.latent_terms import pair_counts, pool
-from tcsae.evaluate.measures.positions import FAR, PositionLayout
+from tcsae.evaluate.measures.positions import FAR, Layout
 from tcsae.evaluate.measures.temporal_sums import Collector, TemporalSums
 from tcsae.evaluate.report.features.activation_histogram import ActivationHistogram
 from tcsae.evaluate.report.features.contexts import ContextCollector
@@ -133,7 +133,7 @@ def collect_features(
     Raises StoreError if no position of it is counted.
     """
     check_counted(excerpt.split, excerpt.rules, excerpt.n_sequences)
-    length, layout = excerpt.split.store.sequence_length, PositionLayout(excerpt.split, excerpt.rules)
+    length, layout = excerpt.split.store.sequence_length, Layout(excerpt.split, excerpt.rules)
     makers = [_Maker(sae, layout, length, excerpt.n_tokens) for sae in saes]
     n_tokens = 0
     for batch in batches(excerpt.split, excerpt.hook, excerpt.rules, excerpt.max_tokens):
@@ -152,7 +152,7 @@ def collect_features(
 class _Maker:
     """What adds up one SAE's features."""
 
-    def __init__(self, sae: SparseAutoencoder, layout: PositionLayout, length: int, n_tokens: int) -> None:
+    def __init__(self, sae: SparseAutoencoder, layout: Layout, length: int, n_tokens: int) -> None:
         self.sae = sae
         self.sums = Collector(sae.config.d_sae, layout)
         self.contexts = ContextCollector(sae.config.d_sae, length)
