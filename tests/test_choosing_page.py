@@ -22,8 +22,10 @@ def test_its_commands_parse(line):
         if word in STAGES:
             name, words[word] = word, []
         else:
-            words[name].append(word)
+            words.setdefault(name, []).append(word)
+    first = words.pop("", [])  # options of the program itself
     assert words, line
+    cli.make_context("tcsae", [*first, *words])
     for name, rest in words.items():
         command = cli.get_command(context, name)
         assert command is not None

@@ -40,14 +40,16 @@ def need_axe() -> str:
 
 
 def forget(driver: Any) -> None:
-    """Empty the logs."""
+    """Empty the logs, and leave the page: one whose server has ended would go on to log that it does not answer."""
+    driver.get("about:blank")
     for log in ("browser", "performance"):
         driver.get_log(log)
 
 
 def check_quiet(driver: Any, schemes: frozenset[str] = frozenset({"file", "data", "blob"})) -> None:
     """No error was logged, no text of the corpus ran as a script, and nothing else was read than by `schemes`."""
-    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    severe = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert severe == [], severe
     assert driver.execute_script("return window.hacked === undefined")
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
