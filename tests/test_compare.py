@@ -51,6 +51,26 @@ def test_two_runs_need_no_names_and_end_on_two_sentences(place):
     assert rows[-3:] == ["x itself", "plain", "temporal"]
 
 
+def test_each_column_has_the_figure_of_its_name(place):
+    done = call(place, "--json")
+    *_, row = json.loads(done.stdout)["rows"]
+    one = evaluation(place, row["run"])
+    metrics, measures = one["metrics"], one["temporal"]["groups"]["all"]["measures"]
+    expected = {
+        "run": "temporal",
+        "EV": metrics["explained_variance"],
+        "delta CE": metrics["ce_loss_with_sae"] - metrics["ce_loss_without_sae"],
+        "L0": metrics["l0"],
+        "alive %": 100 * (1 - metrics["dead_fraction"]),
+        "Jaccard": measures["jaccard_corrected"]["value"],
+        "median persistence": measures["rho_1_within_median"]["value"],
+        "document probe": measures.get("probe_document", {}).get("value"),  # too little text here
+    }
+    assert row == expected
+    figures = [value for value in expected.values() if value is not None]
+    assert len(set(figures)) == len(figures) >= 6, "no two are alike, so that none can stand for another"
+
+
 def test_details_print_variants_and_equal_figures(place):
     short, full = call(place).stdout, call(place, "--details").stdout
     assert "explained_variance_saebench" in full and "explained_variance_saebench" not in short

@@ -151,6 +151,8 @@ def test_what_it_says_of_the_papers_questions_holds():
     jaccard = added("nulls", term, "jaccard_corrected")
     assert added("nulls", term, "jaccard_corrected", "permuted") / jaccard == pytest.approx(3 / 4, abs=0.05)
     assert added("nulls", term, "jaccard_corrected", "random-weights") / jaccard == pytest.approx(0.7, abs=0.03)
+    assert "in random order the loss gains half as much at lag 8 and three quarters as much Jaccard" in text
+    assert "never trained, four times as much at lag 8 and 0.7 times as much Jaccard" in text
     assert f"and {len(PAPER) - 1} more questions, on the embedded model" in text
 
 
